@@ -1,0 +1,1 @@
+//! `stagehost:stage/producer`: what a stage emits, held until its message is done.

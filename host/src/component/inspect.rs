@@ -1,0 +1,1 @@
+//! What a component file is, what it imports and exports.

@@ -1,0 +1,1 @@
+//! The parts of the delivery loop that have rules of their own.

@@ -1,0 +1,1 @@
+//! Problems of a pipeline file, shown with their place as rustc shows them.

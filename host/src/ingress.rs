@@ -1,0 +1,1 @@
+//! HTTP routes in: requests become records, and reads of a Redis store.

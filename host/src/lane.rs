@@ -1,0 +1,1 @@
+//! The delivery loop of one lane: one stage on one assigned partition.

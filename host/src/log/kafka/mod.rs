@@ -1,0 +1,1 @@
+//! The one real client: Kafka, or what speaks its protocol, through rdkafka.

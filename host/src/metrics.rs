@@ -1,0 +1,1 @@
+//! The host's counters, as Prometheus reads them.

@@ -1,0 +1,1 @@
+//! A running pipeline: assembles log, stores, lanes and listeners, and takes them down again.
