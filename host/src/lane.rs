@@ -274,8 +274,8 @@ impl<S: Source, K: Sink, H: Handler> Lane<S, K, H> {
         batch.held_bytes = 0;
         for (held, error) in held.into_iter().zip(errors) {
             match error {
-                LogError::Refused(_) if batch.is_given_up(held.origin) => {}
-                LogError::Refused(why) if !held.is_dead_letter => {
+                LogError::Refused(_) | LogError::TooLarge(_) if batch.is_given_up(held.origin) => {}
+                LogError::Refused(why) | LogError::TooLarge(why) if !held.is_dead_letter => {
                     let why = format!("the log refused a record for {}: {why}", held.output.topic);
                     self.give_up(batch, held.origin, 1, &Fault::new(Cause::Reject, why));
                 }

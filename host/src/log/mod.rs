@@ -29,6 +29,9 @@ pub enum LogError {
     /// The log refused the record or the request, and would refuse it again.
     #[error("the log refused: {0}")]
     Refused(String),
+    /// The record is larger than the log takes.
+    #[error("the record is too large: {0}")]
+    TooLarge(String),
 }
 
 /// One assigned partition, as its lane reads it.

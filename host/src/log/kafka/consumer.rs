@@ -449,7 +449,7 @@ fn list_of(partition: &Partition) -> TopicPartitionList {
     list
 }
 
-fn owned(message: &BorrowedMessage<'_>, topic: &Arc<str>) -> Record {
+pub(super) fn owned(message: &BorrowedMessage<'_>, topic: &Arc<str>) -> Record {
     Record {
         topic: topic.clone(),
         partition: message.partition(),

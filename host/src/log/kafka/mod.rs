@@ -147,8 +147,7 @@ fn log_error(error: &KafkaError) -> LogError {
     let refused = matches!(
         error.rdkafka_error_code(),
         Some(
-            Code::MessageSizeTooLarge
-                | Code::InvalidMessage
+            Code::InvalidMessage
                 | Code::InvalidMessageSize
                 | Code::InvalidRecord
                 | Code::InvalidTimestamp
@@ -161,7 +160,9 @@ fn log_error(error: &KafkaError) -> LogError {
                 | Code::UnsupportedForMessageFormat
         )
     );
-    if refused {
+    if error.rdkafka_error_code() == Some(Code::MessageSizeTooLarge) {
+        LogError::TooLarge(error.to_string())
+    } else if refused {
         LogError::Refused(error.to_string())
     } else {
         LogError::Unavailable(error.to_string())
