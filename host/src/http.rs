@@ -217,10 +217,11 @@ pub(crate) async fn read_body(
     match timeout(limits.body_timeout, Limited::new(body, max).collect()).await {
         Ok(Ok(whole)) => Ok(whole.to_bytes()),
         Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
-        Ok(Err(error)) => Err(closing(text(
-            StatusCode::BAD_REQUEST,
-            format!("the body could not be read: {error}"),
-        ))),
+        Ok(Err(error)) => {
+            let why = error.source().map_or_else(|| error.to_string(), ToString::to_string);
+            let line = format!("the body could not be read: {why}");
+            Err(closing(text(StatusCode::BAD_REQUEST, line)))
+        }
         Err(_) => Err(closing(text(
             StatusCode::REQUEST_TIMEOUT,
             "the body took too long",

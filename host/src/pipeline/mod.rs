@@ -76,7 +76,7 @@ pub struct SqlStore {
 }
 
 /// Where a SQL database is. `Debug` hides passwords.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub enum SqlUrl {
     /// A `postgres:` URL.
     Postgres(String),
@@ -91,7 +91,7 @@ pub struct RedisStore {
 }
 
 /// Where a Redis store is. `Debug` hides passwords.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub enum RedisUrl {
     /// A `redis:` or `rediss:` URL.
     Remote(String),
@@ -203,7 +203,7 @@ pub enum Action {
         key: Option<String>,
         /// Fields that the body must have.
         fields: Vec<String>,
-        /// Fields that the host makes: a UUID (version 4) each, answered as header `stagehost-<name>`.
+        /// Fields that the host makes: a UUID (version 7) each, answered as header `stagehost-<name>`.
         generate: Vec<String>,
         /// The answer's status, 2xx.
         status: u16,
@@ -229,8 +229,27 @@ pub struct Admin {
 }
 
 /// Text that `Debug` does not show.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Secret(pub(crate) String);
+
+impl Pipeline {
+    /// `[http]`, where there is one.
+    pub fn http(&self) -> Option<&Http> {
+        self.http.as_ref()
+    }
+
+    /// The `[redis]` stores by name.
+    pub fn redis(&self) -> &BTreeMap<String, RedisStore> {
+        &self.redis
+    }
+}
+
+impl Secret {
+    /// Hides the text.
+    pub fn new(text: impl Into<String>) -> Self {
+        Self(text.into())
+    }
+}
 
 impl fmt::Debug for Kafka {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
