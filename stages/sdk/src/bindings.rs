@@ -1,5 +1,5 @@
-//! What wit-bindgen makes of `wit/`: the worlds share one set of types, so that a stage of either kind
-//! uses the same helpers.
+//! What wit-bindgen makes of `wit/`: the worlds share one set of types, so that a stage of either
+//! kind uses the same helpers.
 
 /// The world `stage`, and the types of both.
 pub mod stage {

@@ -19,8 +19,8 @@
 /// # fn main() {}
 /// ```
 ///
-/// On targets other than WebAssembly it only checks the function's type, so that a stage's parts can be tested
-/// with a plain `cargo test`.
+/// On targets other than WebAssembly it only checks the function's type, so that a stage's parts
+/// can be tested with a plain `cargo test`.
 #[macro_export]
 macro_rules! stage {
     ($handle:path) => {
@@ -43,8 +43,9 @@ macro_rules! stage {
 
 /// Makes a function the component's handler, called with consecutive messages of one partition.
 ///
-/// It answers one outcome a message, in the order of the messages; a list of another length counts as a trap. What the call
-/// emitted is kept when it returns, so emit only for messages that are answered with `Ok`.
+/// It answers one outcome a message, in the order of the messages; a list of another length counts
+/// as a trap. What the call emitted is kept when it returns, so emit only for messages that are
+/// answered with `Ok`.
 ///
 /// ```
 /// use serde::Deserialize;
@@ -58,12 +59,20 @@ macro_rules! stage {
 ///
 /// fn store(messages: Vec<Message>) -> Vec<Outcome> {
 ///     let parsed: Vec<Result<Reading, Fault>> = messages.iter().map(Message::json).collect();
-///     let rows: Vec<_> = parsed.iter().flatten().map(|r| params![&r.sensor, r.celsius].to_vec()).collect();
-///     let stored = sql::Connection::open("readings")
-///         .and_then(|db| db.execute_many("INSERT INTO readings (sensor, celsius) VALUES ($1, $2)", &rows))
-///         .map_err(Fault::from);
+///     let rows: Vec<Vec<sql::Value>> = parsed
+///         .iter()
+///         .flatten()
+///         .map(|reading| params![&reading.sensor, reading.celsius].to_vec())
+///         .collect();
+///     let stored = store_rows(&rows);
 ///     log::debug(format_args!("{} of {} readings", rows.len(), messages.len()));
 ///     parsed.into_iter().map(|reading| reading.and(stored.clone()).map(drop)).collect()
+/// }
+///
+/// fn store_rows(rows: &[Vec<sql::Value>]) -> Outcome {
+///     let readings = sql::Connection::open("readings")?;
+///     readings.execute_many("INSERT INTO readings (sensor, celsius) VALUES ($1, $2)", rows)?;
+///     Ok(())
 /// }
 ///
 /// stagehost::batch_stage!(store);

@@ -1,8 +1,8 @@
 //! Write a stage for Stagehost: a function and a line.
 //!
-//! A stage is called once a message, in the order of the partition. It answers `Ok` when it is done,
-//! [`Fault::Retry`] for what will pass, [`Fault::Reject`] for what will not. The host does the rest:
-//! order, retries, dead letters, backpressure, limits.
+//! A stage is called once a message, in the order of the partition. It answers `Ok` when it is
+//! done, [`Fault::Retry`] for what will pass, [`Fault::Reject`] for what will not. The host does
+//! the rest: order, retries, dead letters, backpressure, limits.
 //!
 //! ```
 //! use serde::{Deserialize, Serialize};
@@ -25,13 +25,19 @@
 //!     let order: Order = message.json()?; // not an order: rejected, with the place and the reason
 //!     let orders = sql::Connection::open("orders")?;
 //!     orders.execute(
-//!         "INSERT INTO orders (id, customer, cents) VALUES ($1, $2, $3) ON CONFLICT (id) DO NOTHING",
+//!         "INSERT INTO orders (id, customer, cents) VALUES ($1, $2, $3)
+//!          ON CONFLICT (id) DO NOTHING",
 //!         &params![&order.id, &order.customer, order.cents],
 //!     )?; // the database is away: retried
-//!     let rows = orders.query("SELECT sum(cents) AS total FROM orders WHERE customer = $1", &params![&order.customer])?;
+//!     let rows = orders.query(
+//!         "SELECT CAST(sum(cents) AS bigint) AS total FROM orders WHERE customer = $1",
+//!         &params![&order.customer],
+//!     )?;
 //!     let total: i64 = rows.get(0, "total")?;
-//!     redis::Connection::open("totals")?.set_text(&format!("total:{}", order.customer), &total.to_string())?;
-//!     Outgoing::json("orders.accepted", &order.customer, &Accepted { id: &order.id, total })?.send()?;
+//!     let totals = redis::Connection::open("totals")?;
+//!     totals.set_text(&format!("total:{}", order.customer), &total.to_string())?;
+//!     let accepted = Accepted { id: &order.id, total };
+//!     Outgoing::json("orders.accepted", &order.customer, &accepted)?.send()?;
 //!     Ok(())
 //! }
 //!
@@ -46,8 +52,9 @@
 //! crate-type = ["cdylib"]
 //! ```
 //!
-//! `?` turns the errors of every capability into the fault that fits: what can't be reached and what lost a race
-//! (SQLSTATE 40001, 40P01) is retried; everything else is rejected. A stage that knows better matches on the error.
+//! `?` turns the errors of every capability into the fault that fits: what can't be reached and
+//! what lost a race (SQLSTATE 40001, 40P01) is retried; everything else is rejected. A stage that
+//! knows better matches on the error.
 //!
 //! A stage that gains from taking many messages in one call is a [`batch_stage!`].
 

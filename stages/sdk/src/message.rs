@@ -7,7 +7,8 @@ use crate::{Fault, Header, Message};
 impl Message {
     /// The value as JSON of type `T`.
     ///
-    /// A tombstone or a value that is not such JSON is rejected, with the record's place and the place in the value.
+    /// A tombstone or a value that is not such JSON is rejected, with the record's place and the
+    /// place in the value.
     ///
     /// ```
     /// # use stagehost::{Fault, Message};
@@ -55,7 +56,8 @@ impl Message {
             .transpose()
     }
 
-    /// The bytes of the last header of that name, as Kafka's clients choose; `None` where there is none or it is null.
+    /// The bytes of the last header of that name, as Kafka's clients choose; `None` where there is
+    /// none or it is null.
     ///
     /// Names may repeat: [`Message::headers`] has them all.
     pub fn header(&self, name: &str) -> Option<&[u8]> {

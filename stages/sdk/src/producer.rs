@@ -1,7 +1,7 @@
 //! Emitting records to the topics of the stage's `output` list.
 //!
-//! A record is acknowledged by the log before the offset of the message that caused it is committed, and dropped
-//! if the message fails.
+//! A record is acknowledged by the log before the offset of the message that caused it is
+//! committed, and dropped if the message fails.
 //!
 //! ```
 //! use stagehost::{Message, Outcome, Outgoing};

@@ -1,6 +1,7 @@
 //! Redis stores that the pipeline grants to the stage by name, each with a key prefix.
 //!
-//! Keys are written whole, as they stand in Redis; one that does not begin with the granted prefix is denied.
+//! Keys are written whole, as they stand in Redis; one that does not begin with the granted prefix
+//! is denied.
 //!
 //! ```
 //! use std::time::Duration;
@@ -11,7 +12,9 @@
 //!     let cache = Connection::open("cache")?;
 //!     cache.increment("seen:count", 1)?;
 //!     // A replay of an older record can't undo a newer one:
-//!     let options = SetOptions::default().with_version(message.offset).with_ttl(Duration::from_secs(3600));
+//!     let options = SetOptions::default()
+//!         .with_version(message.offset)
+//!         .with_ttl(Duration::from_secs(3600));
 //!     cache.set(&format!("seen:{id}"), b"yes", Some(options))?;
 //!     Ok(())
 //! }
@@ -83,7 +86,8 @@ impl SetOptions {
         self
     }
 
-    /// Only if the stored version is older; the offset of the message, where one partition writes the key.
+    /// Only if the stored version is older; the offset of the message, where one partition writes
+    /// the key.
     pub fn with_version(mut self, version: u64) -> Self {
         self.version = Some(version);
         self

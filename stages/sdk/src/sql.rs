@@ -1,6 +1,7 @@
 //! Relational databases that the pipeline grants to the stage by name.
 //!
-//! Parameters are written `$1`, `$2`, … on every kind of database, and passed with [`params!`](crate::params):
+//! Parameters are written `$1`, `$2`, … on every kind of database, and passed with
+//! [`params!`](crate::params):
 //!
 //! ```
 //! use stagehost::{Fault, params, sql};

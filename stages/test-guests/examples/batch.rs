@@ -1,5 +1,5 @@
-//! A batch at a time, each message answered as it says: what the probe knows, and `{"do": "short"}` and
-//! `{"do": "long"}` for a list of outcomes of the wrong length.
+//! A batch at a time, each message answered as it says: what the probe knows, and `{"do": "short"}`
+//! and `{"do": "long"}` for a list of outcomes of the wrong length.
 //!
 //! With the setting `sizes`, the size of every batch is emitted to the topic that it names.
 

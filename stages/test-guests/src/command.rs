@@ -11,8 +11,8 @@ pub struct Command {
     pub action: Action,
     /// The answer that must come, `{"ok": …}` or `{"error": {…}}`; another one is a panic.
     pub expect: Option<Json>,
-    /// The topic that the answer is emitted to, as a report. Without `expect` and `report`, an error is the
-    /// message's fault, as `?` makes it.
+    /// The topic that the answer is emitted to, as a report. Without `expect` and `report`, an
+    /// error is the message's fault, as `?` makes it.
     pub report: Option<String>,
 }
 
@@ -133,7 +133,8 @@ pub enum Action {
         #[serde(default = "http")]
         port: u16,
     },
-    /// Assert that both clocks go on, and answer the wall clock in milliseconds since the Unix epoch.
+    /// Assert that both clocks go on, and answer the wall clock in milliseconds since the Unix
+    /// epoch.
     Clock,
     /// Assert that random bytes differ, and answer eight of them.
     Random,

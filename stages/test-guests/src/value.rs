@@ -1,5 +1,5 @@
-//! SQL values as JSON: `"null"` or an object with the WIT case's name, `{"int64": 7}`, `{"bytes": [1, 2]}`.
-//! A parameter may also be a plain JSON null, truth value, number or text.
+//! SQL values as JSON: `"null"` or an object with the WIT case's name, `{"int64": 7}`, `{"bytes":
+//! [1, 2]}`. A parameter may also be a plain JSON null, truth value, number or text.
 
 use serde_json::{Value as Json, json};
 use stagehost::sql::{Rows, Value};
