@@ -1,11 +1,22 @@
 //! The pipeline as it is meant: validated, defaults filled in, paths resolved. Nothing here can be
 //! constructed outside this module but through [`Pipeline::load`], so what holds a `Pipeline` need not check again.
 
+mod components;
+mod flow;
+mod http;
+mod kafka;
+mod listen;
+mod load;
+mod stages;
+mod stores;
+
 use std::collections::BTreeMap;
+use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub use self::load::Probe;
 pub use crate::log::BatchLimits;
 
 /// One validated `pipeline.toml`.
@@ -25,8 +36,7 @@ pub struct Pipeline {
     pub(crate) admin: Admin,
 }
 
-/// `[kafka]`.
-#[derive(Debug)]
+/// `[kafka]`. `Debug` hides what the properties are set to.
 pub struct Kafka {
     pub(crate) brokers: Brokers,
     /// librdkafka properties, passed through to every client.
@@ -91,8 +101,7 @@ pub enum RedisUrl {
     Memory,
 }
 
-/// One stage.
-#[derive(Debug)]
+/// One stage. `Debug` hides what its config is set to.
 pub struct Stage {
     pub(crate) name: String,
     pub(crate) component: PathBuf,
@@ -188,6 +197,7 @@ pub enum Method {
 pub enum Action {
     /// Appends a record made of the request, and answers once the log has acknowledged it.
     Produce {
+        /// One of `[topics]`.
         topic: String,
         /// The field or generated field whose text is the record's key.
         key: Option<String>,
@@ -202,6 +212,7 @@ pub enum Action {
     },
     /// Answers the value at a key of a Redis store as JSON.
     Read {
+        /// One of `[redis]`.
         store: String,
         /// With the path's `{name}`s.
         key: String,
@@ -220,3 +231,50 @@ pub struct Admin {
 /// Text that `Debug` does not show.
 #[derive(Clone, Debug)]
 pub struct Secret(pub(crate) String);
+
+impl fmt::Debug for Kafka {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Kafka")
+            .field("brokers", &self.brokers)
+            .field("properties", &self.properties.keys())
+            .finish()
+    }
+}
+
+impl fmt::Debug for Stage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Stage")
+            .field("name", &self.name)
+            .field("component", &self.component)
+            .field("input", &self.input)
+            .field("group", &self.group)
+            .field("output", &self.output)
+            .field("sql", &self.sql)
+            .field("redis", &self.redis)
+            .field("config", &self.config.keys())
+            .field("retry", &self.retry)
+            .field("dead_letter", &self.dead_letter)
+            .field("limits", &self.limits)
+            .field("batch", &self.batch)
+            .field("instances", &self.instances)
+            .finish()
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("***")
+    }
+}
+
+impl fmt::Display for Method {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Get => "GET",
+            Self::Post => "POST",
+            Self::Put => "PUT",
+            Self::Patch => "PATCH",
+            Self::Delete => "DELETE",
+        })
+    }
+}
