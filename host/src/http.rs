@@ -218,7 +218,9 @@ pub(crate) async fn read_body(
         Ok(Ok(whole)) => Ok(whole.to_bytes()),
         Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
         Ok(Err(error)) => {
-            let why = error.source().map_or_else(|| error.to_string(), ToString::to_string);
+            let why = error
+                .source()
+                .map_or_else(|| error.to_string(), ToString::to_string);
             let line = format!("the body could not be read: {why}");
             Err(closing(text(StatusCode::BAD_REQUEST, line)))
         }

@@ -70,27 +70,40 @@ fn get(path: &str, headers: &[&str]) -> String {
 #[tokio::test]
 async fn health_and_readiness() {
     let server = Server::start(None).await;
-    server.check(&get("/healthz", &[]), expect![[r#"
+    server
+        .check(
+            &get("/healthz", &[]),
+            expect![[r#"
         HTTP/1.1 200 OK
         content-type: text/plain; charset=utf-8
         connection: close
         content-length: 3
 
         ok
-    "#]]).await;
-    server.check(&get("/readyz", &[]), expect![[r#"
+    "#]],
+        )
+        .await;
+    server
+        .check(
+            &get("/readyz", &[]),
+            expect![[r#"
         HTTP/1.1 200 OK
         content-type: text/plain; charset=utf-8
         connection: close
         content-length: 6
 
         ready
-    "#]]).await;
+    "#]],
+        )
+        .await;
     server.readiness.not_ready("stage publisher", "starting");
     server
         .readiness
         .not_ready("log", "no broker:\n  connection refused");
-    server.check(&get("/readyz", &[]), expect![[r#"
+    server
+        .check(
+            &get("/readyz", &[]),
+            expect![[r#"
         HTTP/1.1 503 Service Unavailable
         content-type: text/plain; charset=utf-8
         connection: close
@@ -98,17 +111,24 @@ async fn health_and_readiness() {
 
         log: no broker: connection refused
         stage publisher: starting
-    "#]]).await;
+    "#]],
+        )
+        .await;
     server.readiness.ready("log");
     server.readiness.ready("stage publisher");
     assert!(server.get("/readyz").await.starts_with("HTTP/1.1 200"));
-    server.check(&get("/", &[]), expect![[r#"
+    server
+        .check(
+            &get("/", &[]),
+            expect![[r#"
         HTTP/1.1 404 Not Found
         content-type: text/plain; charset=utf-8
         connection: close
         content-length: 9
 
-        not found"#]]).await;
+        not found"#]],
+        )
+        .await;
     server
         .check(
             &request(&["POST /metrics HTTP/1.1", "connection: close"], ""),
@@ -164,13 +184,18 @@ async fn a_token_is_asked_for_where_there_is_one() {
         .await;
         assert!(answer.starts_with("HTTP/1.1 200"), "{path}: {answer}");
     }
-    server.check(&get("/metrics", &[]), expect![[r#"
+    server
+        .check(
+            &get("/metrics", &[]),
+            expect![[r#"
         HTTP/1.1 401 Unauthorized
         content-type: text/plain; charset=utf-8
         www-authenticate: Bearer
         connection: close
         content-length: 35
 
-        the admin token is missing or wrong"#]]).await;
+        the admin token is missing or wrong"#]],
+        )
+        .await;
     server.stop().await;
 }

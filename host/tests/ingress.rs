@@ -113,7 +113,8 @@ impl Server {
 
     async fn with<S: Sink + 'static>(log: S, limits: Limits, topic: &str, redis: &str) -> Self {
         let mut file = tempfile::NamedTempFile::new().unwrap();
-        file.write_all(ROUTES.replace("TOPIC", topic).as_bytes()).unwrap();
+        file.write_all(ROUTES.replace("TOPIC", topic).as_bytes())
+            .unwrap();
         let env = |name: &str| match name {
             "BROKERS" => Some("127.0.0.1:1".to_owned()),
             "REDIS" => Some(redis.to_owned()),
@@ -308,12 +309,35 @@ async fn a_route_without_key_and_body_answers_its_defaults() {
 #[tokio::test]
 async fn a_record_that_the_log_finds_too_large_is_the_clients_fault() {
     let mut topic = Topic::create().await;
-    topic.settings.properties.insert("message.max.bytes".to_owned(), "1000".to_owned());
-    let server =
-        Server::with(topic.producer(), limits(), &topic.name, &variable("REDIS_URL")).await;
+    topic
+        .settings
+        .properties
+        .insert("message.max.bytes".to_owned(), "1000".to_owned());
+    let server = Server::with(
+        topic.producer(),
+        limits(),
+        &topic.name,
+        &variable("REDIS_URL"),
+    )
+    .await;
     let body = format!("title=A&content={}", "x".repeat(1000));
-    server.check(&post(&body), expect![]).await;
-    assert!(exchange(server.address, &post(GOOD)).await.starts_with("HTTP/1.1 201"));
+    server
+        .check(
+            &post(&body),
+            expect![[r#"
+        HTTP/1.1 413 Payload Too Large
+        content-type: text/plain; charset=utf-8
+        connection: close
+        content-length: 39
+
+        the record is larger than the log takes"#]],
+        )
+        .await;
+    assert!(
+        exchange(server.address, &post(GOOD))
+            .await
+            .starts_with("HTTP/1.1 201")
+    );
     server.stop().await;
 }
 
@@ -329,13 +353,18 @@ fn header(answer: &str, name: &str) -> String {
 async fn what_is_wrong_with_a_request_is_said() {
     // Whatever reached the log would be answered 503.
     let server = Server::start(Fault::Away, limits()).await;
-    server.check(&post("title=A&uid=1"), expect![[r#"
+    server
+        .check(
+            &post("title=A&uid=1"),
+            expect![[r#"
         HTTP/1.1 400 Bad Request
         content-type: text/plain; charset=utf-8
         connection: close
         content-length: 69
 
-        missing: "content"; unknown: "uid"; the fields are "title", "content""#]]).await;
+        missing: "content"; unknown: "uid"; the fields are "title", "content""#]],
+        )
+        .await;
     server
         .check(
             &request(&["POST /post HTTP/1.1", JSON, CLOSE], r#"{"title":1}"#),
@@ -372,28 +401,43 @@ async fn what_is_wrong_with_a_request_is_said() {
 
             the content-type is missing: send application/x-www-form-urlencoded or application/json"#]])
         .await;
-    server.check(&get("/nowhere"), expect![[r#"
+    server
+        .check(
+            &get("/nowhere"),
+            expect![[r#"
         HTTP/1.1 404 Not Found
         content-type: text/plain; charset=utf-8
         connection: close
         content-length: 9
 
-        not found"#]]).await;
-    server.check(&get("/post/"), expect![[r#"
+        not found"#]],
+        )
+        .await;
+    server
+        .check(
+            &get("/post/"),
+            expect![[r#"
         HTTP/1.1 404 Not Found
         content-type: text/plain; charset=utf-8
         connection: close
         content-length: 9
 
-        not found"#]]).await;
-    server.check(&get("/post"), expect![[r#"
+        not found"#]],
+        )
+        .await;
+    server
+        .check(
+            &get("/post"),
+            expect![[r#"
         HTTP/1.1 405 Method Not Allowed
         content-type: text/plain; charset=utf-8
         allow: POST
         connection: close
         content-length: 33
 
-        method not allowed; allowed: POST"#]]).await;
+        method not allowed; allowed: POST"#]],
+        )
+        .await;
     server
         .check(
             &request(&["DELETE /post/a HTTP/1.1", CLOSE], ""),
@@ -407,26 +451,41 @@ async fn what_is_wrong_with_a_request_is_said() {
                 method not allowed; allowed: GET, HEAD"#]],
         )
         .await;
-    server.check(&get("/post/a%00b"), expect![[r#"
+    server
+        .check(
+            &get("/post/a%00b"),
+            expect![[r#"
         HTTP/1.1 400 Bad Request
         content-type: text/plain; charset=utf-8
         connection: close
         content-length: 40
 
-        slug in the path has a control character"#]]).await;
-    server.check(&get("/post/%ff"), expect![[r#"
+        slug in the path has a control character"#]],
+        )
+        .await;
+    server
+        .check(
+            &get("/post/%ff"),
+            expect![[r#"
         HTTP/1.1 400 Bad Request
         content-type: text/plain; charset=utf-8
         connection: close
         content-length: 29
 
-        slug in the path is not UTF-8"#]]).await;
-    server.check("nonsense\r\n\r\n", expect![[r#"
+        slug in the path is not UTF-8"#]],
+        )
+        .await;
+    server
+        .check(
+            "nonsense\r\n\r\n",
+            expect![[r#"
         HTTP/1.1 400 Bad Request
         connection: close
         content-length: 0
 
-    "#]]).await;
+    "#]],
+        )
+        .await;
     server
         .check(
             &request(
@@ -443,9 +502,9 @@ async fn what_is_wrong_with_a_request_is_said() {
                 HTTP/1.1 400 Bad Request
                 content-type: text/plain; charset=utf-8
                 connection: close
-                content-length: 64
+                content-length: 71
 
-                the body could not be read: error reading a body from connection"#]],
+                the body could not be read: Invalid chunk size line: missing size digit"#]],
         )
         .await;
     server.stop().await;
@@ -505,36 +564,52 @@ async fn faults_of_the_log_are_not_the_clients() {
         );
         server.stop().await;
     };
-    check(Fault::Away, expect![[r#"
+    check(
+        Fault::Away,
+        expect![[r#"
         HTTP/1.1 503 Service Unavailable
         content-type: text/plain; charset=utf-8
         retry-after: 1
         connection: close
         content-length: 24
 
-        the log is not available"#]]).await;
-    check(Fault::slow().0, expect![[r#"
+        the log is not available"#]],
+    )
+    .await;
+    check(
+        Fault::slow().0,
+        expect![[r#"
         HTTP/1.1 503 Service Unavailable
         content-type: text/plain; charset=utf-8
         retry-after: 1
         connection: close
         content-length: 65
 
-        the log has not acknowledged in time; the record may still arrive"#]]).await;
-    check(Fault::Refusing, expect![[r#"
+        the log has not acknowledged in time; the record may still arrive"#]],
+    )
+    .await;
+    check(
+        Fault::Refusing,
+        expect![[r#"
         HTTP/1.1 500 Internal Server Error
         content-type: text/plain; charset=utf-8
         connection: close
         content-length: 26
 
-        the log refused the record"#]]).await;
-    check(Fault::Panicking, expect![[r#"
+        the log refused the record"#]],
+    )
+    .await;
+    check(
+        Fault::Panicking,
+        expect![[r#"
         HTTP/1.1 500 Internal Server Error
         content-type: text/plain; charset=utf-8
         connection: close
         content-length: 14
 
-        internal error"#]]).await;
+        internal error"#]],
+    )
+    .await;
 }
 
 #[tokio::test]
@@ -551,14 +626,19 @@ async fn requests_beyond_those_that_may_wait_are_sent_away() {
     let mut first = Client::connect(server.address).await;
     first.send(post(GOOD)).await;
     asked.acquire().await.unwrap().forget();
-    server.check(&post(GOOD), expect![[r#"
+    server
+        .check(
+            &post(GOOD),
+            expect![[r#"
         HTTP/1.1 503 Service Unavailable
         content-type: text/plain; charset=utf-8
         retry-after: 1
         connection: close
         content-length: 34
 
-        too many requests wait for the log"#]]).await;
+        too many requests wait for the log"#]],
+        )
+        .await;
     permits.add_permits(1);
     assert!(first.rest().await.starts_with("HTTP/1.1 201"));
     server.stop().await;
@@ -573,14 +653,17 @@ async fn connections_beyond_those_served_are_sent_away() {
     first.send(request(&["GET /post/a HTTP/1.1"], "")).await;
     first.answer().await;
     server
-        .check(&request(&["GET /post/a HTTP/1.1"], ""), expect![[r#"
+        .check(
+            &request(&["GET /post/a HTTP/1.1"], ""),
+            expect![[r#"
             HTTP/1.1 503 Service Unavailable
             content-type: text/plain; charset=utf-8
             retry-after: 1
             connection: close
             content-length: 20
 
-            too many connections"#]])
+            too many connections"#]],
+        )
         .await;
     first.send(get("/post/a")).await;
     assert!(first.rest().await.starts_with("HTTP/1.1 404"));
@@ -722,35 +805,53 @@ async fn reads_answer_what_redis_holds() {
             .unwrap();
     }
     server
-        .check(&get("/post/%C3%BCber%20kafka"), expect![[r#"
+        .check(
+            &get("/post/%C3%BCber%20kafka"),
+            expect![[r#"
             HTTP/1.1 404 Not Found
             content-type: text/plain; charset=utf-8
             connection: close
             content-length: 9
 
-            not found"#]])
+            not found"#]],
+        )
         .await;
-    server.check(&get("/post/uid/1"), expect![[r#"
+    server
+        .check(
+            &get("/post/uid/1"),
+            expect![[r#"
         HTTP/1.1 404 Not Found
         content-type: text/plain; charset=utf-8
         connection: close
         content-length: 9
 
-        not found"#]]).await;
-    server.check(&get("/post/empty"), expect![[r#"
+        not found"#]],
+        )
+        .await;
+    server
+        .check(
+            &get("/post/empty"),
+            expect![[r#"
         HTTP/1.1 404 Not Found
         content-type: text/plain; charset=utf-8
         connection: close
         content-length: 9
 
-        not found"#]]).await;
-    server.check(&get("/post/unknown?a=b"), expect![[r#"
+        not found"#]],
+        )
+        .await;
+    server
+        .check(
+            &get("/post/unknown?a=b"),
+            expect![[r#"
         HTTP/1.1 404 Not Found
         content-type: text/plain; charset=utf-8
         connection: close
         content-length: 9
 
-        not found"#]]).await;
+        not found"#]],
+        )
+        .await;
     server
         .check(
             &request(&["HEAD /post/uid/1 HTTP/1.1", CLOSE], ""),
@@ -793,12 +894,17 @@ async fn a_redis_that_is_away_is_worth_another_try() {
     );
     link.abort();
     assert!(link.await.unwrap_err().is_cancelled());
-    server.check(&get("/post/unknown"), expect![[r#"
+    server
+        .check(
+            &get("/post/unknown"),
+            expect![[r#"
         HTTP/1.1 404 Not Found
         content-type: text/plain; charset=utf-8
         connection: close
         content-length: 9
 
-        not found"#]]).await;
+        not found"#]],
+        )
+        .await;
     server.stop().await;
 }
