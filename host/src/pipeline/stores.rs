@@ -114,7 +114,7 @@ fn sql_url(checks: &Checks<'_>, text: &Text) -> Option<SqlUrl> {
         None => {}
     }
     match Url::parse(&text.value) {
-        Err(error) => bad(&error.to_string(), SQL_HELP),
+        Err(error) => bad(&url_fault(error), SQL_HELP),
         Ok(url) if !["postgres", "postgresql"].contains(&url.scheme()) => {
             bad("no database has this scheme", SQL_HELP)
         }
@@ -161,7 +161,7 @@ fn redis_url(checks: &Checks<'_>, text: &Text) -> Option<RedisUrl> {
     }
     let url = match Url::parse(&text.value) {
         Ok(url) => url,
-        Err(error) => return bad(&error.to_string()),
+        Err(error) => return bad(&url_fault(error)),
     };
     if !["redis", "rediss"].contains(&url.scheme()) {
         return bad("no Redis store has this scheme");
@@ -174,6 +174,13 @@ fn redis_url(checks: &Checks<'_>, text: &Text) -> Option<RedisUrl> {
         return bad("the path is the database's number");
     }
     Some(RedisUrl::Remote(text.value.clone()))
+}
+
+fn url_fault(error: url::ParseError) -> String {
+    match error {
+        url::ParseError::RelativeUrlWithoutBase => "it does not begin with a scheme".to_owned(),
+        error => error.to_string(),
+    }
 }
 
 /// The URL without passwords.
