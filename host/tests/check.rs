@@ -27,7 +27,13 @@ fn prepare(pipeline: &str) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("pipeline.toml"), pipeline).unwrap();
     fs::write(folder.path().join("text.wasm"), "not a component at all\n").unwrap();
-    fs::create_dir(folder.path().join("migrations")).unwrap();
+    for (name, file) in [
+        ("migrations", "0001_posts.sql"),
+        ("no-migrations", "posts.sql"),
+    ] {
+        fs::create_dir(folder.path().join(name)).unwrap();
+        fs::write(folder.path().join(name).join(file), "SELECT 1;").unwrap();
+    }
     for entry in fs::read_dir(cases().join("components")).unwrap() {
         let source = entry.unwrap().path();
         let bytes = wat::parse_file(&source).unwrap();
@@ -100,7 +106,7 @@ fn a_file_that_is_not_there_is_named() {
     let none = |_: &str| None;
     let said = Pipeline::load(Path::new("no/such/pipeline.toml"), &none, Probe::ALL).unwrap_err();
     expect_test::expect![[r#"
-        error: the pipeline file can't be read: there is no such file
+        error: the pipeline file can't be read: there is no such file or folder
         --> no/such/pipeline.toml
          = help: give the path of a pipeline file, such as `examples/blog/pipeline.toml`
 
@@ -149,6 +155,28 @@ fn a_good_pipeline_is_taken_and_shows_no_secret() {
         "rediss://:***@cache/1",
     ] {
         assert!(shown.contains(part), "{part} is not in {shown}");
+    }
+}
+
+#[test]
+fn a_spoiled_file_is_answered_whatever_is_spoiled() {
+    let folder = prepare("");
+    let path = folder.path().join("pipeline.toml");
+    let env = |_: &str| Some("ü".to_owned());
+    for at in 0..GOOD.len() {
+        let (before, after) = GOOD.split_at(at);
+        let spoiled = [
+            before.to_owned(),
+            format!("{before}{}", &after[1..]),
+            format!("{before}ü{}", &after[1..]),
+        ];
+        for text in spoiled {
+            fs::write(&path, &text).unwrap();
+            if let Err(problems) = Pipeline::load(&path, &env, Probe::NONE) {
+                assert!(problems.count() > 0, "refused without a reason:\n{text}");
+                assert!(problems.to_string().contains("pipeline.toml"));
+            }
+        }
     }
 }
 

@@ -76,7 +76,7 @@ pub struct SqlStore {
 }
 
 /// Where a SQL database is. `Debug` hides passwords.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub enum SqlUrl {
     /// A `postgres:` URL.
     Postgres(String),
@@ -91,7 +91,7 @@ pub struct RedisStore {
 }
 
 /// Where a Redis store is. `Debug` hides passwords.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub enum RedisUrl {
     /// A `redis:` or `rediss:` URL.
     Remote(String),
@@ -229,7 +229,7 @@ pub struct Admin {
 }
 
 /// Text that `Debug` does not show.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Secret(pub(crate) String);
 
 impl fmt::Debug for Kafka {
