@@ -33,21 +33,20 @@ impl Stores {
     /// The databases that a stage may use.
     pub fn sql_grants(&self, stage: &pipeline::Stage) -> sql::SqlGrants {
         let granted = |(name, _): &(&String, &sql::Database)| stage.sql.contains(name);
-        self.sql
-            .iter()
-            .filter(granted)
-            .map(|(name, database)| (name.clone(), database.clone()))
-            .collect()
+        let databases = self.sql.iter().filter(granted);
+        sql::SqlGrants::new(
+            databases
+                .map(|(name, database)| (name.clone(), database.clone()))
+                .collect(),
+        )
     }
 
     /// The key-value stores that a stage may use, each with what it may do there.
     pub fn redis_grants(&self, stage: &pipeline::Stage) -> redis::RedisGrants {
-        let granted = stage.redis.iter();
-        granted
-            .filter_map(|(name, grant)| {
-                let store = self.redis.get(name)?;
-                Some((name.clone(), (store.clone(), grant.clone())))
-            })
-            .collect()
+        let granted = stage.redis.iter().filter_map(|(name, grant)| {
+            let store = self.redis.get(name)?;
+            Some((name.clone(), (store.clone(), grant.clone())))
+        });
+        redis::RedisGrants::new(granted.collect())
     }
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use tokio::time::timeout;
+use tracing::debug;
 use wasmtime::component::InstancePre;
 use wasmtime::{Engine, Store};
 
@@ -307,7 +308,8 @@ fn failed(fault: Fault) -> Invocation {
     }
 }
 
-/// An error and its causes on one line.
+/// What went wrong, without the wasm backtrace that the error's own words begin with; that is for debugging.
 fn words(error: &wasmtime::Error) -> String {
-    format!("{error:#}").replace('\n', " ")
+    debug!("a call failed: {error:?}");
+    error.root_cause().to_string()
 }

@@ -6,7 +6,7 @@ mod instance;
 mod runtime;
 
 pub use instance::StageComponent;
-pub use runtime::Runtime;
+pub use runtime::{Compiled, Runtime};
 
 /// wasmtime has an error type of its own.
 fn plain(error: wasmtime::Error) -> anyhow::Error {

@@ -21,6 +21,9 @@ const WASM_STACK: usize = 512 << 10;
 /// Bytes of the host's stack under a guest's calls, the WebAssembly stack included.
 const CALL_STACK: usize = 2 << 20;
 
+/// A compiled component.
+pub struct Compiled(Component);
+
 /// One engine and linker for all stages of a host.
 pub struct Runtime {
     engine: Engine,
@@ -43,23 +46,21 @@ impl Runtime {
         Ok(Self { engine, linker })
     }
 
-    /// Compiles a stage's component and binds its grants. `bytes` are the component file's.
-    ///
-    /// Compiling takes as long as the component is large: call it off the async runtime.
-    pub fn load(
+    /// Compiles a component file's bytes. Takes as long as the component is large: call it off the async runtime.
+    pub fn compile(&self, bytes: &[u8]) -> anyhow::Result<Compiled> {
+        Component::new(&self.engine, bytes)
+            .map(Compiled)
+            .map_err(plain)
+    }
+
+    /// Binds a stage's grants to its component.
+    pub fn bind(
         &self,
         stage: &pipeline::Stage,
-        bytes: &[u8],
+        component: &Compiled,
         stores: &Stores,
     ) -> anyhow::Result<StageComponent> {
-        let component = Component::new(&self.engine, bytes)
-            .map_err(plain)
-            .with_context(|| format!("{} does not compile", stage.component.display()))?;
-        let pre = self
-            .linker
-            .instantiate_pre(&component)
-            .map_err(plain)
-            .with_context(|| format!("{} cannot be linked", stage.component.display()))?;
+        let pre = self.linker.instantiate_pre(&component.0).map_err(plain)?;
         StageComponent::new(stage, &self.engine, pre, stores)
     }
 }

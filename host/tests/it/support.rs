@@ -14,18 +14,18 @@ use rdkafka::{Offset, TopicPartitionList};
 use tempfile::TempDir;
 
 /// How long anything may take before its test fails.
-pub const PATIENCE: Duration = Duration::from_secs(90);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
 const ASK: Duration = Duration::from_secs(10);
 
 /// A server's address, from `make test`.
-pub fn server(variable: &str) -> String {
+pub(crate) fn server(variable: &str) -> String {
     std::env::var(variable).unwrap_or_else(|_| {
         panic!("{variable} is not set: run `make test`, which starts the servers")
     })
 }
 
 /// A component that `make stages` built.
-pub fn component(name: &str) -> String {
+pub(crate) fn component(name: &str) -> String {
     let folder = std::env::var("STAGES_DIR").map_or_else(
         |_| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/stages"),
         PathBuf::from,
@@ -40,7 +40,7 @@ pub fn component(name: &str) -> String {
 }
 
 /// A name that no other test has.
-pub fn unique(what: &str) -> String {
+pub(crate) fn unique(what: &str) -> String {
     format!(
         "{what}-{}",
         &uuid::Uuid::new_v4().simple().to_string()[..12]
@@ -48,7 +48,7 @@ pub fn unique(what: &str) -> String {
 }
 
 /// Asks until the answer is some.
-pub fn until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
+pub(crate) fn until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + PATIENCE;
     loop {
         if let Some(answer) = ask() {
@@ -60,7 +60,7 @@ pub fn until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
 }
 
 /// A host process on a pipeline file in a folder of its own.
-pub struct Host {
+pub(crate) struct Host {
     folder: Arc<TempDir>,
     process: Child,
     log: Arc<Mutex<Vec<String>>>,
@@ -69,7 +69,7 @@ pub struct Host {
 
 impl Host {
     /// Starts `host run` on a pipeline of this text, and waits until it is ready.
-    pub fn start(pipeline: &str) -> Self {
+    pub(crate) fn start(pipeline: &str) -> Self {
         let host = Self::spawn(
             Arc::new(tempfile::tempdir().expect("a folder")),
             pipeline,
@@ -80,14 +80,14 @@ impl Host {
     }
 
     /// Starts `host run` in a folder that an earlier one may have used; does not wait.
-    pub fn spawn(folder: Arc<TempDir>, pipeline: &str, variables: &[(&str, &str)]) -> Self {
+    pub(crate) fn spawn(folder: Arc<TempDir>, pipeline: &str, variables: &[(&str, &str)]) -> Self {
         let file = folder.path().join("pipeline.toml");
         std::fs::write(&file, pipeline).expect("the pipeline file is written");
         Self::run(folder, &file, variables)
     }
 
     /// Starts `host run` on a file.
-    pub fn run(folder: Arc<TempDir>, file: &Path, variables: &[(&str, &str)]) -> Self {
+    pub(crate) fn run(folder: Arc<TempDir>, file: &Path, variables: &[(&str, &str)]) -> Self {
         let mut process = Command::new(env!("CARGO_BIN_EXE_host"))
             .arg("run")
             .arg(file)
@@ -111,17 +111,17 @@ impl Host {
         }
     }
 
-    pub fn folder(&self) -> Arc<TempDir> {
+    pub(crate) fn folder(&self) -> Arc<TempDir> {
         self.folder.clone()
     }
 
     /// What it has written to stderr.
-    pub fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         self.log.lock().expect("the log").join("\n")
     }
 
     /// An address of the lines on stdout, by the word that the line begins with.
-    pub fn address(&self, word: &str) -> String {
+    pub(crate) fn address(&self, word: &str) -> String {
         let address = self.wait_for(&format!("the {word} address"), || {
             let out = self.out.lock().expect("stdout");
             let line = out.iter().find(|l| l.trim_start().starts_with(word))?;
@@ -132,7 +132,7 @@ impl Host {
     }
 
     /// Waits until `/readyz` answers 200 and every stage has said what it was assigned.
-    pub fn ready(&self) {
+    pub(crate) fn ready(&self) {
         let admin = self.address("admin");
         self.wait_for("readiness", || {
             (get(&admin, "/readyz").0 == 200).then_some(())
@@ -140,7 +140,7 @@ impl Host {
     }
 
     /// Waits for an answer, and fails at once when the host has ended.
-    pub fn wait_for<T>(&self, what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
+    pub(crate) fn wait_for<T>(&self, what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
         let id = self.process.id();
         until(what, || {
             assert!(
@@ -152,7 +152,7 @@ impl Host {
         })
     }
 
-    pub fn signal(&self, signal: i32) {
+    pub(crate) fn signal(&self, signal: i32) {
         let id = i32::try_from(self.process.id()).expect("a process id");
         // SAFETY: plain system call on the id of a child that was not waited for.
         #[allow(unsafe_code)]
@@ -161,7 +161,7 @@ impl Host {
     }
 
     /// SIGTERM, and its exit status.
-    pub fn stop(mut self) -> (ExitStatus, String) {
+    pub(crate) fn stop(mut self) -> (ExitStatus, String) {
         self.signal(libc::SIGTERM);
         let status = until("the host to end", || {
             self.process.try_wait().expect("the child's status")
@@ -172,13 +172,13 @@ impl Host {
     }
 
     /// SIGKILL.
-    pub fn kill(mut self) {
+    pub(crate) fn kill(mut self) {
         self.process.kill().expect("the host is killed");
         self.process.wait().expect("the host has ended");
     }
 
     /// Waits until it ends by itself.
-    pub fn ended(mut self) -> (ExitStatus, String) {
+    pub(crate) fn ended(mut self) -> (ExitStatus, String) {
         let status = until("the host to end", || {
             self.process.try_wait().expect("the child's status")
         });
@@ -214,7 +214,7 @@ fn collect(stream: impl std::io::Read + Send + 'static) -> Arc<Mutex<Vec<String>
 }
 
 /// An HTTP request of its own connection: status, head and body.
-pub fn http(address: &str, head: &str, body: &str) -> (u16, String, String) {
+pub(crate) fn http(address: &str, head: &str, body: &str) -> (u16, String, String) {
     let attempt = || -> std::io::Result<String> {
         let mut stream = std::net::TcpStream::connect(address)?;
         stream.set_read_timeout(Some(ASK))?;
@@ -234,42 +234,42 @@ pub fn http(address: &str, head: &str, body: &str) -> (u16, String, String) {
 }
 
 /// `GET path`: status and body; 0 when nobody answers.
-pub fn get(address: &str, path: &str) -> (u16, String) {
+pub(crate) fn get(address: &str, path: &str) -> (u16, String) {
     let (status, _, body) = http(address, &format!("GET {path} HTTP/1.1"), "");
     (status, body)
 }
 
 /// A record as a test sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Seen {
-    pub partition: i32,
-    pub offset: i64,
-    pub key: Option<String>,
-    pub value: Option<String>,
-    pub headers: Vec<(String, Option<String>)>,
-    pub timestamp: Option<i64>,
+pub(crate) struct Seen {
+    pub(crate) partition: i32,
+    pub(crate) offset: i64,
+    pub(crate) key: Option<String>,
+    pub(crate) value: Option<String>,
+    pub(crate) headers: Vec<(String, Option<String>)>,
+    pub(crate) timestamp: Option<i64>,
 }
 
 impl Seen {
-    pub fn header(&self, name: &str) -> Option<&str> {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
         let found = self.headers.iter().find(|(n, _)| n == name)?;
         found.1.as_deref()
     }
 
-    pub fn json(&self) -> serde_json::Value {
+    pub(crate) fn json(&self) -> serde_json::Value {
         let value = self.value.as_deref().unwrap_or("null");
         serde_json::from_str(value).expect("the value is JSON")
     }
 }
 
 /// A client of a log, that has no part in any group.
-pub struct Log {
+pub(crate) struct Log {
     brokers: String,
     producer: FutureProducer,
 }
 
 impl Log {
-    pub fn new(brokers: &str) -> Self {
+    pub(crate) fn new(brokers: &str) -> Self {
         let producer = ClientConfig::new()
             .set("bootstrap.servers", brokers)
             .set("acks", "all")
@@ -283,7 +283,7 @@ impl Log {
     }
 
     /// Appends values with their keys, in order, and waits for all acknowledgements.
-    pub async fn produce(&self, topic: &str, records: &[(Option<&str>, &str)]) {
+    pub(crate) async fn produce(&self, topic: &str, records: &[(Option<&str>, &str)]) {
         let mut sent = Vec::with_capacity(records.len());
         for (key, value) in records {
             let mut record = FutureRecord::<str, str>::to(topic).payload(value);
@@ -312,7 +312,7 @@ impl Log {
     }
 
     /// All records of a topic up to its end, by partition and offset.
-    pub fn read(&self, topic: &str) -> Vec<Seen> {
+    pub(crate) fn read(&self, topic: &str) -> Vec<Seen> {
         let consumer: BaseConsumer = ClientConfig::new()
             .set("bootstrap.servers", &self.brokers)
             .set("group.id", unique("reader"))
@@ -342,7 +342,7 @@ impl Log {
     }
 
     /// Reads a topic until it has at least `count` records.
-    pub fn read_at_least(&self, topic: &str, count: usize) -> Vec<Seen> {
+    pub(crate) fn read_at_least(&self, topic: &str, count: usize) -> Vec<Seen> {
         until(&format!("{count} records of {topic}"), || {
             Some(self.read(topic)).filter(|seen| seen.len() >= count)
         })
@@ -361,7 +361,7 @@ impl Log {
     }
 
     /// Records between the group's committed offsets and the ends of the topic's partitions.
-    pub fn lag(&self, group: &str, topic: &str) -> i64 {
+    pub(crate) fn lag(&self, group: &str, topic: &str) -> i64 {
         let consumer: BaseConsumer = ClientConfig::new()
             .set("bootstrap.servers", &self.brokers)
             .set("group.id", group)
@@ -389,7 +389,7 @@ impl Log {
     }
 
     /// Waits until the group has committed all of the topic.
-    pub fn wait_committed(&self, group: &str, topic: &str) {
+    pub(crate) fn wait_committed(&self, group: &str, topic: &str) {
         until(&format!("{group} to commit all of {topic}"), || {
             (self.lag(group, topic) == 0).then_some(())
         });

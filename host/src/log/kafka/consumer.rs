@@ -5,7 +5,7 @@
 //! librdkafka's rebalance callback runs on the same thread: it gives a revoked partition's lane time
 //! to end, commits what is settled, and only then lets go of the partition.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -52,9 +52,17 @@ pub struct Subscription {
 
 /// A running member of a consumer group.
 pub struct GroupConsumer {
-    control: Arc<Control>,
-    ended: oneshot::Receiver<Result<(), LogError>>,
+    /// Ends it.
+    pub stop: StopHandle,
+    /// Each partition that it is assigned, as a source; dropping the source says that its lane has ended.
+    pub assigned: mpsc::UnboundedReceiver<PartitionSource>,
+    /// Resolves when the member has left the group; an error says why it did so by itself.
+    pub ended: oneshot::Receiver<Result<(), LogError>>,
 }
+
+/// Asks a member of a group to stop.
+#[derive(Clone, Default)]
+pub struct StopHandle(Arc<Control>);
 
 #[derive(Default)]
 struct Control {
@@ -63,14 +71,29 @@ struct Control {
     budget: Mutex<Duration>,
 }
 
+impl StopHandle {
+    /// The member's lanes get `budget` to end, what they settled is committed, and it leaves the group.
+    pub fn stop(&self, budget: Duration) {
+        *self.budget() = budget;
+        self.0.stop.store(true, Ordering::Release);
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.0.stop.load(Ordering::Acquire)
+    }
+
+    fn budget(&self) -> MutexGuard<'_, Duration> {
+        self.0.budget.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 impl GroupConsumer {
-    /// Joins the group. Each partition that it is assigned comes out of the channel as a source;
-    /// dropping the source says that its lane has ended.
+    /// Joins the group.
     pub fn start(
         settings: &ClientSettings,
         subscription: Subscription,
         metrics: Arc<Metrics>,
-    ) -> Result<(Self, mpsc::UnboundedReceiver<PartitionSource>), LogError> {
+    ) -> Result<Self, LogError> {
         let config = settings.client_config(
             Kind::Consumer,
             &[
@@ -99,11 +122,11 @@ impl GroupConsumer {
         let consumer = BaseConsumer::from_config_and_context(&config, context).map_err(refuse)?;
         let topics: Vec<_> = subscription.topics.iter().map(String::as_str).collect();
         consumer.subscribe(&topics).map_err(refuse)?;
-        let control = Arc::new(Control::default());
+        let stop = StopHandle::default();
         let (end, ended) = oneshot::channel();
         let thread = Poller {
             consumer: Arc::new(consumer),
-            control: control.clone(),
+            stop: stop.clone(),
             group: subscription.group,
             paused: Vec::new(),
             reported: HashMap::new(),
@@ -115,33 +138,18 @@ impl GroupConsumer {
                 let _ = end.send(thread.run());
             })
             .map_err(|error| LogError::Unavailable(format!("cannot start a thread: {error}")))?;
-        Ok((Self { control, ended }, sources))
-    }
-
-    /// Asks the member to stop: its lanes get `budget` to end, what they settled is committed, and
-    /// the member leaves the group. [`GroupConsumer::ended`] says when.
-    pub fn stop(&self, budget: Duration) {
-        *self
-            .control
-            .budget
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = budget;
-        self.control.stop.store(true, Ordering::Release);
-    }
-
-    /// Waits until the member has ended; an error says why it did so by itself. Cancel-safe.
-    pub async fn ended(&mut self) -> Result<(), LogError> {
-        match (&mut self.ended).await {
-            Ok(result) => result,
-            Err(_) => Err(LogError::Unavailable("the consumer's thread failed".into())),
-        }
+        Ok(Self {
+            stop,
+            assigned: sources,
+            ended,
+        })
     }
 }
 
 /// The thread.
 struct Poller {
     consumer: Arc<BaseConsumer<Context>>,
-    control: Arc<Control>,
+    stop: StopHandle,
     group: String,
     /// Partitions that are paused because their buffers are full.
     paused: Vec<Arc<Partition>>,
@@ -151,7 +159,7 @@ struct Poller {
 impl Poller {
     fn run(mut self) -> Result<(), LogError> {
         let mut committed = Instant::now();
-        while !self.control.stop.load(Ordering::Acquire) {
+        while !self.stop.is_stopped() {
             let poll = if self.paused.is_empty() {
                 POLL
             } else {
@@ -177,11 +185,7 @@ impl Poller {
                 committed = Instant::now();
             }
         }
-        let budget = *self
-            .control
-            .budget
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let budget = *self.stop.budget();
         self.give_up_all(budget);
         debug!(group = self.group, "leaving the group");
         Ok(())
@@ -280,9 +284,9 @@ impl Context {
 
     fn assign(&self, list: &TopicPartitionList) {
         let mut state = self.lock();
+        info!(group = state.group, "assigned {}", names(list));
         for element in list.elements() {
             let (topic, number) = (element.topic(), element.partition());
-            info!(topic, partition = number, "assigned");
             let partition = Partition::new(topic, number);
             state
                 .partitions
@@ -311,7 +315,10 @@ impl Context {
         }
         if consumer.assignment_lost() {
             // Others own them by now: what was not committed is theirs.
-            warn!("{} partition(s) lost to other members", revoked.len());
+            warn!(
+                "lost {} partition(s): the group gave them to others, or forgot this member",
+                revoked.len()
+            );
             end_lanes(&revoked, Duration::ZERO);
             self.forget(&revoked);
         } else {
@@ -323,18 +330,18 @@ impl Context {
     fn part(&self, consumer: &BaseConsumer<Self>, parting: &[Arc<Partition>], budget: Duration) {
         end_lanes(parting, budget);
         commit(consumer, parting, CommitMode::Sync);
-        for partition in parting {
-            info!(
-                topic = &**partition.topic(),
-                partition = partition.number(),
-                "given up"
-            );
-        }
         self.forget(parting);
     }
 
     fn forget(&self, gone: &[Arc<Partition>]) {
         let state = self.lock();
+        let mut list = TopicPartitionList::new();
+        for partition in gone {
+            list.add_partition(partition.topic(), partition.number());
+        }
+        if !gone.is_empty() {
+            info!(group = state.group, "gave up {}", names(&list));
+        }
         for partition in gone {
             state
                 .metrics
@@ -441,6 +448,21 @@ impl ConsumerContext for Context {
             }
         }
     }
+}
+
+/// `topic 0 1 2, other 5`.
+fn names(list: &TopicPartitionList) -> String {
+    let mut topics = BTreeMap::<String, Vec<i32>>::new();
+    for element in list.elements() {
+        let numbers = topics.entry(element.topic().to_string()).or_default();
+        numbers.push(element.partition());
+    }
+    let topics = topics.into_iter().map(|(topic, mut numbers)| {
+        numbers.sort_unstable();
+        let numbers: Vec<_> = numbers.iter().map(i32::to_string).collect();
+        format!("{topic} {}", numbers.join(" "))
+    });
+    topics.collect::<Vec<_>>().join(", ")
 }
 
 fn list_of(partition: &Partition) -> TopicPartitionList {

@@ -1,7 +1,7 @@
 //! The one real client: Kafka, or what speaks its protocol, through rdkafka.
 
 pub mod consumer;
-mod partition;
+pub mod partition;
 pub mod producer;
 pub(crate) mod properties;
 pub mod tail;
@@ -107,16 +107,24 @@ impl ClientSettings {
     }
 }
 
-/// Sends what librdkafka has to say into the host's log. It reports every lost connection; the host
-/// says once that the log is away, so those are for debugging.
+/// What librdkafka warns of and deals with by itself: lost connections, of which the host says once that
+/// the log is away, a coordinator that is not ready yet, and that `enable.gapless.guarantee` is new.
+const HANDLED: &[&str] = &[
+    "CONFWARN",
+    "ERROR",
+    "FAIL",
+    "GETPID",
+    "REQTMOUT",
+    "SESSTMOUT",
+];
+
+/// Sends what librdkafka has to say into the host's log.
 fn log_line(level: RDKafkaLogLevel, facility: &str, message: &str) {
     match level {
         RDKafkaLogLevel::Emerg | RDKafkaLogLevel::Alert | RDKafkaLogLevel::Critical => {
             error!(target: "librdkafka", "{facility}: {message}");
         }
-        RDKafkaLogLevel::Error | RDKafkaLogLevel::Warning
-            if matches!(facility, "FAIL" | "ERROR" | "SESSTMOUT" | "REQTMOUT") =>
-        {
+        RDKafkaLogLevel::Error | RDKafkaLogLevel::Warning if HANDLED.contains(&facility) => {
             debug!(target: "librdkafka", "{facility}: {message}");
         }
         RDKafkaLogLevel::Error | RDKafkaLogLevel::Warning => {
