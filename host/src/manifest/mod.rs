@@ -4,6 +4,7 @@
 mod expand;
 mod reader;
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use toml::de::DeTable;
@@ -164,12 +165,21 @@ pub(crate) struct AdminSection {
 pub(crate) fn read(text: &str, env: &Env<'_>, problems: &Problems) -> Option<Manifest> {
     let (document, errors) = DeTable::parse_recoverable(text);
     if !errors.is_empty() {
+        // What follows the first error of a line mostly follows from it.
+        let mut lines = BTreeSet::new();
         for error in errors {
             let span = error.span().unwrap_or_default();
-            problems.report(
-                Problem::at(&span, format!("this is not TOML: {}", error.message()))
-                    .help("the rest of the file is read once this is mended"),
-            );
+            let line = text
+                .bytes()
+                .take(span.start)
+                .filter(|b| *b == b'\n')
+                .count();
+            if lines.insert(line) {
+                problems.report(
+                    Problem::at(&span, format!("the file is not TOML: {}", error.message()))
+                        .help("the meaning of the file is checked once this is mended"),
+                );
+            }
         }
         return None;
     }

@@ -93,7 +93,6 @@ impl<'a> Table<'a> {
                     &key.span(),
                     format!("unknown key `{word}` in {}", self.place()),
                 )
-                .label("nothing has this name")
                 .help(help),
             );
         }

@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use super::load::Checks;
 use super::{Brokers, Kafka, Topic, listen};
 use crate::diagnostics::Problem;
+use crate::log::kafka::properties::{self, PropertyFault};
 use crate::manifest::{KafkaSection, Text, TopicSection};
 
 const EMBEDDED: &str = "embedded";
@@ -78,32 +79,42 @@ const RESERVED: &[(&str, &str)] = &[
 ];
 
 pub(super) fn kafka(checks: &Checks<'_>, section: &KafkaSection) -> Option<Kafka> {
-    let mut good = true;
-    for (name, _) in &section.properties {
-        if let Some((_, why)) = RESERVED
-            .iter()
-            .find(|(reserved, _)| *reserved == name.value)
-        {
-            checks.report(
-                Problem::at(
-                    &name.span,
-                    format!(
-                        "`{}` can't be set: it would break what the host promises",
-                        name.value
-                    ),
-                )
-                .label(*why)
-                .help("leave it out"),
-            );
-            good = false;
-        }
-    }
+    let good: Vec<bool> = section
+        .properties
+        .iter()
+        .map(|(name, value)| property(checks, name, value))
+        .collect();
     let brokers = brokers(checks, section);
-    let properties = text_map(&section.properties);
-    good.then_some(Kafka {
+    good.iter().all(|good| *good).then_some(Kafka {
         brokers: brokers?,
-        properties,
+        properties: text_map(&section.properties),
     })
+}
+
+fn property(checks: &Checks<'_>, name: &Text, value: &Text) -> bool {
+    let word = &name.value;
+    let problem = if let Some((_, why)) = RESERVED.iter().find(|(reserved, _)| reserved == word) {
+        Problem::at(
+            &name.span,
+            format!("`{word}` can't be set: it would break what the host promises"),
+        )
+        .label(*why)
+        .help("leave it out")
+    } else {
+        match properties::check(word, &value.value) {
+            Ok(()) => return true,
+            Err(PropertyFault::Unknown) => {
+                Problem::at(&name.span, format!("librdkafka has no property `{word}`"))
+                    .help("librdkafka's CONFIGURATION.md lists them all")
+            }
+            Err(PropertyFault::Value) => {
+                Problem::at(&value.span, format!("`{word}` can't have this value"))
+                    .help("librdkafka's CONFIGURATION.md has the values that it takes")
+            }
+        }
+    };
+    checks.report(problem);
+    false
 }
 
 pub(super) fn topics(

@@ -255,7 +255,10 @@ fn retry(checks: &Checks<'_>, section: &RetrySection) -> Option<Retry> {
     );
     let places = [section.initial.as_ref(), section.max.as_ref()];
     if let Some(place) = places.into_iter().flatten().next() {
-        checks.report(Problem::at(&place.span, message).help("make `initial` at most `max`"));
+        checks.report(
+            Problem::at(&place.span, message)
+                .help("make `initial` at most `max`, which is 30s where it is left out"),
+        );
     }
     None
 }

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::fs;
 use std::path::PathBuf;
 
 use url::Url;
 
-use super::load::Checks;
+use super::load::{Checks, describe_io};
 use super::{RedisStore, RedisUrl, SqlStore, SqlUrl};
 use crate::diagnostics::Problem;
 use crate::manifest::{RedisSection, SqlSection, Text};
@@ -89,14 +90,56 @@ pub(super) fn check_shared_paths(checks: &Checks<'_>, sql: &[SqlSection], redis:
 
 fn migrations(checks: &Checks<'_>, text: &Text) -> Option<PathBuf> {
     let path = checks.path(&text.value);
-    if path.is_dir() {
-        return Some(path);
-    }
-    checks.report(
-        Problem::at(&text.span, format!("there is no folder `{}`", text.shown())).help(
+    let folder = fs::read_dir(&path).and_then(|entries| {
+        entries
+            .map(|entry| entry.map(|e| e.file_name().to_string_lossy().into_owned()))
+            .collect::<Result<Vec<_>, _>>()
+    });
+    let (message, help) = match folder {
+        Err(error) => (
+            format!(
+                "the folder `{}` can't be read: {}",
+                text.shown(),
+                describe_io(&error)
+            ),
             "the path is relative to this file; put migrations such as `0001_posts.sql` there, or leave `migrations` out",
         ),
-    );
+        Ok(names) => match migrations_fault(names) {
+            None => return Some(path),
+            Some(message) => (
+                message,
+                "migrations are called `NUMBER_NAME.sql`, such as `0001_posts.sql`",
+            ),
+        },
+    };
+    checks.report(Problem::at(&text.span, message).help(help));
+    None
+}
+
+/// What is wrong with the names in a folder of migrations; sqlx would pass over most of it in silence.
+fn migrations_fault(mut names: Vec<String>) -> Option<String> {
+    names.retain(|name| name.ends_with(".sql"));
+    names.sort();
+    if names.is_empty() {
+        return Some("there are no migrations in the folder".to_owned());
+    }
+    let mut seen: BTreeMap<i64, &str> = BTreeMap::new();
+    for name in &names {
+        let number = name
+            .split_once('_')
+            .and_then(|(number, _)| number.parse().ok());
+        let Some(number) = number else {
+            return Some(format!("`{name}` is not the name of a migration"));
+        };
+        if name.ends_with(".down.sql") {
+            continue;
+        }
+        if let Some(other) = seen.insert(number, name) {
+            return Some(format!(
+                "the migrations `{other}` and `{name}` have the same number"
+            ));
+        }
+    }
     None
 }
 
@@ -114,7 +157,7 @@ fn sql_url(checks: &Checks<'_>, text: &Text) -> Option<SqlUrl> {
         None => {}
     }
     match Url::parse(&text.value) {
-        Err(error) => bad(&error.to_string(), SQL_HELP),
+        Err(error) => bad(&url_fault(error), SQL_HELP),
         Ok(url) if !["postgres", "postgresql"].contains(&url.scheme()) => {
             bad("no database has this scheme", SQL_HELP)
         }
@@ -161,7 +204,7 @@ fn redis_url(checks: &Checks<'_>, text: &Text) -> Option<RedisUrl> {
     }
     let url = match Url::parse(&text.value) {
         Ok(url) => url,
-        Err(error) => return bad(&error.to_string()),
+        Err(error) => return bad(&url_fault(error)),
     };
     if !["redis", "rediss"].contains(&url.scheme()) {
         return bad("no Redis store has this scheme");
@@ -174,6 +217,13 @@ fn redis_url(checks: &Checks<'_>, text: &Text) -> Option<RedisUrl> {
         return bad("the path is the database's number");
     }
     Some(RedisUrl::Remote(text.value.clone()))
+}
+
+fn url_fault(error: url::ParseError) -> String {
+    match error {
+        url::ParseError::RelativeUrlWithoutBase => "it does not begin with a scheme".to_owned(),
+        error => error.to_string(),
+    }
 }
 
 /// The URL without passwords.
@@ -231,6 +281,32 @@ impl fmt::Debug for RedisUrl {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tells_migrations_from_other_files() {
+        let fault =
+            |names: &[&str]| migrations_fault(names.iter().map(|n| (*n).to_owned()).collect());
+        let good: [&[&str]; 3] = [
+            &["0001_posts.sql", "0002_users.sql", "README.md"],
+            &[
+                "20260101120000_posts.up.sql",
+                "20260101120000_posts.down.sql",
+            ],
+            &["1_a.sql", "10_b.sql"],
+        ];
+        for names in good {
+            assert_eq!(fault(names), None, "{names:?}");
+        }
+        let bad: [&[&str]; 4] = [
+            &[],
+            &["posts.txt"],
+            &["posts.sql"],
+            &["01_a.sql", "1_b.sql"],
+        ];
+        for names in bad {
+            assert!(fault(names).is_some(), "{names:?}");
+        }
+    }
 
     #[test]
     fn hides_passwords() {

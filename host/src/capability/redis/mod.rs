@@ -1,46 +1,204 @@
-//! Stub.
-use super::StoreError;
-use crate::pipeline::{RedisGrant, RedisStore};
-use std::collections::BTreeMap;
+//! `stagehost:stage/redis`: key-value stores, on Redis or on a store inside this process, with the same answers.
+//!
+//! `guest` is what components call, [`Store`] what the host holds. Two kinds of store do the work:
+//! `remote`, a Redis server, and `embedded`, one file or memory. What commands exist, how they
+//! find their keys and how many arguments they take is one table for both, [`commands`].
+
+pub mod commands;
+mod embedded;
+mod guest;
+mod remote;
+mod transition;
+
+use std::path::Path;
 use std::sync::Arc;
-/// d
+use std::time::{SystemTime, UNIX_EPOCH};
+
+pub use guest::bindings::{Condition, Error, Reply, SetOptions};
+pub use guest::{RedisCtx, RedisGrants, RedisView, add_to_linker};
+
+use super::StoreError;
+use crate::pipeline::{RedisStore, RedisUrl};
+use commands::Command;
+
+/// Bytes of a key.
+pub const MAX_KEY_BYTES: usize = 16 * 1024;
+/// Bytes of a value that is set, or of an argument.
+pub const MAX_VALUE_BYTES: usize = 8 * 1024 * 1024;
+/// Keys or arguments of one call.
+pub const MAX_KEYS: usize = 1_000;
+/// Bytes of all that one call sends.
+pub const MAX_REQUEST_BYTES: usize = 64 * 1024 * 1024;
+/// Bytes of one answer.
+pub const MAX_ANSWER_BYTES: usize = 16 * 1024 * 1024;
+/// Milliseconds that a key may live: what can be added to any time without an overflow.
+const MAX_TTL: u64 = 1 << 62;
+/// What keys of the host begin with; no stage may use them.
+const HOST_PREFIX: &str = "stagehost:";
+
+/// Milliseconds since the Unix epoch. The embedded store asks it for what has expired.
+pub type Clock = Arc<dyn Fn() -> u64 + Send + Sync>;
+
+/// The computer's clock.
+pub fn system_clock() -> Clock {
+    Arc::new(|| {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH);
+        since.map_or(0, |since| since.as_millis() as u64)
+    })
+}
+
+/// An open store. Clones share it.
 #[derive(Clone)]
-pub struct Store;
+pub struct Store(Kind);
+
+#[derive(Clone)]
+enum Kind {
+    Remote(remote::Remote),
+    Embedded(embedded::Embedded),
+}
+
 impl Store {
-    /// d
-    pub async fn open(_settings: &RedisStore) -> Result<Self, StoreError> {
-        Ok(Self)
+    /// Opens the store; for a Redis server, connects to it.
+    pub async fn open(settings: &RedisStore) -> Result<Self, StoreError> {
+        Self::connect(&settings.url, system_clock()).await
     }
-    /// d
-    pub async fn get(&self, _key: &str) -> Result<Option<Vec<u8>>, StoreError> {
-        Ok(None)
+
+    /// As [`Store::open`], with a clock for the embedded kinds.
+    pub async fn connect(url: &RedisUrl, clock: Clock) -> Result<Self, StoreError> {
+        Ok(Self(match url {
+            RedisUrl::Remote(url) => Kind::Remote(remote::open(url).await?),
+            RedisUrl::Embedded(folder) => {
+                Kind::Embedded(embedded::open(Some(folder.as_ref() as &Path), clock).await?)
+            }
+            RedisUrl::Memory => Kind::Embedded(embedded::open(None, clock).await?),
+        }))
+    }
+
+    /// Sees whether the store answers.
+    pub async fn ping(&self) -> Result<(), StoreError> {
+        let answer = match &self.0 {
+            Kind::Remote(store) => store.ping().await,
+            Kind::Embedded(store) => store.ping().await,
+        };
+        answer.map_err(StoreError::from)
+    }
+
+    /// Finishes what was begun, and lets go of the server or the file.
+    pub async fn close(&self) {
+        match &self.0 {
+            Kind::Remote(_) => {}
+            Kind::Embedded(store) => store.close().await,
+        }
+    }
+
+    /// The value at a key.
+    pub async fn get(&self, key: &str) -> Result<Option<Vec<u8>>, StoreError> {
+        self.fetch(key.as_bytes()).await.map_err(StoreError::from)
+    }
+
+    /// The value at a key.
+    pub async fn fetch(&self, key: &[u8]) -> Result<Option<Vec<u8>>, Error> {
+        let value = match &self.0 {
+            Kind::Remote(store) => store.get(key).await?,
+            Kind::Embedded(store) => store.get(key).await?,
+        };
+        check_answer(value.as_ref().map_or(0, Vec::len))?;
+        Ok(value)
+    }
+
+    /// The keys' values, in the order of the keys; none where a key has something else than a value.
+    pub async fn fetch_many(&self, keys: &[Vec<u8>]) -> Result<Vec<Option<Vec<u8>>>, Error> {
+        match &self.0 {
+            Kind::Remote(store) => store.get_many(keys).await,
+            Kind::Embedded(store) => store.get_many(keys).await,
+        }
+    }
+
+    /// Sets all entries, each as the options say, in one step, and answers which of them were written.
+    pub async fn set(&self, set: Set) -> Result<Vec<bool>, Error> {
+        const INVALID_TTL: &str = "ERR invalid expire time in 'set' command";
+        if set.ttl.is_some_and(|ttl| ttl == 0 || ttl > MAX_TTL) {
+            return Err(Error::Server(INVALID_TTL.to_owned()));
+        }
+        match &self.0 {
+            Kind::Remote(store) => store.set(set).await,
+            Kind::Embedded(store) => store.set(set).await,
+        }
+    }
+
+    /// Deletes keys and their versions, and answers how many of the keys were there.
+    pub async fn delete(&self, keys: Vec<Vec<u8>>) -> Result<u64, Error> {
+        match &self.0 {
+            Kind::Remote(store) => store.delete(keys).await,
+            Kind::Embedded(store) => store.delete(keys).await,
+        }
+    }
+
+    /// Adds to the whole number at a key, and answers the sum.
+    pub async fn increment(&self, key: Vec<u8>, delta: i64) -> Result<i64, Error> {
+        let arguments = vec![key, delta.to_string().into_bytes()];
+        match self.execute(&commands::INCRBY, arguments).await? {
+            Reply::Int(sum) => Ok(sum),
+            other => Err(Error::Server(format!("INCRBY answered {other:?}"))),
+        }
+    }
+
+    /// Runs a command of the table. Commands know nothing of versions.
+    pub async fn execute(
+        &self,
+        command: &'static Command,
+        arguments: Vec<Vec<u8>>,
+    ) -> Result<Reply, Error> {
+        command.check(&arguments)?;
+        if command.name == "MGET" {
+            let values = self.fetch_many(&arguments).await?;
+            let items = values.into_iter().map(Option::unwrap_or_default);
+            return Ok(Reply::Items(items.collect()));
+        }
+        let reply = match &self.0 {
+            Kind::Remote(store) => store.execute(command, arguments).await?,
+            Kind::Embedded(store) => store.execute(command, arguments).await?,
+        };
+        check_answer(match &reply {
+            Reply::Data(data) => data.len(),
+            Reply::Items(items) => items.iter().map(Vec::len).sum(),
+            _ => 0,
+        })?;
+        Ok(reply)
     }
 }
-/// d
-pub type RedisGrants = BTreeMap<String, (Store, RedisGrant)>;
-/// d
-pub struct RedisCtx;
-impl RedisCtx {
-    /// d
-    pub fn new(_: Arc<RedisGrants>) -> Self {
-        Self
-    }
-    /// d
-    pub fn take_denied(&mut self) -> Option<String> {
-        None
+
+/// What to set, and how.
+#[derive(Clone, Debug, Default)]
+pub struct Set {
+    /// Keys and their values.
+    pub entries: Vec<(Vec<u8>, Vec<u8>)>,
+    /// Milliseconds to live, at least 1.
+    pub ttl: Option<u64>,
+    /// Write only what is there, or is not.
+    pub condition: Option<Condition>,
+    /// Write only what has an older version, or none.
+    pub version: Option<u64>,
+}
+
+impl From<Error> for StoreError {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Unavailable(why) => Self::Unavailable(why),
+            Error::Server(why) | Error::Denied(why) => Self::Refused(why),
+            Error::TooLarge(limit) => Self::Refused(format!("larger than {limit} bytes")),
+        }
     }
 }
-/// d
-pub struct RedisView<'a> {
-    /// d
-    pub ctx: &'a mut RedisCtx,
-    /// d
-    pub table: &'a mut wasmtime::component::ResourceTable,
-}
-/// d
-pub fn add_to_linker<T: Send + 'static>(
-    _: &mut wasmtime::component::Linker<T>,
-    _: fn(&mut T) -> RedisView<'_>,
-) -> wasmtime::Result<()> {
+
+fn check_answer(bytes: usize) -> Result<(), Error> {
+    if bytes > MAX_ANSWER_BYTES {
+        return Err(Error::TooLarge(MAX_ANSWER_BYTES as u64));
+    }
     Ok(())
+}
+
+/// Where the version of a key is kept. The braces keep both in one slot of a Redis cluster.
+fn version_key(key: &[u8]) -> Vec<u8> {
+    [b"stagehost:version:{", key, b"}"].concat()
 }

@@ -3,6 +3,7 @@
 pub mod consumer;
 mod partition;
 pub mod producer;
+pub(crate) mod properties;
 pub mod tail;
 pub mod topics;
 

@@ -1,0 +1,259 @@
+//! A Redis server: one multiplexed connection, made again when it breaks.
+
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use redis::aio::{ConnectionManager, ConnectionManagerConfig};
+use redis::{Client, Cmd, ErrorKind, FromRedisValue, RedisError, Script, Value, cmd, pipe};
+
+use super::commands::Command;
+use super::{Condition, Error, MAX_ANSWER_BYTES, Reply, Set, StoreError, version_key};
+
+/// How long making a connection may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the server may take to answer a command.
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a call may take in all, waiting for a connection that is being made again included.
+const CALL_TIMEOUT: Duration = Duration::from_secs(12);
+/// Tries to make the connection again before the calls that wait for it are told so.
+const RECONNECT_TRIES: usize = 2;
+const RECONNECT_MIN_DELAY: Duration = Duration::from_millis(50);
+const RECONNECT_MAX_DELAY: Duration = Duration::from_secs(1);
+/// Commands that may wait to be written; more wait for their turn.
+const PIPELINE_BUFFER: usize = 512;
+/// Keys that one MGET asks for, so that an answer is found too large before it all has come.
+const KEYS_PER_MGET: usize = 64;
+
+/// A Redis server.
+#[derive(Clone)]
+pub(super) struct Remote {
+    connection: ConnectionManager,
+}
+
+pub(super) async fn open(url: &str) -> Result<Remote, StoreError> {
+    let client = Client::open(url)
+        .map_err(|error| StoreError::Refused(format!("the Redis URL: {error}")))?;
+    let place = format!("Redis at {}", client.get_connection_info().addr());
+    let config = ConnectionManagerConfig::new()
+        .set_connection_timeout(Some(CONNECT_TIMEOUT))
+        .set_response_timeout(Some(RESPONSE_TIMEOUT))
+        .set_number_of_retries(RECONNECT_TRIES)
+        .set_min_delay(RECONNECT_MIN_DELAY)
+        .set_max_delay(RECONNECT_MAX_DELAY)
+        .set_pipeline_buffer_size(PIPELINE_BUFFER);
+    let connecting = ConnectionManager::new_with_config(client, config);
+    let connection = tokio::time::timeout(CALL_TIMEOUT, connecting)
+        .await
+        .map_err(|_| StoreError::Unavailable(format!("{place}: {}", out_of_time())))?
+        .map_err(|error| open_error(&place, &error))?;
+    let store = Remote { connection };
+    match store.run::<Value>(&cmd("PING")).await {
+        Ok(_) => Ok(store),
+        Err(Error::Unavailable(why)) => Err(StoreError::Unavailable(format!("{place}: {why}"))),
+        Err(error) => Err(StoreError::Refused(format!(
+            "{place}: {}",
+            StoreError::from(error)
+        ))),
+    }
+}
+
+impl Remote {
+    pub(super) async fn ping(&self) -> Result<(), Error> {
+        self.run::<Value>(&cmd("PING")).await.map(drop)
+    }
+
+    pub(super) async fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, Error> {
+        self.run(cmd("GET").arg(key)).await
+    }
+
+    pub(super) async fn get_many(&self, keys: &[Vec<u8>]) -> Result<Vec<Option<Vec<u8>>>, Error> {
+        let mut values: Vec<Option<Vec<u8>>> = Vec::with_capacity(keys.len());
+        let mut bytes = 0;
+        for keys in keys.chunks(KEYS_PER_MGET) {
+            let found: Vec<Option<Vec<u8>>> = self.run(cmd("MGET").arg(keys)).await?;
+            bytes += found.iter().flatten().map(Vec::len).sum::<usize>();
+            if bytes > MAX_ANSWER_BYTES {
+                return Err(Error::TooLarge(MAX_ANSWER_BYTES as u64));
+            }
+            values.extend(found);
+        }
+        Ok(values)
+    }
+
+    pub(super) async fn set(&self, set: Set) -> Result<Vec<bool>, Error> {
+        if set.entries.is_empty() {
+            return Ok(Vec::new());
+        }
+        let text = |number: Option<u64>| number.map_or(String::new(), |number| number.to_string());
+        let mut call = SET.prepare_invoke();
+        call.arg(text(set.ttl));
+        call.arg(match set.condition {
+            None => "",
+            Some(Condition::IfAbsent) => "absent",
+            Some(Condition::IfPresent) => "present",
+        });
+        call.arg(text(set.version));
+        for (key, value) in &set.entries {
+            call.key(key.as_slice()).key(version_key(key));
+            call.arg(value.as_slice());
+        }
+        let mut connection = self.connection.clone();
+        in_time(call.invoke_async(&mut connection)).await
+    }
+
+    pub(super) async fn delete(&self, keys: Vec<Vec<u8>>) -> Result<u64, Error> {
+        if keys.is_empty() {
+            return Ok(0);
+        }
+        let versions: Vec<_> = keys.iter().map(|key| version_key(key)).collect();
+        let mut delete = pipe();
+        delete.atomic();
+        delete.cmd("DEL").arg(keys);
+        delete.cmd("DEL").arg(versions).ignore();
+        let mut connection = self.connection.clone();
+        let (count,): (u64,) = in_time(delete.query_async(&mut connection)).await?;
+        Ok(count)
+    }
+
+    pub(super) async fn execute(
+        &self,
+        command: &Command,
+        arguments: Vec<Vec<u8>>,
+    ) -> Result<Reply, Error> {
+        reply(self.run(cmd(command.name).arg(arguments)).await?)
+    }
+
+    async fn run<T: FromRedisValue>(&self, command: &Cmd) -> Result<T, Error> {
+        let mut connection = self.connection.clone();
+        in_time(command.query_async(&mut connection)).await
+    }
+}
+
+/// Sets every key whose condition and version allow it, and answers 1 or 0 for each. The keys come in pairs,
+/// each with the one of its version; versions are compared as text, since Lua's numbers are too short for them.
+static SET: LazyLock<Script> = LazyLock::new(|| {
+    Script::new(
+        r"
+        local ttl, condition, version = ARGV[1], ARGV[2], ARGV[3]
+        local function newer(a, b)
+            if #a ~= #b then return #a > #b end
+            return a > b
+        end
+        local function set(key, value)
+            if ttl == '' then
+                redis.call('SET', key, value)
+            else
+                redis.call('SET', key, value, 'PX', ttl)
+            end
+        end
+        local written = {}
+        for i = 1, #KEYS, 2 do
+            local key, version_key = KEYS[i], KEYS[i + 1]
+            local old = version ~= '' and redis.call('GET', version_key)
+            if (condition == 'absent' and redis.call('EXISTS', key) == 1)
+                or (condition == 'present' and redis.call('EXISTS', key) == 0)
+                or (old and not newer(version, old))
+            then
+                written[#written + 1] = 0
+            else
+                set(key, ARGV[3 + (i + 1) / 2])
+                if version == '' then
+                    redis.call('DEL', version_key)
+                else
+                    set(version_key, version)
+                end
+                written[#written + 1] = 1
+            end
+        end
+        return written
+        ",
+    )
+});
+
+fn reply(value: Value) -> Result<Reply, Error> {
+    Ok(match value {
+        Value::Nil => Reply::Nil,
+        Value::Okay => Reply::Okay,
+        Value::Int(number) => Reply::Int(number),
+        Value::Boolean(truth) => Reply::Int(truth.into()),
+        Value::BulkString(bytes) => Reply::Data(bytes),
+        Value::SimpleString(status) => Reply::Status(status),
+        Value::Array(values) | Value::Set(values) => Reply::Items(items(values)?),
+        Value::Map(pairs) => {
+            let flat = pairs.into_iter().flat_map(|(field, value)| [field, value]);
+            Reply::Items(items(flat)?)
+        }
+        other => return Err(unexpected(&other)),
+    })
+}
+
+fn items(values: impl IntoIterator<Item = Value>) -> Result<Vec<Vec<u8>>, Error> {
+    values
+        .into_iter()
+        .map(|value| match value {
+            Value::Nil => Ok(Vec::new()),
+            Value::BulkString(bytes) => Ok(bytes),
+            Value::SimpleString(status) => Ok(status.into_bytes()),
+            Value::Int(number) => Ok(number.to_string().into_bytes()),
+            other => Err(unexpected(&other)),
+        })
+        .collect()
+}
+
+fn unexpected(value: &Value) -> Error {
+    Error::Server(format!(
+        "Redis answered what this interface can't carry: {value:?}"
+    ))
+}
+
+async fn in_time<T>(call: impl Future<Output = Result<T, RedisError>>) -> Result<T, Error> {
+    match tokio::time::timeout(CALL_TIMEOUT, call).await {
+        Ok(answer) => answer.map_err(|error| error_of(&error)),
+        Err(_) => Err(Error::Unavailable(out_of_time())),
+    }
+}
+
+fn out_of_time() -> String {
+    format!("no answer within {} s", CALL_TIMEOUT.as_secs())
+}
+
+/// Redis's own errors by their first word: those that pass by themselves are worth a retry.
+fn error_of(error: &RedisError) -> Error {
+    const PASSING: &[&str] = &[
+        "BUSY",
+        "CLUSTERDOWN",
+        "LOADING",
+        "MASTERDOWN",
+        "MISCONF",
+        "NOREPLICAS",
+        "OOM",
+        "READONLY",
+        "TRYAGAIN",
+    ];
+    let Some(code) = error.code() else {
+        return match error.kind() {
+            ErrorKind::UnexpectedReturnType | ErrorKind::Parse | ErrorKind::Client => {
+                Error::Server(error.to_string())
+            }
+            _ => Error::Unavailable(error.to_string()),
+        };
+    };
+    let text = format!("{code} {}", error.detail().unwrap_or_default());
+    if PASSING.contains(&code) {
+        Error::Unavailable(text)
+    } else {
+        Error::Server(text)
+    }
+}
+
+fn open_error(place: &str, error: &RedisError) -> StoreError {
+    match error.kind() {
+        ErrorKind::AuthenticationFailed | ErrorKind::InvalidClientConfig => {
+            StoreError::Refused(format!("{place}: {error}"))
+        }
+        _ => match error_of(error) {
+            Error::Unavailable(why) => StoreError::Unavailable(format!("{place}: {why}")),
+            other => StoreError::Refused(format!("{place}: {}", StoreError::from(other))),
+        },
+    }
+}

@@ -1,0 +1,149 @@
+//! Migrations: `<number>_<what>.sql` files of a folder, each run once, in the order of their numbers.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use sqlx::Connection;
+use sqlx::migrate::{MigrateError, Migrator};
+use sqlx::postgres::{PgConnection, PgDatabaseError, PgErrorPosition};
+use sqlx::sqlite::SqliteConnection;
+
+use super::StoreError;
+
+/// The migrations of one folder.
+pub(super) struct Migrations {
+    migrator: Migrator,
+    folder: PathBuf,
+    files: BTreeMap<i64, PathBuf>,
+}
+
+impl Migrations {
+    /// Reads the folder. Every `.sql` file in it must have a number of its own.
+    pub(super) async fn load(folder: &Path) -> Result<Self, StoreError> {
+        let files = files(folder).await?;
+        let migrator = Migrator::new(folder)
+            .await
+            .map_err(|error| StoreError::Refused(error.to_string()))?;
+        Ok(Self {
+            migrator,
+            folder: folder.to_owned(),
+            files,
+        })
+    }
+
+    /// Runs what has not run yet, under an advisory lock of the database.
+    pub(super) async fn run_on_postgres(
+        &self,
+        connection: &mut PgConnection,
+    ) -> Result<(), StoreError> {
+        let outcome = self.migrator.run(connection).await;
+        outcome.map_err(|error| self.explain(error))
+    }
+
+    /// Runs what has not run yet. A file that begins with `-- no-transaction` gets none; where no file does,
+    /// all run in one, so that another host waits.
+    pub(super) async fn run_on_sqlite(
+        &self,
+        connection: &mut SqliteConnection,
+    ) -> Result<(), StoreError> {
+        if self.migrator.iter().any(|migration| migration.no_tx) {
+            let outcome = self.migrator.run(connection).await;
+            return outcome.map_err(|error| self.explain(error));
+        }
+        let transaction = connection.begin_with("BEGIN IMMEDIATE").await;
+        let mut transaction = transaction.map_err(|error| self.explain(error.into()))?;
+        let outcome = self.migrator.run(&mut *transaction).await;
+        outcome.map_err(|error| self.explain(error))?;
+        let committed = transaction.commit().await;
+        committed.map_err(|error| self.explain(error.into()))
+    }
+
+    fn explain(&self, error: MigrateError) -> StoreError {
+        let folder = self.folder.display();
+        StoreError::Refused(match error {
+            MigrateError::ExecuteMigration(error, version) => {
+                let file = self.file(version);
+                let line = self.line(&error, version);
+                let line = line.map_or(String::new(), |line| format!(":{line}"));
+                let why = match &error {
+                    sqlx::Error::Database(database) => database.message().to_owned(),
+                    other => other.to_string(),
+                };
+                format!("migration {file}{line}: {why}")
+            }
+            MigrateError::Execute(sqlx::Error::Database(error)) => {
+                format!("migrations of {folder}: {}", error.message())
+            }
+            MigrateError::Execute(error) => {
+                return StoreError::Unavailable(format!("migrations of {folder}: {error}"));
+            }
+            MigrateError::VersionMismatch(version) => format!(
+                "migration {} is not what was run on this database; \
+                 bring the old file back and make the change in a new one",
+                self.file(version)
+            ),
+            MigrateError::VersionMissing(version) => format!(
+                "migration {version} was run on this database, but {folder} has no such file"
+            ),
+            MigrateError::Dirty(version) => format!(
+                "migration {} was run in part; finish or undo it by hand, and remove its row from _sqlx_migrations",
+                self.file(version)
+            ),
+            other => format!("migrations of {folder}: {other}"),
+        })
+    }
+
+    fn file(&self, version: i64) -> String {
+        match self.files.get(&version) {
+            Some(file) => file.display().to_string(),
+            None => version.to_string(),
+        }
+    }
+
+    /// The line that PostgreSQL points at.
+    fn line(&self, error: &sqlx::Error, version: i64) -> Option<usize> {
+        let error = error
+            .as_database_error()?
+            .try_downcast_ref::<PgDatabaseError>()?;
+        let PgErrorPosition::Original(position) = error.position()? else {
+            return None;
+        };
+        let migration = self.migrator.iter().find(|m| m.version == version)?;
+        let before = migration
+            .sql
+            .as_str()
+            .chars()
+            .take(position.saturating_sub(1));
+        Some(before.filter(|char| *char == '\n').count() + 1)
+    }
+}
+
+/// The `.sql` files by number. A name that the migrator would pass over in silence is an error.
+async fn files(folder: &Path) -> Result<BTreeMap<i64, PathBuf>, StoreError> {
+    let unreadable =
+        |error| StoreError::Refused(format!("migrations folder {}: {error}", folder.display()));
+    let mut entries = tokio::fs::read_dir(folder).await.map_err(unreadable)?;
+    let mut files: BTreeMap<i64, PathBuf> = BTreeMap::new();
+    while let Some(entry) = entries.next_entry().await.map_err(unreadable)? {
+        let path = entry.path();
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if !name.ends_with(".sql") || name.ends_with(".down.sql") {
+            continue;
+        }
+        let number = name
+            .split_once('_')
+            .and_then(|(number, _)| number.parse().ok());
+        let Some(number) = number.filter(|number| *number > 0) else {
+            let path = path.display();
+            let message =
+                format!("migration {path}: name it <number>_<what>.sql, as 0001_posts.sql");
+            return Err(StoreError::Refused(message));
+        };
+        if let Some(other) = files.insert(number, path.clone()) {
+            let (path, other) = (path.display(), other.display());
+            let message = format!("migrations {other} and {path} have the same number");
+            return Err(StoreError::Refused(message));
+        }
+    }
+    Ok(files)
+}

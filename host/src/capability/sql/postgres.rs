@@ -1,0 +1,320 @@
+//! The `sql` capability on PostgreSQL.
+
+use std::fmt::Write as _;
+use std::str::FromStr;
+use std::time::Duration;
+
+use futures::TryStreamExt;
+use sqlx::postgres::{
+    PgArguments, PgConnectOptions, PgConnection, PgDatabaseError, PgPool, PgPoolOptions,
+};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, Row, SqlSafeStr, Statement as _};
+
+use super::lease::Lease;
+use super::migrate::Migrations;
+use super::statement::{self, Dialect};
+use super::{
+    ACQUIRE_TIMEOUT, Answer, DatabaseError, Error, Rows, STATEMENT_TIMEOUT, StoreError, Value,
+    out_of_time, transport_error,
+};
+
+mod value;
+
+/// A connection that was unused for longer is asked whether it is alive before it is used again.
+const PING_AFTER_IDLE: Duration = Duration::from_secs(5);
+/// How much longer than [`STATEMENT_TIMEOUT`] the host waits: the server's answer says more.
+const GRACE: Duration = Duration::from_secs(2);
+/// Prepared statements that a connection keeps.
+const STATEMENT_CACHE: usize = 256;
+
+/// A PostgreSQL database.
+#[derive(Clone)]
+pub(super) struct Postgres {
+    pool: PgPool,
+}
+
+/// Connects once to see that it can be done, runs the migrations, and makes the pool.
+pub(super) async fn open(
+    url: &str,
+    migrations: Option<&Migrations>,
+    max_connections: u32,
+) -> Result<Postgres, StoreError> {
+    let mut options = PgConnectOptions::from_str(url)
+        .map_err(|error| StoreError::Refused(format!("the PostgreSQL URL: {error}")))?
+        .statement_cache_capacity(STATEMENT_CACHE)
+        .disable_statement_logging();
+    if options.get_application_name().is_none() {
+        options = options.application_name("stagehost");
+    }
+    let place = place(&options);
+    let mut connection = tokio::time::timeout(ACQUIRE_TIMEOUT, options.connect())
+        .await
+        .map_err(|_| {
+            let waited = ACQUIRE_TIMEOUT.as_secs();
+            StoreError::Unavailable(format!("{place} did not answer within {waited} s"))
+        })?
+        .map_err(|error| open_error(&place, &error))?;
+    if let Some(migrations) = migrations {
+        migrations
+            .run_on_postgres(&mut connection)
+            .await
+            .map_err(|error| match error {
+                StoreError::Unavailable(why) => StoreError::Unavailable(format!("{place}: {why}")),
+                StoreError::Refused(why) => StoreError::Refused(format!("{place}: {why}")),
+            })?;
+    }
+    // It did its work; that it may not close in order changes nothing.
+    let _ = connection.close().await;
+
+    let pool = PgPoolOptions::new()
+        .max_connections(max_connections)
+        .acquire_timeout(ACQUIRE_TIMEOUT)
+        .test_before_acquire(false)
+        .before_acquire(|connection, metadata| {
+            Box::pin(async move {
+                if metadata.idle_for > PING_AFTER_IDLE {
+                    connection.ping().await?;
+                }
+                Ok(true)
+            })
+        })
+        .after_connect(|connection, _| Box::pin(limit_statements(connection)))
+        .connect_lazy_with(options);
+    Ok(Postgres { pool })
+}
+
+impl Postgres {
+    pub(super) async fn close(&self) {
+        self.pool.close().await;
+    }
+
+    pub(super) async fn query(&self, text: &str, params: &[Value]) -> Result<Rows, Error> {
+        statement::check(Dialect::Postgres, text, params.len())?;
+        let statement = || Prepared::new(text, params);
+        let first = statement()?;
+        let mut connection = Lease::take(&self.pool).await?;
+        let mut answer = in_time(query(&mut connection, first)).await;
+        if is_stale(&answer) {
+            forget_plans(&mut connection).await?;
+            answer = in_time(query(&mut connection, statement()?)).await;
+        }
+        connection.finish(answer)
+    }
+
+    pub(super) async fn execute(&self, text: &str, params: &[Value]) -> Result<u64, Error> {
+        statement::check(Dialect::Postgres, text, params.len())?;
+        let statement = || Prepared::new(text, params);
+        let first = statement()?;
+        let mut connection = Lease::take(&self.pool).await?;
+        let mut answer = in_time(execute(&mut connection, first)).await;
+        if is_stale(&answer) {
+            forget_plans(&mut connection).await?;
+            answer = in_time(execute(&mut connection, statement()?)).await;
+        }
+        connection.finish(answer)
+    }
+
+    pub(super) async fn execute_many(
+        &self,
+        text: &str,
+        params: &[Vec<Value>],
+    ) -> Result<u64, Error> {
+        let longest = params.iter().map(Vec::len).max().unwrap_or(0);
+        statement::check(Dialect::Postgres, text, longest)?;
+        let statements = params
+            .iter()
+            .map(|params| Prepared::new(text, params))
+            .collect::<Result<Vec<_>, _>>()?;
+        let mut connection = Lease::take(&self.pool).await?;
+        let answer = execute_many(&mut connection, statements).await;
+        connection.finish(answer)
+    }
+}
+
+/// A statement with its parameters encoded.
+struct Prepared {
+    text: String,
+    arguments: PgArguments,
+}
+
+impl Prepared {
+    fn new(text: &str, params: &[Value]) -> Result<Self, Error> {
+        let mut arguments = PgArguments::default();
+        // The driver finds a prepared statement by its text, but what the server prepared depends on the
+        // parameters' types too: a NULL is inferred, and an int8 is no int4. So they become part of the text.
+        let mut signature = String::with_capacity(params.len() + 8);
+        for param in params {
+            signature.push(value::bind(&mut arguments, param)?);
+        }
+        let mut text = text.to_owned();
+        if !params.is_empty() {
+            // Infallible: it writes into a string. The new line ends a comment of the statement's own.
+            let _ = write!(text, "\n/* {signature} */");
+        }
+        Ok(Self { text, arguments })
+    }
+}
+
+async fn query(connection: &mut PgConnection, statement: Prepared) -> Result<Rows, Error> {
+    let Prepared { text, arguments } = statement;
+    let mut answer = Answer::default();
+    {
+        let query = sqlx::query_with(AssertSqlSafe(text.clone()), arguments);
+        let mut stream = query.fetch(&mut *connection);
+        while let Some(row) = stream.try_next().await.map_err(|error| error_of(&error))? {
+            if answer.columns.is_empty() {
+                answer.columns = value::names(row.columns());
+            }
+            answer.push(value::row(&row)?)?;
+        }
+    }
+    if answer.rows.is_empty() {
+        // The names come with the rows, so an empty answer asks for them; the driver has them at hand.
+        let text = AssertSqlSafe(text).into_sql_str();
+        let statement = (&mut *connection).prepare(text).await;
+        answer.columns = value::names(statement.map_err(|error| error_of(&error))?.columns());
+    }
+    Ok(answer.finish())
+}
+
+async fn execute(connection: &mut PgConnection, statement: Prepared) -> Result<u64, Error> {
+    let Prepared { text, arguments } = statement;
+    let query = sqlx::query_with(AssertSqlSafe(text), arguments);
+    match query.execute(connection).await {
+        Ok(done) => Ok(done.rows_affected()),
+        Err(error) => Err(error_of(&error)),
+    }
+}
+
+/// All or none, in a transaction; what is not committed is rolled back.
+async fn execute_many(
+    connection: &mut PgConnection,
+    statements: Vec<Prepared>,
+) -> Result<u64, Error> {
+    let mut transaction = in_time(async {
+        connection
+            .begin()
+            .await
+            .map_err(|error| transport_error(&error))
+    })
+    .await?;
+    let mut affected = 0;
+    for statement in statements {
+        match in_time(execute(&mut transaction, statement)).await {
+            Ok(rows) => affected += rows,
+            Err(error) => {
+                in_time(async {
+                    transaction
+                        .rollback()
+                        .await
+                        .map_err(|e| transport_error(&e))
+                })
+                .await?;
+                return Err(error);
+            }
+        }
+    }
+    // A deferred constraint speaks up only here.
+    in_time(async { transaction.commit().await.map_err(|error| error_of(&error)) }).await?;
+    Ok(affected)
+}
+
+/// Not waiting for ever for a server that is gone without a word.
+async fn in_time<T>(work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    tokio::time::timeout(STATEMENT_TIMEOUT + GRACE, work)
+        .await
+        .unwrap_or_else(|_| Err(out_of_time()))
+}
+
+/// A table was altered after the statement had been prepared. Nothing has been done then, so the statement
+/// can be prepared and run again, unless a transaction failed with it.
+const STALE_PLAN: &str = "a table was altered while the statement was prepared";
+
+fn is_stale<T>(answer: &Result<T, Error>) -> bool {
+    matches!(answer, Err(Error::Unavailable(why)) if why == STALE_PLAN)
+}
+
+async fn forget_plans(connection: &mut PgConnection) -> Result<(), Error> {
+    let forgotten = in_time(async {
+        let cleared = connection.clear_cached_statements().await;
+        cleared.map_err(|error| transport_error(&error))
+    });
+    forgotten.await
+}
+
+fn error_of(error: &sqlx::Error) -> Error {
+    let sqlx::Error::Database(database) = error else {
+        return transport_error(error);
+    };
+    let database: &PgDatabaseError = match database.try_downcast_ref() {
+        Some(database) => database,
+        None => return transport_error(error),
+    };
+    if database.routine() == Some("RevalidateCachedQuery") {
+        return Error::Unavailable(STALE_PLAN.to_owned());
+    }
+    if is_unavailable(database.code()) {
+        return Error::Unavailable(database.message().to_owned());
+    }
+    Error::Database(DatabaseError {
+        sqlstate: Some(database.code().to_owned()),
+        message: database.message().to_owned(),
+        constraint: database.constraint().map(str::to_owned),
+    })
+}
+
+/// What is not about the statement, and may be gone when it is sent again.
+fn is_unavailable(sqlstate: &str) -> bool {
+    const PROTOCOL_VIOLATION: &str = "08P01";
+    match sqlstate {
+        // A wrong number of parameters, for one.
+        PROTOCOL_VIOLATION => false,
+        // Serialization failure, deadlock; query cancelled, by statement_timeout too; shutdowns, start.
+        "40001" | "40P01" | "57014" | "57P01" | "57P02" | "57P03" | "57P05" => true,
+        // Lock not available; read-only, as a primary that became a standby is.
+        "55P03" | "25006" => true,
+        // Connection exceptions; out of connections, memory, disk; system errors.
+        _ => matches!(sqlstate.get(..2), Some("08" | "53" | "58")),
+    }
+}
+
+fn open_error(place: &str, error: &sqlx::Error) -> StoreError {
+    match error {
+        sqlx::Error::Database(_) => match error_of(error) {
+            Error::Unavailable(why) => StoreError::Unavailable(format!("{place}: {why}")),
+            Error::Database(database) => {
+                StoreError::Refused(format!("{place}: {}", database.message))
+            }
+            other => StoreError::Refused(format!("{place}: {other}")),
+        },
+        sqlx::Error::Configuration(_) | sqlx::Error::Tls(_) => {
+            StoreError::Refused(format!("{place}: {error}"))
+        }
+        other => StoreError::Unavailable(format!("{place}: {other}")),
+    }
+}
+
+/// The database's address, without user and password.
+fn place(options: &PgConnectOptions) -> String {
+    let database = options.get_database().unwrap_or(options.get_username());
+    match options.get_socket() {
+        Some(socket) => format!("PostgreSQL at {}/{database}", socket.display()),
+        None => format!(
+            "PostgreSQL at {}:{}/{database}",
+            options.get_host(),
+            options.get_port()
+        ),
+    }
+}
+
+/// Has the server give up on statements in time, unless the database, the role or the URL says otherwise.
+async fn limit_statements(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    let set = "SELECT set_config('statement_timeout', $1, false) \
+               WHERE current_setting('statement_timeout') = '0'";
+    sqlx::query(set)
+        .bind(format!("{}ms", STATEMENT_TIMEOUT.as_millis()))
+        .persistent(false)
+        .execute(connection)
+        .await?;
+    Ok(())
+}

@@ -1,0 +1,331 @@
+//! What a guest may send as a statement, seen from its text alone.
+//!
+//! The database does the parsing; this only finds the first word and, for SQLite, whose driver runs
+//! several statements in one call and binds what is missing as NULL, the end of the statement and
+//! its placeholders.
+
+use super::{Error, MAX_PARAMETERS, MAX_STATEMENT_BYTES, database_error};
+
+const SYNTAX_ERROR: &str = "42601";
+const NOT_SUPPORTED: &str = "0A000";
+const LIMIT_EXCEEDED: &str = "54000";
+const TOO_MANY_ARGUMENTS: &str = "54023";
+/// What PostgreSQL answers to a wrong number of parameters.
+const PROTOCOL_VIOLATION: &str = "08P01";
+
+/// SQLite takes it for a space where a word could begin.
+const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
+
+/// Whose SQL it is: the two differ in comments and quotes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Dialect {
+    Postgres,
+    Sqlite,
+}
+
+const TRANSACTIONS: &str = "the host runs the transactions";
+const SESSION: &str = "connections are shared, so their settings stay as they are";
+const FILES: &str = "a stage has the one database and no files";
+
+/// First words that are refused, and why.
+const REFUSED_BY_BOTH: &[(&str, &str)] = &[
+    ("BEGIN", TRANSACTIONS),
+    ("COMMIT", TRANSACTIONS),
+    ("END", TRANSACTIONS),
+    ("RELEASE", TRANSACTIONS),
+    ("ROLLBACK", TRANSACTIONS),
+    ("SAVEPOINT", TRANSACTIONS),
+];
+const REFUSED_BY_POSTGRES: &[(&str, &str)] = &[
+    ("ABORT", TRANSACTIONS),
+    ("START", TRANSACTIONS),
+    ("COPY", "use INSERT … SELECT * FROM unnest($1, …)"),
+    ("DEALLOCATE", SESSION),
+    ("DECLARE", SESSION),
+    ("DISCARD", SESSION),
+    ("EXECUTE", "the host prepares the statements"),
+    ("LISTEN", SESSION),
+    ("LOAD", SESSION),
+    ("PREPARE", "the host prepares the statements"),
+    ("RESET", SESSION),
+    ("SET", SESSION),
+    ("UNLISTEN", SESSION),
+];
+const REFUSED_BY_SQLITE: &[(&str, &str)] = &[
+    ("ATTACH", FILES),
+    ("DETACH", FILES),
+    ("PRAGMA", SESSION),
+    ("VACUUM", FILES),
+];
+
+/// The first word of a statement that may be sent, in upper case; empty where it does not begin with a word.
+pub(super) fn check(dialect: Dialect, text: &str, params: usize) -> Result<String, Error> {
+    if text.len() > MAX_STATEMENT_BYTES {
+        let message = format!("the statement has more than {MAX_STATEMENT_BYTES} bytes");
+        return Err(database_error(LIMIT_EXCEEDED, message));
+    }
+    if params > MAX_PARAMETERS {
+        let message = format!("a statement takes at most {MAX_PARAMETERS} parameters");
+        return Err(database_error(TOO_MANY_ARGUMENTS, message));
+    }
+    if text.contains('\0') {
+        let message = "the statement has a character of code 0";
+        return Err(database_error(SYNTAX_ERROR, message));
+    }
+    let start = skip_blank(dialect, text.as_bytes(), 0);
+    let keyword = word(&text.as_bytes()[start..]);
+    if start == text.len() {
+        return Err(database_error(SYNTAX_ERROR, "the statement is empty"));
+    }
+    let own = match dialect {
+        Dialect::Postgres => REFUSED_BY_POSTGRES,
+        Dialect::Sqlite => REFUSED_BY_SQLITE,
+    };
+    let mut refused = REFUSED_BY_BOTH.iter().chain(own);
+    if let Some((_, why)) = refused.find(|(word, _)| *word == keyword) {
+        let message = format!("{keyword} is not for stages: {why}");
+        return Err(database_error(NOT_SUPPORTED, message));
+    }
+    if dialect == Dialect::Sqlite {
+        check_sqlite(&text.as_bytes()[start..], params)?;
+    }
+    Ok(keyword)
+}
+
+/// One statement, and placeholders `$1` to `$params` only.
+fn check_sqlite(text: &[u8], params: usize) -> Result<(), Error> {
+    let mut at = 0;
+    while at < text.len() {
+        at = match text[at] {
+            b'\'' | b'"' | b'`' => skip_quoted(text, at, text[at]),
+            b'[' => skip_quoted(text, at, b']'),
+            b'-' | b'/' if is_comment(text, at) => skip_comment(Dialect::Sqlite, text, at),
+            b';' => {
+                if skip_blank(Dialect::Sqlite, text, at) < text.len() {
+                    let message = "cannot insert multiple commands into a prepared statement";
+                    return Err(database_error(SYNTAX_ERROR, message));
+                }
+                return Ok(());
+            }
+            b'$' => {
+                let name = &text[at + 1..at + 1 + word_len(&text[at + 1..])];
+                check_placeholder(name, params)?;
+                skip_casts(text, at + 1 + name.len())?
+            }
+            _ if text[at..].starts_with(BYTE_ORDER_MARK) => at + BYTE_ORDER_MARK.len(),
+            b'?' | b':' | b'@' | b'#' => {
+                let message = "parameters are written $1, $2, …";
+                return Err(database_error(SYNTAX_ERROR, message));
+            }
+            byte if is_word(byte) => at + word_len(&text[at..]),
+            _ => at + 1,
+        };
+    }
+    Ok(())
+}
+
+/// The place after the `::type`s at `at`: SQLite takes them for a part of the placeholder's name, so
+/// that PostgreSQL's casts of parameters do no harm. It takes a `(…)` for a part too, quotes and all.
+fn skip_casts(text: &[u8], mut at: usize) -> Result<usize, Error> {
+    while text[at..].starts_with(b"::") {
+        at += 2 + word_len(&text[at + 2..]);
+    }
+    if text.get(at) == Some(&b'(') {
+        return Err(database_error(SYNTAX_ERROR, "near \"(\": syntax error"));
+    }
+    Ok(at)
+}
+
+fn check_placeholder(name: &[u8], params: usize) -> Result<(), Error> {
+    let number = std::str::from_utf8(name)
+        .ok()
+        .filter(|name| name.bytes().all(|b| b.is_ascii_digit()))
+        .and_then(|name| name.parse::<usize>().ok())
+        .filter(|number| *number > 0);
+    match number {
+        None => {
+            let message = "parameters are written $1, $2, …";
+            Err(database_error(SYNTAX_ERROR, message))
+        }
+        Some(number) if number > params => {
+            let message =
+                format!("the statement has ${number}, but {params} parameters were given");
+            Err(database_error(PROTOCOL_VIOLATION, message))
+        }
+        Some(_) => Ok(()),
+    }
+}
+
+/// The place of the first byte from `at` on that is no space, comment or empty statement.
+fn skip_blank(dialect: Dialect, text: &[u8], mut at: usize) -> usize {
+    loop {
+        match text.get(at) {
+            Some(b' ' | b'\t' | b'\r' | b'\n' | b'\x0b' | b'\x0c' | b';') => at += 1,
+            Some(b'-' | b'/') if is_comment(text, at) => at = skip_comment(dialect, text, at),
+            Some(_) if text[at..].starts_with(BYTE_ORDER_MARK) => at += BYTE_ORDER_MARK.len(),
+            _ => return at,
+        }
+    }
+}
+
+fn is_comment(text: &[u8], at: usize) -> bool {
+    matches!(text.get(at..at + 2), Some(b"--" | b"/*"))
+}
+
+/// The place after the comment that begins at `at`. PostgreSQL's nest, SQLite's do not.
+fn skip_comment(dialect: Dialect, text: &[u8], at: usize) -> usize {
+    if text[at] == b'-' {
+        let ends_line = |byte: &u8| match dialect {
+            Dialect::Postgres => matches!(byte, b'\n' | b'\r'),
+            Dialect::Sqlite => *byte == b'\n',
+        };
+        let ends = text[at..].iter().position(ends_line);
+        return ends.map_or(text.len(), |length| at + length);
+    }
+    let mut depth = 1;
+    let mut at = at + 2;
+    while depth > 0 && at < text.len() {
+        match text.get(at..at + 2) {
+            Some(b"*/") => (depth, at) = (depth - 1, at + 2),
+            Some(b"/*") if dialect == Dialect::Postgres => (depth, at) = (depth + 1, at + 2),
+            _ => at += 1,
+        }
+    }
+    at
+}
+
+/// The place after the quoted text that begins at `at`. A doubled quote is two texts in a row to us.
+fn skip_quoted(text: &[u8], at: usize, end: u8) -> usize {
+    let length = text[at + 1..].iter().position(|byte| *byte == end);
+    length.map_or(text.len(), |length| at + 1 + length + 1)
+}
+
+fn word(text: &[u8]) -> String {
+    String::from_utf8_lossy(&text[..word_len(text)]).to_ascii_uppercase()
+}
+
+fn word_len(text: &[u8]) -> usize {
+    text.iter().take_while(|byte| is_word(**byte)).count()
+}
+
+fn is_word(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'$' || byte >= 0x80
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(dialect: Dialect, text: &str, params: usize, expected: Result<&str, &str>) {
+        let seen = super::check(dialect, text, params).map_err(|error| match error {
+            Error::Database(error) => error.message,
+            other => panic!("{text}: {other:?}"),
+        });
+        match (&seen, expected) {
+            (Ok(seen), Ok(expected)) => assert_eq!(seen, expected, "{text}"),
+            (Err(seen), Err(expected)) => assert!(seen.contains(expected), "{text}: {seen}"),
+            _ => panic!("{text}: {seen:?} instead of {expected:?}"),
+        }
+    }
+
+    #[test]
+    fn finds_the_first_word() {
+        for dialect in [Dialect::Postgres, Dialect::Sqlite] {
+            check(dialect, " select 1", 0, Ok("SELECT"));
+            check(
+                dialect,
+                "-- why\n/* and */ With x as (select 1) select 2;",
+                0,
+                Ok("WITH"),
+            );
+            check(dialect, "(select 1)", 0, Ok(""));
+            check(dialect, " -- nothing", 0, Err("empty"));
+            check(dialect, "select 1\0; drop table t", 0, Err("code 0"));
+            check(
+                dialect,
+                &" ".repeat(MAX_STATEMENT_BYTES + 1),
+                0,
+                Err("bytes"),
+            );
+            check(dialect, "select 1", MAX_PARAMETERS + 1, Err("parameters"));
+        }
+    }
+
+    #[test]
+    fn leaves_transactions_to_the_host() {
+        for dialect in [Dialect::Postgres, Dialect::Sqlite] {
+            for text in [
+                "begin",
+                "COMMIT;",
+                ";rollback",
+                "--\nsavepoint a",
+                "\u{feff}BEGIN",
+                "end",
+            ] {
+                check(dialect, text, 0, Err("the host runs the transactions"));
+            }
+        }
+        check(
+            Dialect::Postgres,
+            "/* /* */ */ start transaction",
+            0,
+            Err("transactions"),
+        );
+        check(
+            Dialect::Postgres,
+            "/* /* */ begin */ select 1",
+            0,
+            Ok("SELECT"),
+        );
+        check(Dialect::Sqlite, "/* /* */ begin", 0, Err("transactions"));
+        check(
+            Dialect::Postgres,
+            "set role admin",
+            0,
+            Err("connections are shared"),
+        );
+        check(Dialect::Sqlite, "attach '/etc/x' as x", 0, Err("no files"));
+        check(Dialect::Sqlite, "vacuum into '/tmp/x'", 0, Err("no files"));
+    }
+
+    #[test]
+    fn sqlite_takes_one_statement_and_numbered_parameters() {
+        let sqlite = Dialect::Sqlite;
+        check(sqlite, "select 1; -- done\n ;", 0, Ok("SELECT"));
+        check(
+            sqlite,
+            "select ';'; delete from t",
+            0,
+            Err("multiple commands"),
+        );
+        check(
+            sqlite,
+            "select ';', \"a;b\", `c;d`, [e;f], 'it''s;' /* ; */ -- ;",
+            0,
+            Ok("SELECT"),
+        );
+        check(sqlite, "select $1, $2", 2, Ok("SELECT"));
+        check(sqlite, "select $2, $1", 1, Err("has $2, but 1"));
+        check(sqlite, "select $0", 1, Err("written $1"));
+        check(sqlite, "select $name", 1, Err("written $1"));
+        check(sqlite, "select ?", 1, Err("written $1"));
+        check(sqlite, "select :a", 1, Err("written $1"));
+        check(sqlite, "select $1::jsonb, $2 :: text", 2, Err("written $1"));
+        check(sqlite, "select $1::jsonb", 1, Ok("SELECT"));
+        check(sqlite, "select \u{feff}$0", 1, Err("written $1"));
+        check(sqlite, "select $1('); commit --')", 1, Err("syntax error"));
+        check(
+            sqlite,
+            "select 1 --\r '\n; commit -- '",
+            1,
+            Err("multiple commands"),
+        );
+        check(
+            sqlite,
+            "select a$1, '$9', data->>'$.x' from t where b = $1",
+            1,
+            Ok("SELECT"),
+        );
+    }
+}
