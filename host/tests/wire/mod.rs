@@ -46,6 +46,11 @@ impl Client {
         without_date(&String::from_utf8(read).expect("answers are UTF-8"))
     }
 
+    /// Waits until an answer begins to come in.
+    pub(crate) async fn wait_for_byte(&mut self) {
+        self.0.readable().await.expect("the server answers");
+    }
+
     /// Everything until the server closes.
     pub(crate) async fn rest(&mut self) -> String {
         let mut read = Vec::new();
