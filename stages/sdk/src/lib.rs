@@ -76,3 +76,8 @@ pub use producer::Outgoing;
 
 /// What a stage answers for a message.
 pub type Outcome = Result<(), Fault>;
+
+/// The README's examples, compiled by the tests.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;
