@@ -6,4 +6,5 @@
 mod blog;
 mod delivery;
 mod lifecycle;
+mod security;
 mod support;

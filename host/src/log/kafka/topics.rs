@@ -1,19 +1,19 @@
 //! Topics: waited for, created where they are missing, never silently changed. And whether the log is there.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
-use rdkafka::client::DefaultClientContext;
-use rdkafka::config::FromClientConfigAndContext;
-use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::client::ClientContext;
+use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
+use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::RDKafkaErrorCode;
 use rdkafka::util::Timeout;
 use tracing::info;
 
 use super::super::LogError;
-use super::{ClientSettings, Kind, QuietContext};
+use super::{ClientSettings, Kind, QuietContext, log_line};
 use crate::pipeline::Topic;
 
 /// How long one question to the log may take.
@@ -27,34 +27,44 @@ const APPEAR_WAIT: Duration = Duration::from_millis(100);
 /// A client for questions about the log. Clones share it.
 #[derive(Clone)]
 pub struct Admin {
-    asker: Arc<BaseConsumer<Quiet>>,
-    creator: Arc<AdminClient<DefaultClientContext>>,
+    asker: Arc<BaseConsumer<Asking>>,
+    creator: Arc<AdminClient<QuietContext>>,
 }
 
-type Quiet = QuietConsumer;
+/// Remembers what librdkafka said last of a connection that failed: its answers say only that one did.
+#[derive(Default)]
+struct Asking {
+    trouble: Mutex<Option<String>>,
+}
 
-/// [`QuietContext`] for a consumer that never joins a group.
-struct QuietConsumer(QuietContext);
-
-impl rdkafka::ClientContext for QuietConsumer {
-    fn log(&self, level: rdkafka::config::RDKafkaLogLevel, facility: &str, message: &str) {
-        self.0.log(level, facility, message);
-    }
-
-    fn error(&self, error: rdkafka::error::KafkaError, reason: &str) {
-        self.0.error(error, reason);
+impl Asking {
+    fn trouble(&self) -> MutexGuard<'_, Option<String>> {
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl rdkafka::consumer::ConsumerContext for QuietConsumer {}
+impl ClientContext for Asking {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        if matches!(facility, "FAIL" | "SASL" | "SSL") {
+            // It begins with the thread's name in brackets.
+            let words = message
+                .split_once("]: ")
+                .map_or(message, |(_, words)| words);
+            *self.trouble() = Some(words.to_string());
+        }
+        log_line(level, facility, message);
+    }
+}
+
+impl ConsumerContext for Asking {}
 
 impl Admin {
     /// A client that connects by itself.
     pub fn new(settings: &ClientSettings) -> Result<Self, LogError> {
         let config = settings.client_config(Kind::Admin, &[], &[]);
         let refuse = |error| LogError::Refused(format!("cannot make a client: {error}"));
-        let asker = BaseConsumer::from_config_and_context(&config, QuietConsumer(QuietContext));
-        let creator = AdminClient::from_config_and_context(&config, DefaultClientContext);
+        let asker = BaseConsumer::from_config_and_context(&config, Asking::default());
+        let creator = AdminClient::from_config_and_context(&config, QuietContext);
         Ok(Self {
             asker: Arc::new(asker.map_err(refuse)?),
             creator: Arc::new(creator.map_err(refuse)?),
@@ -66,12 +76,20 @@ impl Admin {
         let asker = self.asker.clone();
         // librdkafka blocks on it.
         let asked = tokio::task::spawn_blocking(move || {
-            asker.fetch_metadata(None, Timeout::After(ASK_TIMEOUT))
+            asker.context().trouble().take();
+            let answer = asker.fetch_metadata(None, Timeout::After(ASK_TIMEOUT));
+            answer.map_err(|error| {
+                asker
+                    .context()
+                    .trouble()
+                    .take()
+                    .unwrap_or(error.to_string())
+            })
         });
         let metadata = asked
             .await
             .map_err(|error| LogError::Unavailable(error.to_string()))?
-            .map_err(|error| LogError::Unavailable(error.to_string()))?;
+            .map_err(LogError::Unavailable)?;
         let topics = metadata.topics().iter();
         Ok(topics
             .map(|topic| (topic.name().to_string(), topic.partitions().len()))
@@ -79,7 +97,7 @@ impl Admin {
     }
 
     /// Creates the declared topics that are missing, and `others` with one partition; checks the
-    /// partitions of those that are there. Answers how many partitions each of them has.
+    /// partitions of those that are there.
     pub async fn ensure(
         &self,
         declared: &BTreeMap<String, Topic>,
