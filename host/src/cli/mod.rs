@@ -8,6 +8,7 @@ pub mod run;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
@@ -18,6 +19,9 @@ use crate::diagnostics::Diagnostics;
 const FAILED: u8 = 1;
 /// Wrong usage, or a wrong pipeline; nothing was started.
 const WRONG_USAGE: u8 = 2;
+
+/// How long threads that librdkafka blocks may hold up the end of the process.
+const BLOCKED_TIME: Duration = Duration::from_millis(500);
 
 /// Stagehost: runs WebAssembly components (stages) on Kafka topics
 #[derive(Parser, Debug)]
@@ -61,14 +65,17 @@ pub fn main() -> ExitCode {
             return ExitCode::from(FAILED);
         }
     };
-    runtime.block_on(async {
+    let code = runtime.block_on(async {
         match cli.command {
             Command::Run(args) => run::run(args).await,
             Command::Check(args) => check::run(&args),
             Command::Produce(args) => report(produce::run(args).await),
             Command::Consume(args) => report(consume::run(args).await),
         }
-    })
+    });
+    // A question to a log that is away may still be waiting for its answer.
+    runtime.shutdown_timeout(BLOCKED_TIME);
+    code
 }
 
 fn report(result: anyhow::Result<()>) -> ExitCode {

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Args;
@@ -11,6 +12,9 @@ use tracing::{info, warn};
 
 use super::{FAILED, WRONG_USAGE};
 use crate::pipeline::{Pipeline, Probe};
+
+/// Shells, `make` and supervisors pass a signal on that the process group has got already.
+const SAME_SIGNAL: Duration = Duration::from_secs(1);
 
 /// Run a pipeline until SIGTERM or Ctrl-C
 #[derive(Args, Debug)]
@@ -48,12 +52,17 @@ fn on_signal(shutdown: CancellationToken) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
     tokio::spawn(async move {
+        let mut first = None;
         loop {
             // Both are cancel-safe: a signal that came is kept.
             let name = tokio::select! {
                 _ = terminate.recv() => "SIGTERM",
                 _ = interrupt.recv() => "SIGINT",
             };
+            let first = *first.get_or_insert_with(Instant::now);
+            if shutdown.is_cancelled() && first.elapsed() < SAME_SIGNAL {
+                continue;
+            }
             if shutdown.is_cancelled() {
                 warn!("{name} again: ending at once; what was not settled will be delivered again");
                 std::process::exit(i32::from(FAILED));

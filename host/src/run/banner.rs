@@ -28,6 +28,7 @@ fn text(pipeline: &Pipeline, brokers: &str, addresses: &Addresses) -> String {
     if let (Some(http), Some(address)) = (&pipeline.http, addresses.http) {
         lines.push("\nTry:".into());
         lines.extend(curl_lines(http, address));
+        lines.extend(hints(http));
     }
     lines.push("\nCtrl-C drains and stops it.\n".into());
     lines.join("\n")
@@ -38,6 +39,26 @@ fn curl_lines(http: &Http, address: SocketAddr) -> Vec<String> {
         .iter()
         .map(|route| format!("  curl -i {}", curl_arguments(route, address)))
         .collect()
+}
+
+/// Where what a path asks for comes from, as far as the host makes it.
+fn hints(http: &Http) -> Vec<String> {
+    let mut hints = Vec::new();
+    for route in &http.routes {
+        let Action::Produce { generate, .. } = &route.action else {
+            continue;
+        };
+        for name in generate {
+            let part = format!("{{{name}}}");
+            if http.routes.iter().any(|r| r.path.contains(&part)) {
+                let path = &route.path;
+                hints.push(format!(
+                    "{part} is what the answer of {path} says in its header stagehost-{name}."
+                ));
+            }
+        }
+    }
+    hints
 }
 
 fn curl_arguments(route: &Route, address: SocketAddr) -> String {

@@ -255,6 +255,7 @@ async fn prepare_topics(
     brokers: &str,
 ) -> anyhow::Result<Option<()>> {
     let dead_letters = dead_letter_topics(pipeline);
+    info!("connecting to the log at {brokers}");
     let ensured = waiting
         .until_available(wait::LOG, &format!("the log at {brokers}"), || {
             admin.ensure(&pipeline.topics, &dead_letters)

@@ -122,13 +122,12 @@ impl Host {
 
     /// An address of the lines on stdout, by the word that the line begins with.
     pub(crate) fn address(&self, word: &str) -> String {
-        let address = self.wait_for(&format!("the {word} address"), || {
+        self.wait_for(&format!("the {word} address"), || {
             let out = self.out.lock().expect("stdout");
             let line = out.iter().find(|l| l.trim_start().starts_with(word))?;
             let address = line.split_whitespace().nth(1)?;
             Some(address.trim_start_matches("http://").to_string())
-        });
-        address
+        })
     }
 
     /// Waits until `/readyz` answers 200 and every stage has said what it was assigned.
