@@ -159,7 +159,7 @@ async fn what_is_wrong_with_a_request_is_said() {
         ("nonsense\r\n\r\n".to_owned(), "400 "),
         (
             chunked,
-            "400 the body could not be read: Invalid chunk size line: Invalid Size",
+            "400 the body could not be read: Invalid chunk size line: missing size digit",
         ),
     ];
     for (request, expected) in cases {
@@ -366,7 +366,8 @@ async fn a_server_that_stops_does_not_wait_for_ever() {
 
 #[tokio::test]
 async fn a_client_that_does_not_read_is_let_go() {
-    const LARGE: usize = 32 << 20;
+    // More than the kernel buffers for a sender.
+    const LARGE: usize = 15 << 20;
     let topic = unique();
     let url = variable("REDIS_URL");
     let mut short = limits();
@@ -375,11 +376,13 @@ async fn a_client_that_does_not_read_is_let_go() {
     short.http.drain_timeout = Duration::from_secs(3600);
     let server = Server::with(Fault::Away, short, &topic, &url).await;
     set(&url, &format!("{topic}:large"), &"x".repeat(LARGE)).await;
-    let mut client = Client::connect(server.address).await;
+    let mut client = Client::connect_small(server.address).await;
     client.send(get("/post/large")).await;
     client.wait_for_byte().await;
     server.stop().await;
-    assert!(client.rest().await.len() < LARGE);
+    let rest = client.rest().await;
+    assert!(rest.starts_with("HTTP/1.1 200"), "{rest:.300}");
+    assert!(rest.len() < LARGE);
 }
 
 #[tokio::test]

@@ -9,9 +9,7 @@ use embedded_kafka::{Broker, Config, StartError};
 
 use crate::log::kafka::ClientSettings;
 use crate::pipeline::{Brokers, Pipeline, Probe, Topic};
-
-/// Where, in a data-dir, the embedded broker lives.
-const EMBEDDED_FOLDER: &str = "kafka";
+use crate::run::EMBEDDED_FOLDER;
 
 /// The options that say which log.
 #[derive(Args, Debug)]

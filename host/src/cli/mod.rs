@@ -13,6 +13,8 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
+use crate::diagnostics::Diagnostics;
+
 /// The command failed while it ran.
 const FAILED: u8 = 1;
 /// Wrong usage, or a wrong pipeline; nothing was started.
@@ -79,10 +81,16 @@ pub fn main() -> ExitCode {
 fn report(result: anyhow::Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::from(FAILED)
-        }
+        Err(error) => match error.downcast_ref::<Diagnostics>() {
+            Some(diagnostics) => {
+                diagnostics.print();
+                ExitCode::from(WRONG_USAGE)
+            }
+            None => {
+                eprintln!("error: {error:#}");
+                ExitCode::from(FAILED)
+            }
+        },
     }
 }
 

@@ -6,7 +6,7 @@
 use std::net::SocketAddr;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 
 /// A connection of a client.
 pub(crate) struct Client(TcpStream);
@@ -18,6 +18,13 @@ impl Client {
                 .await
                 .expect("the server accepts"),
         )
+    }
+
+    /// One that takes little before it reads.
+    pub(crate) async fn connect_small(address: SocketAddr) -> Self {
+        let socket = TcpSocket::new_v4().expect("a socket");
+        socket.set_recv_buffer_size(4096).expect("a small buffer");
+        Self(socket.connect(address).await.expect("the server accepts"))
     }
 
     pub(crate) async fn send(&mut self, bytes: impl AsRef<[u8]>) {
