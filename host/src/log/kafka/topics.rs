@@ -7,8 +7,8 @@ use std::time::Duration;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::ClientContext;
 use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
-use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
-use rdkafka::error::RDKafkaErrorCode;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::producer::{DeliveryResult, Producer as _, ProducerContext, ThreadedProducer};
 use rdkafka::util::Timeout;
 use tracing::info;
 
@@ -27,7 +27,8 @@ const APPEAR_WAIT: Duration = Duration::from_millis(100);
 /// A client for questions about the log. Clones share it.
 #[derive(Clone)]
 pub struct Admin {
-    asker: Arc<BaseConsumer<Asking>>,
+    /// It produces nothing: of rdkafka's clients, only producers hand on why a connection failed.
+    asker: Arc<ThreadedProducer<Asking>>,
     creator: Arc<AdminClient<QuietContext>>,
 }
 
@@ -45,25 +46,29 @@ impl Asking {
 
 impl ClientContext for Asking {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
-        if matches!(facility, "FAIL" | "SASL" | "SSL") {
-            // It begins with the thread's name in brackets.
-            let words = message
-                .split_once("]: ")
-                .map_or(message, |(_, words)| words);
-            *self.trouble() = Some(words.to_string());
-        }
         log_line(level, facility, message);
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        // That all brokers are down follows the error that says why.
+        if error.rdkafka_error_code() != Some(RDKafkaErrorCode::AllBrokersDown) {
+            *self.trouble() = Some(reason.to_string());
+        }
     }
 }
 
-impl ConsumerContext for Asking {}
+impl ProducerContext for Asking {
+    type DeliveryOpaque = ();
+
+    fn delivery(&self, _: &DeliveryResult<'_>, (): ()) {}
+}
 
 impl Admin {
     /// A client that connects by itself.
     pub fn new(settings: &ClientSettings) -> Result<Self, LogError> {
         let config = settings.client_config(Kind::Admin, &[], &[]);
         let refuse = |error| LogError::Refused(format!("cannot make a client: {error}"));
-        let asker = BaseConsumer::from_config_and_context(&config, Asking::default());
+        let asker = ThreadedProducer::from_config_and_context(&config, Asking::default());
         let creator = AdminClient::from_config_and_context(&config, QuietContext);
         Ok(Self {
             asker: Arc::new(asker.map_err(refuse)?),
@@ -76,15 +81,18 @@ impl Admin {
         let asker = self.asker.clone();
         // librdkafka blocks on it.
         let asked = tokio::task::spawn_blocking(move || {
-            asker.context().trouble().take();
-            let answer = asker.fetch_metadata(None, Timeout::After(ASK_TIMEOUT));
-            answer.map_err(|error| {
-                asker
-                    .context()
-                    .trouble()
-                    .take()
-                    .unwrap_or(error.to_string())
-            })
+            let answer = asker
+                .client()
+                .fetch_metadata(None, Timeout::After(ASK_TIMEOUT));
+            let mut trouble = asker.client().context().trouble();
+            match answer {
+                Ok(metadata) => {
+                    *trouble = None;
+                    Ok(metadata)
+                }
+                // librdkafka says the same again only after a while, so it is kept.
+                Err(error) => Err(trouble.clone().unwrap_or(error.to_string())),
+            }
         });
         let metadata = asked
             .await
