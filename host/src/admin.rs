@@ -1,1 +1,165 @@
-//! The admin listener: health, readiness, metrics.
+//! The admin listener: health, readiness and metrics for whoever operates the host.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use hyper::body::Incoming;
+use hyper::header::{AUTHORIZATION, HeaderMap, HeaderValue, WWW_AUTHENTICATE};
+use hyper::{Method, Request, StatusCode};
+use sha2::{Digest, Sha256};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use crate::http::{self, Answer, Handler, content, method_not_allowed, not_found, text};
+use crate::metrics::{self, Metrics};
+use crate::pipeline::Secret;
+
+/// Operators and scrapers are few.
+const MAX_CONNECTIONS: usize = 64;
+
+/// Serves `/healthz`, `/readyz` and `/metrics` until `shutdown`; to those who carry the token, where there is one.
+pub async fn serve(
+    listener: TcpListener,
+    token: Option<Secret>,
+    readiness: Arc<Readiness>,
+    metrics: Arc<Metrics>,
+    shutdown: CancellationToken,
+) {
+    let limits = http::Limits {
+        connections: MAX_CONNECTIONS,
+        ..http::Limits::default()
+    };
+    let admin = Admin {
+        token: token.map(|token| digest(token.0.as_bytes())),
+        readiness,
+        metrics,
+    };
+    http::serve(listener, admin, limits, shutdown).await;
+}
+
+/// What must be so before the host is ready, each condition by name (`log`, `stage publisher`). Ready
+/// when all are, so a condition should be named before the first question, with the reason `starting`.
+#[derive(Debug, Default)]
+pub struct Readiness {
+    /// The reason why not, where it is not.
+    conditions: Mutex<BTreeMap<String, Option<String>>>,
+}
+
+impl Readiness {
+    /// The condition holds.
+    pub fn ready(&self, name: &str) {
+        self.conditions().insert(name.to_owned(), None);
+    }
+
+    /// The condition does not hold, and why, in a line.
+    pub fn not_ready(&self, name: &str, reason: impl Into<String>) {
+        self.conditions()
+            .insert(name.to_owned(), Some(reason.into()));
+    }
+
+    /// Why the host is not ready, `name: reason` each; empty when it is.
+    pub fn reasons(&self) -> Vec<String> {
+        self.conditions()
+            .iter()
+            .filter_map(|(name, reason)| Some(format!("{name}: {}", one_line(reason.as_deref()?))))
+            .collect()
+    }
+
+    fn conditions(&self) -> MutexGuard<'_, BTreeMap<String, Option<String>>> {
+        self.conditions
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+struct Admin {
+    token: Option<[u8; 32]>,
+    readiness: Arc<Readiness>,
+    metrics: Arc<Metrics>,
+}
+
+impl Handler for Admin {
+    async fn handle(&self, request: Request<Incoming>) -> Answer {
+        if !self.authorized(request.headers()) {
+            return unauthorized();
+        }
+        let answer: fn(&Self) -> Answer = match request.uri().path() {
+            "/healthz" => |_| text(StatusCode::OK, "ok\n"),
+            "/readyz" => Self::readyz,
+            "/metrics" => Self::metrics,
+            _ => return not_found(),
+        };
+        match *request.method() {
+            Method::GET | Method::HEAD => answer(self),
+            _ => method_not_allowed("GET, HEAD"),
+        }
+    }
+}
+
+impl Admin {
+    /// Compares digests, so that how long it takes says nothing about the token.
+    fn authorized(&self, headers: &HeaderMap) -> bool {
+        let Some(expected) = &self.token else {
+            return true;
+        };
+        let credentials = headers
+            .get(AUTHORIZATION)
+            .map_or(&b""[..], HeaderValue::as_bytes);
+        match credentials.split_at_checked(b"Bearer ".len()) {
+            Some((scheme, token)) => {
+                scheme.eq_ignore_ascii_case(b"Bearer ") && digest(token.trim_ascii()) == *expected
+            }
+            None => false,
+        }
+    }
+
+    fn readyz(&self) -> Answer {
+        let reasons = self.readiness.reasons();
+        if reasons.is_empty() {
+            return text(StatusCode::OK, "ready\n");
+        }
+        let mut lines = String::new();
+        for reason in reasons {
+            let _ = writeln!(lines, "{reason}");
+        }
+        text(StatusCode::SERVICE_UNAVAILABLE, lines)
+    }
+
+    fn metrics(&self) -> Answer {
+        match self.metrics.encode() {
+            Ok(text) => content(
+                StatusCode::OK,
+                HeaderValue::from_static(metrics::CONTENT_TYPE),
+                text,
+            ),
+            Err(error) => {
+                tracing::error!(%error, "cannot write the metrics");
+                text(
+                    StatusCode::INTERNAL_SERVER_ERROR,
+                    "cannot write the metrics",
+                )
+            }
+        }
+    }
+}
+
+fn unauthorized() -> Answer {
+    let mut answer = text(
+        StatusCode::UNAUTHORIZED,
+        "the admin token is missing or wrong",
+    );
+    answer
+        .headers_mut()
+        .insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+    answer
+}
+
+fn digest(bytes: &[u8]) -> [u8; 32] {
+    Sha256::digest(bytes).into()
+}
+
+/// Reasons come from libraries, and some of those write over several lines.
+fn one_line(reason: &str) -> String {
+    reason.split_whitespace().collect::<Vec<_>>().join(" ")
+}

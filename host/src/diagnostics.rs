@@ -1,1 +1,226 @@
 //! Problems of a pipeline file, shown with their place as rustc shows them.
+
+use std::cell::RefCell;
+use std::fmt;
+use std::io::IsTerminal;
+use std::ops::Range;
+
+use annotate_snippets::{AnnotationKind, Group, Level, Origin, Renderer, Snippet};
+
+/// Bytes of the pipeline file, from the first to past the last.
+pub type Span = Range<usize>;
+
+/// One thing that is wrong in a pipeline file.
+#[derive(Clone, Debug)]
+pub struct Problem {
+    /// Where; `None` for the file as a whole.
+    span: Option<Span>,
+    message: String,
+    label: String,
+    also: Vec<(Span, String)>,
+    help: Option<String>,
+}
+
+impl Problem {
+    /// A problem with the text at `span`.
+    pub fn at(span: &Span, message: impl Into<String>) -> Self {
+        Self {
+            span: Some(span.clone()),
+            ..Self::of_file(message)
+        }
+    }
+
+    /// A problem that has no place in the file's text.
+    pub fn of_file(message: impl Into<String>) -> Self {
+        Self {
+            span: None,
+            message: message.into(),
+            label: String::new(),
+            also: Vec::new(),
+            help: None,
+        }
+    }
+
+    /// Adds a few words under the place.
+    pub fn label(mut self, label: impl Into<String>) -> Self {
+        self.label = label.into();
+        self
+    }
+
+    /// Points at a second place that has to do with it.
+    pub fn also(mut self, span: &Span, label: impl Into<String>) -> Self {
+        self.also.push((span.clone(), label.into()));
+        self
+    }
+
+    /// Adds the mend.
+    pub fn help(mut self, help: impl Into<String>) -> Self {
+        self.help = Some(help.into());
+        self
+    }
+}
+
+/// Where checks put what they find, so that each can go on and find more.
+#[derive(Debug, Default)]
+pub(crate) struct Problems(RefCell<Vec<Problem>>);
+
+impl Problems {
+    pub(crate) fn report(&self, problem: Problem) {
+        self.0.borrow_mut().push(problem);
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.borrow().is_empty()
+    }
+
+    pub(crate) fn into_vec(self) -> Vec<Problem> {
+        self.0.into_inner()
+    }
+}
+
+/// All problems of one pipeline file, in the order of their places. `Display` is plain text.
+#[derive(Debug)]
+pub struct Diagnostics {
+    path: String,
+    text: String,
+    problems: Vec<Problem>,
+}
+
+impl Diagnostics {
+    /// `path` as the user wrote it; `text` is what the spans count in.
+    pub fn new(
+        path: impl Into<String>,
+        text: impl Into<String>,
+        mut problems: Vec<Problem>,
+    ) -> Self {
+        let start = |p: &Problem| p.span.as_ref().map(|s| (s.start, s.end));
+        problems.sort_by(|a, b| {
+            start(a)
+                .cmp(&start(b))
+                .then_with(|| a.message.cmp(&b.message))
+        });
+        Self {
+            path: path.into(),
+            text: text.into(),
+            problems,
+        }
+    }
+
+    /// How many problems there are, at least one.
+    pub fn count(&self) -> usize {
+        self.problems.len()
+    }
+
+    /// Prints them to stderr, in colour where that is a terminal and `NO_COLOR` is not set.
+    pub fn print(&self) {
+        let no_color = std::env::var_os("NO_COLOR").is_some_and(|v| !v.is_empty());
+        let coloured = std::io::stderr().is_terminal() && !no_color;
+        let renderer = if coloured {
+            Renderer::styled()
+        } else {
+            Renderer::plain()
+        };
+        eprint!("{}", self.render(&renderer));
+    }
+
+    fn render(&self, renderer: &Renderer) -> String {
+        let mut out = String::new();
+        for problem in &self.problems {
+            out.push_str(&renderer.render(&[self.group(problem)]));
+            out.push_str("\n\n");
+        }
+        let count = match self.problems.len() {
+            1 => "1 problem".to_owned(),
+            n => format!("{n} problems"),
+        };
+        out.push_str(&format!("{}: {count}; nothing was started\n", self.path));
+        out
+    }
+
+    fn group<'a>(&'a self, problem: &'a Problem) -> Group<'a> {
+        let title = Level::ERROR.primary_title(&problem.message);
+        let mut group = match &problem.span {
+            None => title.element(Origin::path(&*self.path)),
+            Some(span) => {
+                let primary = AnnotationKind::Primary.span(self.clip(span));
+                let also = problem.also.iter().map(|(span, label)| {
+                    AnnotationKind::Context
+                        .span(self.clip(span))
+                        .label(label.as_str())
+                });
+                title.element(
+                    Snippet::source(&*self.text)
+                        .path(&*self.path)
+                        .annotation(primary.label(Some(&*problem.label).filter(|l| !l.is_empty())))
+                        .annotations(also),
+                )
+            }
+        };
+        if let Some(help) = &problem.help {
+            group = group.element(Level::HELP.message(help));
+        }
+        group
+    }
+
+    /// The span's first line, inside the text and on character boundaries, as the renderer needs it.
+    fn clip(&self, span: &Span) -> Span {
+        let floor = |at: usize| self.text.floor_char_boundary(at.min(self.text.len()));
+        let start = floor(span.start);
+        let end = floor(span.end.max(start));
+        let line = self.text[start..end]
+            .lines()
+            .next()
+            .unwrap_or_default()
+            .len();
+        start..start + line
+    }
+}
+
+impl fmt::Display for Diagnostics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.render(&Renderer::plain()))
+    }
+}
+
+impl std::error::Error for Diagnostics {}
+
+/// The candidate that `word` is most likely a slip of, if one is near enough.
+pub(crate) fn nearest<'a>(
+    word: &str,
+    candidates: impl IntoIterator<Item = &'a str>,
+) -> Option<&'a str> {
+    let reach = (word.chars().count() / 3).clamp(1, 3);
+    candidates
+        .into_iter()
+        .map(|c| {
+            (
+                strsim::osa_distance(&word.to_lowercase(), &c.to_lowercase()),
+                c,
+            )
+        })
+        .filter(|(distance, _)| *distance <= reach)
+        .min()
+        .map(|(_, c)| c)
+}
+
+/// `` `a`, `b` and `c` ``.
+pub(crate) fn quoted_list<'a>(words: impl IntoIterator<Item = &'a str>) -> String {
+    let quoted: Vec<String> = words.into_iter().map(|w| format!("`{w}`")).collect();
+    match quoted.as_slice() {
+        [] => "nothing".to_owned(),
+        [one] => one.clone(),
+        [most @ .., last] => format!("{} and {last}", most.join(", ")),
+    }
+}
+
+/// ``did you mean `x`?`` for a near candidate, else the list of candidates as `kind`.
+pub(crate) fn suggestion<'a>(
+    word: &str,
+    candidates: impl IntoIterator<Item = &'a str> + Clone,
+    otherwise: impl FnOnce(String) -> String,
+) -> String {
+    match nearest(word, candidates.clone()) {
+        Some(near) => format!("did you mean `{near}`?"),
+        None => otherwise(quoted_list(candidates)),
+    }
+}

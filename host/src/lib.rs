@@ -8,6 +8,7 @@ pub mod cli;
 pub mod component;
 pub mod delivery;
 pub mod diagnostics;
+pub mod http;
 pub mod ingress;
 pub mod lane;
 pub mod log;

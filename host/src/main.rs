@@ -1,2 +1,7 @@
-//! Being written.
-fn main() {}
+//! The command `host`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    host::cli::main()
+}

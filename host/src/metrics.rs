@@ -1,1 +1,362 @@
-//! The host's counters, as Prometheus reads them.
+//! What the host counts, under the names that dashboards rely on.
+//!
+//! Labels come from the pipeline and from fixed sets, never from clients, so their number is bounded.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper::{Method, StatusCode};
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::Registry;
+
+/// The media type of [`Metrics::encode`].
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// Buckets of calls, in seconds: a warm call takes microseconds, a deadline is seconds.
+const INVOCATION_SECONDS: [f64; 14] = [
+    0.000_01, 0.000_05, 0.000_1, 0.000_5, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0,
+];
+/// Buckets of whole ways, in seconds: from idle and embedded to a backlog.
+const END_TO_END_SECONDS: [f64; 16] = [
+    0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0, 600.0,
+    3600.0,
+];
+/// Buckets of HTTP answers, in seconds.
+const HTTP_SECONDS: [f64; 13] = [
+    0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 10.0,
+];
+/// Buckets of batch sizes: 1, 2, 4 … 4,096 messages.
+const BATCH_BUCKETS: u16 = 13;
+
+type Histograms<L> = Family<L, Histogram, fn() -> Histogram>;
+
+/// All that is counted. Handles on one series each are got once and recorded on cheaply.
+pub struct Metrics {
+    registry: Registry,
+    messages: Family<MessageLabels, Counter>,
+    invocation_seconds: Histograms<StageLabels>,
+    end_to_end_seconds: Histograms<StageLabels>,
+    batch_messages: Histograms<StageLabels>,
+    retries: Family<StageLabels, Counter>,
+    dead_letters: Family<DeadLetterLabels, Counter>,
+    http_requests: Family<RequestLabels, Counter>,
+    http_request_seconds: Histograms<RouteLabels>,
+    lag: Family<LagLabels, Gauge>,
+}
+
+impl fmt::Debug for Metrics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Metrics").finish_non_exhaustive()
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let mut metrics = Self {
+            registry: Registry::default(),
+            messages: Family::default(),
+            invocation_seconds: Family::new_with_constructor(|| Histogram::new(INVOCATION_SECONDS)),
+            end_to_end_seconds: Family::new_with_constructor(|| Histogram::new(END_TO_END_SECONDS)),
+            batch_messages: Family::new_with_constructor(|| {
+                Histogram::new(exponential_buckets(1.0, 2.0, BATCH_BUCKETS))
+            }),
+            retries: Family::default(),
+            dead_letters: Family::default(),
+            http_requests: Family::default(),
+            http_request_seconds: Family::new_with_constructor(|| Histogram::new(HTTP_SECONDS)),
+            lag: Family::default(),
+        };
+        metrics.register();
+        metrics
+    }
+}
+
+impl Metrics {
+    /// Registers every family. Counters are named without `_total`, which the encoder appends.
+    fn register(&mut self) {
+        let registry = &mut self.registry;
+        registry.register(
+            "stagehost_messages",
+            "Messages by how their handling ended",
+            self.messages.clone(),
+        );
+        registry.register(
+            "stagehost_invocation_seconds",
+            "Time of one call of a stage",
+            self.invocation_seconds.clone(),
+        );
+        registry.register(
+            "stagehost_end_to_end_seconds",
+            "Time from a record's timestamp until its effects are durable",
+            self.end_to_end_seconds.clone(),
+        );
+        registry.register(
+            "stagehost_batch_messages",
+            "Messages committed together",
+            self.batch_messages.clone(),
+        );
+        registry.register(
+            "stagehost_retries",
+            "Deliveries that were tried again",
+            self.retries.clone(),
+        );
+        registry.register(
+            "stagehost_dead_letters",
+            "Records sent to a dead-letter topic",
+            self.dead_letters.clone(),
+        );
+        registry.register(
+            "stagehost_http_requests",
+            "HTTP requests answered",
+            self.http_requests.clone(),
+        );
+        registry.register(
+            "stagehost_http_request_seconds",
+            "Time of one HTTP request",
+            self.http_request_seconds.clone(),
+        );
+        registry.register(
+            "kafka_consumergroup_lag",
+            "Records of a partition that its consumer group has yet to commit",
+            self.lag.clone(),
+        );
+    }
+
+    /// The handles of one stage. Its series are there from now on, at 0.
+    pub fn stage(&self, name: &str) -> StageMetrics {
+        let stage: Arc<str> = name.into();
+        let labels = StageLabels {
+            stage: Arc::clone(&stage),
+        };
+        StageMetrics {
+            messages: self.messages.clone(),
+            dead_letters: self.dead_letters.clone(),
+            invocation_seconds: self.invocation_seconds.get_or_create_owned(&labels),
+            end_to_end_seconds: self.end_to_end_seconds.get_or_create_owned(&labels),
+            batch_messages: self.batch_messages.get_or_create_owned(&labels),
+            retries: self.retries.get_or_create_owned(&labels),
+            stage,
+        }
+    }
+
+    /// One HTTP request was answered. `route` is the pattern of the route, or `none`.
+    pub fn http_request(
+        &self,
+        route: &Arc<str>,
+        method: &Method,
+        status: StatusCode,
+        took: Duration,
+    ) {
+        self.http_requests
+            .get_or_create(&RequestLabels {
+                route: Arc::clone(route),
+                method: method_label(method),
+                status: status.as_u16(),
+            })
+            .inc();
+        self.http_request_seconds
+            .get_or_create(&RouteLabels {
+                route: Arc::clone(route),
+            })
+            .observe(took.as_secs_f64());
+    }
+
+    /// Sets how many records a group has yet to commit in a partition.
+    pub fn set_lag(&self, group: &str, topic: &str, partition: i32, lag: i64) {
+        self.lag
+            .get_or_create(&LagLabels::new(group, topic, partition))
+            .set(lag);
+    }
+
+    /// The partition is another host's now: that one tells its lag.
+    pub fn remove_lag(&self, group: &str, topic: &str, partition: i32) {
+        self.lag.remove(&LagLabels::new(group, topic, partition));
+    }
+
+    /// Everything in the text format of [`CONTENT_TYPE`].
+    pub fn encode(&self) -> Result<String, fmt::Error> {
+        let mut text = String::new();
+        encode(&mut text, &self.registry)?;
+        Ok(text)
+    }
+}
+
+/// What one stage records on. Clones share the series.
+#[derive(Clone, Debug)]
+pub struct StageMetrics {
+    stage: Arc<str>,
+    messages: Family<MessageLabels, Counter>,
+    dead_letters: Family<DeadLetterLabels, Counter>,
+    invocation_seconds: Histogram,
+    end_to_end_seconds: Histogram,
+    batch_messages: Histogram,
+    retries: Counter,
+}
+
+impl StageMetrics {
+    /// `count` messages ended so: `done`, `retry`, `reject`, `trap` ….
+    pub fn messages(&self, outcome: &'static str, count: u64) {
+        self.messages
+            .get_or_create(&MessageLabels {
+                stage: Arc::clone(&self.stage),
+                outcome,
+            })
+            .inc_by(count);
+    }
+
+    /// One call took so long.
+    pub fn invocation(&self, took: Duration) {
+        self.invocation_seconds.observe(took.as_secs_f64());
+    }
+
+    /// So long after its record's timestamp, a message's effects became durable.
+    pub fn end_to_end(&self, took: Duration) {
+        self.end_to_end_seconds.observe(took.as_secs_f64());
+    }
+
+    /// A batch of so many messages was committed.
+    pub fn batch(&self, messages: usize) {
+        self.batch_messages.observe(messages as f64);
+    }
+
+    /// A message is tried again.
+    pub fn retry(&self) {
+        self.retries.inc();
+    }
+
+    /// A record goes to the dead-letter topic. `cause` is what its header `stagehost-cause` says.
+    pub fn dead_letter(&self, cause: &'static str) {
+        self.dead_letters
+            .get_or_create(&DeadLetterLabels {
+                stage: Arc::clone(&self.stage),
+                cause,
+            })
+            .inc();
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct StageLabels {
+    stage: Arc<str>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct MessageLabels {
+    stage: Arc<str>,
+    outcome: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct DeadLetterLabels {
+    stage: Arc<str>,
+    cause: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RequestLabels {
+    route: Arc<str>,
+    method: &'static str,
+    status: u16,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RouteLabels {
+    route: Arc<str>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct LagLabels {
+    consumergroup: String,
+    topic: String,
+    partition: i32,
+}
+
+impl LagLabels {
+    fn new(group: &str, topic: &str, partition: i32) -> Self {
+        Self {
+            consumergroup: group.to_owned(),
+            topic: topic.to_owned(),
+            partition,
+        }
+    }
+}
+
+/// Clients may send any word as a method, so those unknown share a label.
+fn method_label(method: &Method) -> &'static str {
+    match *method {
+        Method::GET => "GET",
+        Method::HEAD => "HEAD",
+        Method::POST => "POST",
+        Method::PUT => "PUT",
+        Method::PATCH => "PATCH",
+        Method::DELETE => "DELETE",
+        Method::OPTIONS => "OPTIONS",
+        _ => "other",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(text: &str, line: &str) {
+        assert!(
+            text.lines().any(|l| l == line),
+            "no line {line:?} in\n{text}"
+        );
+    }
+
+    #[test]
+    fn names_are_those_that_dashboards_rely_on() {
+        let metrics = Metrics::default();
+        let stage = metrics.stage("publisher");
+        stage.messages("done", 3);
+        stage.invocation(Duration::from_millis(2));
+        stage.end_to_end(Duration::from_millis(20));
+        stage.batch(3);
+        stage.retry();
+        stage.dead_letter("retries-exhausted");
+        let route: Arc<str> = "/post/{slug}".into();
+        metrics.http_request(
+            &route,
+            &Method::GET,
+            StatusCode::OK,
+            Duration::from_millis(1),
+        );
+        let none: Arc<str> = "none".into();
+        let made_up = Method::from_bytes(b"BREW").unwrap();
+        metrics.http_request(
+            &none,
+            &made_up,
+            StatusCode::NOT_FOUND,
+            Duration::from_millis(1),
+        );
+        metrics.set_lag("service.publisher", "app.newPosts", 7, 12);
+        metrics.set_lag("service.publisher", "app.newPosts", 8, 1);
+        metrics.remove_lag("service.publisher", "app.newPosts", 8);
+
+        let text = metrics.encode().unwrap();
+        for line in [
+            r#"stagehost_messages_total{stage="publisher",outcome="done"} 3"#,
+            r#"stagehost_invocation_seconds_count{stage="publisher"} 1"#,
+            r#"stagehost_invocation_seconds_bucket{le="0.005",stage="publisher"} 1"#,
+            r#"stagehost_end_to_end_seconds_count{stage="publisher"} 1"#,
+            r#"stagehost_batch_messages_sum{stage="publisher"} 3.0"#,
+            r#"stagehost_retries_total{stage="publisher"} 1"#,
+            r#"stagehost_dead_letters_total{stage="publisher",cause="retries-exhausted"} 1"#,
+            r#"stagehost_http_requests_total{route="/post/{slug}",method="GET",status="200"} 1"#,
+            r#"stagehost_http_requests_total{route="none",method="other",status="404"} 1"#,
+            r#"stagehost_http_request_seconds_count{route="/post/{slug}"} 1"#,
+            r#"kafka_consumergroup_lag{consumergroup="service.publisher",topic="app.newPosts",partition="7"} 12"#,
+        ] {
+            check(&text, line);
+        }
+        assert!(!text.contains(r#"partition="8""#), "{text}");
+    }
+}

@@ -1,1 +1,85 @@
 //! The parts of the delivery loop that have rules of their own.
+
+pub mod dead_letter;
+pub mod retry;
+
+use std::future::Future;
+
+use crate::record::{Outgoing, Record};
+
+/// A record on its way into a stage.
+#[derive(Clone, Copy, Debug)]
+pub struct Delivery<'a> {
+    /// The record.
+    pub record: &'a Record,
+    /// 1 on the first delivery, one more on every retry.
+    pub attempt: u32,
+}
+
+/// Why a message could not be processed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// What kind of fault.
+    pub cause: Cause,
+    /// In words: the guest's own, or the host's.
+    pub message: String,
+}
+
+impl Fault {
+    /// A fault with its words.
+    pub fn new(cause: Cause, message: impl Into<String>) -> Self {
+        Self {
+            cause,
+            message: message.into(),
+        }
+    }
+}
+
+/// The kinds of fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Cause {
+    /// The guest asks for another delivery. The only cause that is tried again.
+    Retry,
+    /// The guest gives up on the message.
+    Reject,
+    /// The guest trapped.
+    Trap,
+    /// The call took longer than its deadline.
+    Deadline,
+    /// The guest asked for more memory than its limit, and trapped.
+    Memory,
+    /// A call lacked a grant, and the guest faulted after it.
+    Denied,
+}
+
+impl Cause {
+    /// As it stands in `stagehost-cause` and in metrics once the message is given up on.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Retry => "retries-exhausted",
+            Self::Reject => "reject",
+            Self::Trap => "trap",
+            Self::Deadline => "deadline",
+            Self::Memory => "memory",
+            Self::Denied => "denied",
+        }
+    }
+}
+
+/// What came of one call into a stage.
+#[derive(Debug)]
+pub struct Invocation {
+    /// One outcome a delivery, in order; or why the whole call failed, when nobody knows about any of them.
+    pub outcomes: Result<Vec<Result<(), Fault>>, Fault>,
+    /// What the guest emitted; empty when the call failed or a single message faulted.
+    pub outputs: Vec<Outgoing>,
+}
+
+/// A stage as its lanes call it.
+pub trait Handler: Send + Sync {
+    /// How many deliveries one call takes: one, or any number.
+    fn takes_batches(&self) -> bool;
+
+    /// Calls the stage. Dropping the future stops the guest.
+    fn call(&self, deliveries: &[Delivery<'_>]) -> impl Future<Output = Invocation> + Send;
+}

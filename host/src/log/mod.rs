@@ -5,6 +5,8 @@ pub mod kafka;
 
 use std::future::Future;
 
+use tokio_util::sync::CancellationToken;
+
 use crate::record::{Outgoing, Record};
 
 /// How much a lane takes at a time.
@@ -27,6 +29,9 @@ pub enum LogError {
     /// The log refused the record or the request, and would refuse it again.
     #[error("the log refused: {0}")]
     Refused(String),
+    /// The record is larger than the log takes.
+    #[error("the record is too large: {0}")]
+    TooLarge(String),
 }
 
 /// One assigned partition, as its lane reads it.
@@ -38,11 +43,25 @@ pub trait Source: Send {
 
     /// All records below `next_offset` are done, their effects durable: it may be committed.
     fn done(&mut self, next_offset: i64);
+
+    /// Cancelled when the partition is to be given up: finish the message at hand and end.
+    fn stopping(&self) -> CancellationToken;
+}
+
+/// An output that the log did not take.
+#[derive(Debug)]
+pub struct Unsent {
+    /// Its index among the records that were to be produced.
+    pub index: usize,
+    /// Why.
+    pub error: LogError,
 }
 
 /// Where outputs go.
 pub trait Sink: Send + Sync {
     /// Appends the records, those of one partition in their order, and returns once every one is
-    /// acknowledged by all in-sync replicas. On an error, some may have been appended.
-    fn produce(&self, records: Vec<Outgoing>) -> impl Future<Output = Result<(), LogError>> + Send;
+    /// acknowledged by all in-sync replicas, or has failed. On an error, the records that are not named in it
+    /// were appended.
+    fn produce(&self, records: &[Outgoing])
+    -> impl Future<Output = Result<(), Vec<Unsent>>> + Send;
 }

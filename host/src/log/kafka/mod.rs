@@ -1,1 +1,179 @@
 //! The one real client: Kafka, or what speaks its protocol, through rdkafka.
+
+pub mod consumer;
+pub mod partition;
+pub mod producer;
+pub(crate) mod properties;
+pub mod tail;
+pub mod topics;
+
+use std::collections::BTreeMap;
+
+use rdkafka::ClientContext;
+use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use tracing::{debug, error, info, warn};
+
+use super::LogError;
+
+/// How to reach the log.
+#[derive(Clone, Debug)]
+pub struct ClientSettings {
+    /// `host:port[,host:port…]`.
+    pub brokers: String,
+    /// librdkafka properties that the pipeline passes through.
+    pub properties: BTreeMap<String, String>,
+}
+
+/// Properties that hold for one kind of client alone; librdkafka warns when the other is given them.
+const PRODUCER_ONLY: &[&str] = &[
+    "batch.num.messages",
+    "batch.size",
+    "compression.codec",
+    "compression.level",
+    "compression.type",
+    "delivery.timeout.ms",
+    "linger.ms",
+    "message.send.max.retries",
+    "message.timeout.ms",
+    "partitioner",
+    "queue.buffering.max.kbytes",
+    "queue.buffering.max.messages",
+    "queue.buffering.max.ms",
+    "request.timeout.ms",
+    "retries",
+    "sticky.partitioning.linger.ms",
+];
+const CONSUMER_ONLY: &[&str] = &[
+    "auto.offset.reset",
+    "check.crcs",
+    "client.rack",
+    "group.instance.id",
+    "group.protocol",
+    "group.remote.assignor",
+    "heartbeat.interval.ms",
+    "max.partition.fetch.bytes",
+    "max.poll.interval.ms",
+    "partition.assignment.strategy",
+    "queued.max.messages.kbytes",
+    "queued.min.messages",
+    "session.timeout.ms",
+];
+
+/// Whether a property is for some other kind of client than the one that is made.
+fn is_for(kind: Kind, property: &str) -> bool {
+    let consumer = CONSUMER_ONLY.contains(&property) || property.starts_with("fetch.");
+    let producer = PRODUCER_ONLY.contains(&property);
+    match kind {
+        Kind::Consumer => !producer,
+        Kind::Producer => !consumer,
+        Kind::Admin => !producer && !consumer,
+    }
+}
+
+/// The kinds of client that the host makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Consumer,
+    Producer,
+    Admin,
+}
+
+impl ClientSettings {
+    /// A client's configuration: `defaults`, then what the pipeline sets, then `fixed`, which the
+    /// host's promises rest on.
+    pub(super) fn client_config(
+        &self,
+        kind: Kind,
+        defaults: &[(&str, &str)],
+        fixed: &[(&str, &str)],
+    ) -> ClientConfig {
+        let mut config = ClientConfig::new();
+        config.set("client.id", "stagehost");
+        for (name, value) in defaults {
+            config.set(*name, *value);
+        }
+        for (name, value) in &self.properties {
+            if is_for(kind, name) {
+                config.set(name, value);
+            }
+        }
+        for (name, value) in fixed {
+            config.set(*name, *value);
+        }
+        config.set("bootstrap.servers", &self.brokers);
+        config.set_log_level(RDKafkaLogLevel::Info);
+        config
+    }
+}
+
+/// What librdkafka warns of and deals with by itself: lost connections, of which the host says once that
+/// the log is away, a coordinator that is not ready yet, and that `enable.gapless.guarantee` is new.
+const HANDLED: &[&str] = &[
+    "CONFWARN",
+    "ERROR",
+    "FAIL",
+    "GETPID",
+    "REQTMOUT",
+    "SESSTMOUT",
+];
+
+/// Sends what librdkafka has to say into the host's log.
+fn log_line(level: RDKafkaLogLevel, facility: &str, message: &str) {
+    match level {
+        RDKafkaLogLevel::Emerg | RDKafkaLogLevel::Alert | RDKafkaLogLevel::Critical => {
+            error!(target: "librdkafka", "{facility}: {message}");
+        }
+        RDKafkaLogLevel::Error | RDKafkaLogLevel::Warning if HANDLED.contains(&facility) => {
+            debug!(target: "librdkafka", "{facility}: {message}");
+        }
+        RDKafkaLogLevel::Error | RDKafkaLogLevel::Warning => {
+            warn!(target: "librdkafka", "{facility}: {message}");
+        }
+        RDKafkaLogLevel::Notice => info!(target: "librdkafka", "{facility}: {message}"),
+        RDKafkaLogLevel::Info | RDKafkaLogLevel::Debug => {
+            debug!(target: "librdkafka", "{facility}: {message}");
+        }
+    }
+}
+
+/// A client without callbacks of its own.
+struct QuietContext;
+
+impl ClientContext for QuietContext {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        log_line(level, facility, message);
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        debug!(target: "librdkafka", "{error}: {reason}");
+    }
+}
+
+/// What an error of librdkafka means to a lane.
+fn log_error(error: &KafkaError) -> LogError {
+    use RDKafkaErrorCode as Code;
+    let refused = matches!(
+        error.rdkafka_error_code(),
+        Some(
+            Code::InvalidMessage
+                | Code::InvalidMessageSize
+                | Code::InvalidRecord
+                | Code::InvalidTimestamp
+                | Code::InvalidTopic
+                | Code::PolicyViolation
+                | Code::TopicAuthorizationFailed
+                | Code::UnknownPartition
+                | Code::UnknownTopic
+                | Code::UnknownTopicOrPartition
+                | Code::UnsupportedForMessageFormat
+        )
+    );
+    if error.rdkafka_error_code() == Some(Code::MessageSizeTooLarge) {
+        LogError::TooLarge(error.to_string())
+    } else if refused {
+        LogError::Refused(error.to_string())
+    } else {
+        LogError::Unavailable(error.to_string())
+    }
+}

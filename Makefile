@@ -1,0 +1,34 @@
+# Everything a user or CI does. `make help` lists the targets.
+
+STAGES := $(CURDIR)/target/stages
+
+.DEFAULT_GOAL := help
+.PHONY: help demo build stages test lint clean
+.NOTPARALLEL:
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: build ## build everything and run the blog on what is embedded: no Kafka, PostgreSQL or Redis needed
+	@scripts/foreground target/release/host run examples/blog/pipeline.toml
+
+build: stages ## leave target/release/host and target/stages/<name>.wasm
+	cargo build --release --package host --bin host
+
+stages: ## compile the stages to WebAssembly: target/stages/<name>.wasm
+	@scripts/install-deps build
+	@scripts/build-stages $(STAGES)
+
+test: stages ## run all tests, on real servers that are started for them (or KAFKA_BROKERS, DATABASE_URL, REDIS_URL)
+	@scripts/install-deps test
+	STAGES_DIR=$(STAGES) scripts/with-servers cargo test --workspace
+
+lint: ## check format, clippy and the dependencies
+	@scripts/install-deps build
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy --target wasm32-wasip2 --package publisher --package cache-manager --package test-guests --lib --examples -- -D warnings
+	@scripts/check-dependencies
+
+clean: ## remove what was built and downloaded; data of the demo stays
+	rm -rf target .cache

@@ -1,0 +1,203 @@
+//! CreateTopics, DeleteTopics, CreatePartitions and DeleteRecords.
+
+use std::collections::HashSet;
+
+use kafka_protocol::ResponseError;
+use kafka_protocol::messages::create_partitions_response::CreatePartitionsTopicResult;
+use kafka_protocol::messages::create_topics_request::CreatableTopic;
+use kafka_protocol::messages::create_topics_response::CreatableTopicResult;
+use kafka_protocol::messages::delete_records_response::{
+    DeleteRecordsPartitionResult, DeleteRecordsTopicResult,
+};
+use kafka_protocol::messages::delete_topics_response::DeletableTopicResult;
+use kafka_protocol::messages::{
+    CreatePartitionsRequest, CreatePartitionsResponse, CreateTopicsRequest, CreateTopicsResponse,
+    DeleteRecordsRequest, DeleteRecordsResponse, DeleteTopicsRequest, DeleteTopicsResponse,
+};
+
+use super::{Call, code, text, wire};
+use crate::node::NODE_ID;
+use crate::storage::journal_state::Entry;
+use crate::storage::now_ms;
+use crate::storage::topic_config::Overrides;
+use crate::storage::topics::Refused;
+
+/// What a client sends for "as the broker has it".
+const DEFAULT: i32 = -1;
+
+pub(super) async fn create_topics(
+    call: &Call,
+    request: CreateTopicsRequest,
+) -> CreateTopicsResponse {
+    let mut response = CreateTopicsResponse::default();
+    let mut seen = HashSet::new();
+    for topic in request.topics {
+        let created = if seen.insert(topic.name.clone()) {
+            create(call, &topic, request.validate_only).await
+        } else {
+            Err((
+                ResponseError::InvalidRequest,
+                format!("the request names {} twice", topic.name.as_str()),
+            ))
+        };
+        let result = CreatableTopicResult::default().with_name(topic.name);
+        response.topics.push(match created {
+            Ok(()) => result,
+            Err((error, why)) => result
+                .with_error_code(error.code())
+                .with_error_message(Some(wire(why))),
+        });
+    }
+    response
+}
+
+async fn create(call: &Call, topic: &CreatableTopic, only_check: bool) -> Result<(), Refused> {
+    let partitions = partition_count(call, topic)?;
+    let mut config = Overrides::new();
+    for entry in &topic.configs {
+        let name = text(entry.name.clone());
+        let Some(value) = entry.value.clone() else {
+            return Err((ResponseError::InvalidConfig, format!("{name} has no value")));
+        };
+        config.insert(name, text(value));
+    }
+    let created = call.node.topics.create(
+        &call.node.journal,
+        &topic.name,
+        partitions,
+        config,
+        only_check,
+    );
+    created.await.map(|_| ())
+}
+
+/// How many partitions a topic is to have; on one node they all lie there.
+fn partition_count(call: &Call, topic: &CreatableTopic) -> Result<i32, Refused> {
+    let here =
+        |assigned: &[kafka_protocol::messages::BrokerId]| assigned.iter().all(|id| *id == NODE_ID);
+    if !topic.assignments.is_empty() {
+        let mut indexes: Vec<i32> = topic
+            .assignments
+            .iter()
+            .map(|each| each.partition_index)
+            .collect();
+        indexes.sort_unstable();
+        let in_order = indexes
+            .iter()
+            .zip(0..)
+            .all(|(index, expected)| *index == expected);
+        let one = |ids: &[kafka_protocol::messages::BrokerId]| ids.len() == 1 && here(ids);
+        return if in_order && topic.assignments.iter().all(|each| one(&each.broker_ids)) {
+            Ok(indexes.len() as i32)
+        } else {
+            let why = format!("partitions are numbered from 0, and the only broker is {NODE_ID}");
+            Err((ResponseError::InvalidReplicaAssignment, why))
+        };
+    }
+    match i32::from(topic.replication_factor) {
+        1 | DEFAULT => {}
+        factor => {
+            let why = format!(
+                "the embedded broker is one node: a replication factor of {factor} cannot be; ask for 1"
+            );
+            return Err((ResponseError::InvalidReplicationFactor, why));
+        }
+    }
+    Ok(if topic.num_partitions == DEFAULT {
+        call.node.config.default_partitions
+    } else {
+        topic.num_partitions
+    })
+}
+
+pub(super) async fn delete_topics(
+    call: &Call,
+    request: DeleteTopicsRequest,
+) -> DeleteTopicsResponse {
+    let mut response = DeleteTopicsResponse::default();
+    for name in request.topic_names {
+        let deleted = call.node.topics.delete(&call.node.journal, &name).await;
+        let error = deleted.err().map_or(0, |(error, _)| error.code());
+        response.responses.push(
+            DeletableTopicResult::default()
+                .with_name(Some(name))
+                .with_error_code(error),
+        );
+    }
+    response
+}
+
+pub(super) async fn create_partitions(
+    call: &Call,
+    request: CreatePartitionsRequest,
+) -> CreatePartitionsResponse {
+    let mut response = CreatePartitionsResponse::default();
+    for topic in request.topics {
+        let grown = call
+            .node
+            .topics
+            .grow(
+                &call.node.journal,
+                &topic.name,
+                topic.count,
+                request.validate_only,
+            )
+            .await;
+        let result = CreatePartitionsTopicResult::default().with_name(topic.name);
+        response.results.push(match grown {
+            Ok(()) => result,
+            Err((error, why)) => result
+                .with_error_code(error.code())
+                .with_error_message(Some(wire(why))),
+        });
+    }
+    response
+}
+
+pub(super) async fn delete_records(
+    call: &Call,
+    request: DeleteRecordsRequest,
+) -> DeleteRecordsResponse {
+    let mut response = DeleteRecordsResponse::default();
+    for topic in request.topics {
+        let mut result = DeleteRecordsTopicResult::default().with_name(topic.name.clone());
+        for partition in topic.partitions {
+            let index = partition.partition_index;
+            let start = delete_before(call, &topic.name, index, partition.offset).await;
+            result.partitions.push(
+                DeleteRecordsPartitionResult::default()
+                    .with_partition_index(index)
+                    .with_error_code(code(&start))
+                    .with_low_watermark(start.unwrap_or(-1)),
+            );
+        }
+        response.topics.push(result);
+    }
+    response
+}
+
+async fn delete_before(
+    call: &Call,
+    topic: &str,
+    index: i32,
+    offset: i64,
+) -> Result<i64, ResponseError> {
+    let partition = call.node.topics.partition(topic, index)?;
+    let start = partition.start_from(offset)?;
+    let entry = Entry::Start {
+        topic: topic.to_owned(),
+        partition: index,
+        offset: start,
+    };
+    call.node
+        .journal
+        .write(vec![entry])
+        .await
+        .map_err(|_| ResponseError::KafkaStorageError)?;
+    partition.delete_before(start);
+    let removed = tokio::task::spawn_blocking(move || partition.retain(now_ms())).await;
+    if let Ok(Err(error)) = removed {
+        tracing::warn!(topic, index, %error, "could not remove the files of deleted records; retention tries again");
+    }
+    Ok(start)
+}

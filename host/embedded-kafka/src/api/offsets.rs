@@ -1,0 +1,180 @@
+//! ListOffsets, OffsetCommit and OffsetFetch: where records are, and how far groups have got.
+
+use kafka_protocol::ResponseError;
+use kafka_protocol::messages::list_offsets_response::{
+    ListOffsetsPartitionResponse, ListOffsetsTopicResponse,
+};
+use kafka_protocol::messages::offset_commit_request::OffsetCommitRequestPartition;
+use kafka_protocol::messages::offset_commit_response::{
+    OffsetCommitResponsePartition, OffsetCommitResponseTopic,
+};
+use kafka_protocol::messages::offset_fetch_response::{
+    OffsetFetchResponsePartition, OffsetFetchResponseTopic,
+};
+use kafka_protocol::messages::{
+    ListOffsetsRequest, ListOffsetsResponse, OffsetCommitRequest, OffsetCommitResponse,
+    OffsetFetchRequest, OffsetFetchResponse, TopicName,
+};
+
+use super::{Call, code, text, wire};
+use crate::group::Caller;
+use crate::storage::journal_state::{Committed, Entry};
+
+/// Timestamps that stand for the ends of a partition.
+const LATEST: i64 = -1;
+const EARLIEST: i64 = -2;
+/// Offset and timestamp where no record is new enough.
+const NONE: (i64, i64) = (-1, -1);
+
+/// Bytes of the text committed with an offset, as Kafka's `offset.metadata.max.bytes`.
+const MAX_METADATA: usize = 4096;
+
+/// The offsets at the ends of partitions, or of the first record that is not older than a time.
+pub(super) async fn list(call: &Call, request: ListOffsetsRequest) -> ListOffsetsResponse {
+    let mut response = ListOffsetsResponse::default();
+    for topic in request.topics {
+        let mut answer = ListOffsetsTopicResponse::default().with_name(topic.name.clone());
+        for partition in topic.partitions {
+            let index = partition.partition_index;
+            let found = find(call, &topic.name, index, partition.timestamp).await;
+            let (offset, timestamp) = found.unwrap_or(NONE);
+            let partition = ListOffsetsPartitionResponse::default()
+                .with_partition_index(index)
+                .with_error_code(code(&found))
+                .with_offset(offset)
+                .with_timestamp(timestamp);
+            answer.partitions.push(partition);
+        }
+        response.topics.push(answer);
+    }
+    response
+}
+
+async fn find(
+    call: &Call,
+    topic: &str,
+    index: i32,
+    timestamp: i64,
+) -> Result<(i64, i64), ResponseError> {
+    let partition = call.node.topics.partition(topic, index)?;
+    match timestamp {
+        LATEST => Ok((partition.high_watermark(), -1)),
+        EARLIEST => Ok((partition.start(), -1)),
+        timestamp if timestamp < 0 => Err(ResponseError::InvalidRequest),
+        timestamp => {
+            let found =
+                tokio::task::spawn_blocking(move || partition.find_timestamp(timestamp)).await;
+            found
+                .unwrap_or(Err(ResponseError::UnknownServerError))
+                .map(|found| found.unwrap_or(NONE))
+        }
+    }
+}
+
+/// Makes the offsets of a group durable.
+pub(super) async fn commit(call: &Call, request: OffsetCommitRequest) -> OffsetCommitResponse {
+    let group = text(request.group_id.0.clone());
+    let caller = Caller {
+        member: text(request.member_id),
+        instance: request.group_instance_id.map(text),
+        generation: request.generation_id_or_member_epoch,
+    };
+    let allowed = if group.is_empty() {
+        Err(ResponseError::InvalidGroupId)
+    } else {
+        call.node.groups.may_commit(&group, &caller)
+    };
+    let mut entries = Vec::new();
+    let mut topics = Vec::with_capacity(request.topics.len());
+    for topic in request.topics {
+        let mut answer = OffsetCommitResponseTopic::default().with_name(topic.name.clone());
+        for partition in topic.partitions {
+            let entry = allowed.and_then(|()| entry(call, &group, &topic.name, &partition));
+            answer.partitions.push(
+                OffsetCommitResponsePartition::default()
+                    .with_partition_index(partition.partition_index)
+                    .with_error_code(code(&entry)),
+            );
+            entries.extend(entry);
+        }
+        topics.push(answer);
+    }
+    if !entries.is_empty() && call.node.journal.write(entries).await.is_err() {
+        // Of the errors after which clients try again, the one for the coordinator's own log.
+        let error = ResponseError::CoordinatorNotAvailable.code();
+        let partitions = topics.iter_mut().flat_map(|topic| &mut topic.partitions);
+        partitions
+            .filter(|partition| partition.error_code == 0)
+            .for_each(|partition| partition.error_code = error);
+    }
+    OffsetCommitResponse::default().with_topics(topics)
+}
+
+fn entry(
+    call: &Call,
+    group: &str,
+    topic: &TopicName,
+    partition: &OffsetCommitRequestPartition,
+) -> Result<Entry, ResponseError> {
+    call.node
+        .topics
+        .partition(topic, partition.partition_index)?;
+    let metadata = partition.committed_metadata.clone().map(text);
+    if metadata
+        .as_ref()
+        .is_some_and(|metadata| metadata.len() > MAX_METADATA)
+    {
+        return Err(ResponseError::OffsetMetadataTooLarge);
+    }
+    Ok(Entry::Offset {
+        group: group.to_owned(),
+        topic: text(topic.0.clone()),
+        partition: partition.partition_index,
+        offset: partition.committed_offset,
+        metadata,
+    })
+}
+
+/// The offsets that a group committed: of the partitions named, or all.
+pub(super) fn fetch(call: &Call, request: OffsetFetchRequest) -> OffsetFetchResponse {
+    let topics = call.node.journal.look(|state| {
+        let committed = state.offsets.get(request.group_id.as_str());
+        let find = |topic: &str, index| {
+            committed.and_then(|offsets| offsets.get(&(topic.to_owned(), index)))
+        };
+        if let Some(topics) = request.topics {
+            let topic =
+                |topic: kafka_protocol::messages::offset_fetch_request::OffsetFetchRequestTopic| {
+                    let partition = |index: &i32| fetched(*index, find(&topic.name, *index));
+                    let partitions = topic.partition_indexes.iter().map(partition).collect();
+                    OffsetFetchResponseTopic::default()
+                        .with_name(topic.name.clone())
+                        .with_partitions(partitions)
+                };
+            return topics.into_iter().map(topic).collect();
+        }
+        let mut topics: Vec<OffsetFetchResponseTopic> = Vec::new();
+        for ((topic, index), committed) in committed.into_iter().flatten() {
+            if topics.last().is_none_or(|last| last.name.as_str() != topic) {
+                topics.push(
+                    OffsetFetchResponseTopic::default().with_name(wire(topic.clone()).into()),
+                );
+            }
+            if let Some(last) = topics.last_mut() {
+                last.partitions.push(fetched(*index, Some(committed)));
+            }
+        }
+        topics
+    });
+    OffsetFetchResponse::default().with_topics(topics)
+}
+
+fn fetched(index: i32, committed: Option<&Committed>) -> OffsetFetchResponsePartition {
+    let metadata = committed
+        .and_then(|committed| committed.metadata.clone())
+        .unwrap_or_default();
+    OffsetFetchResponsePartition::default()
+        .with_partition_index(index)
+        .with_committed_offset(committed.map_or(-1, |committed| committed.offset))
+        .with_metadata(Some(wire(metadata)))
+}

@@ -1,0 +1,40 @@
+//! A broker as a process of its own: `embedded-kafka FOLDER [ADDRESS]`, by default on a free port of 127.0.0.1.
+//!
+//! It prints the address that it listens on, logs to stderr, and ends when its standard input does, so that it does
+//! not outlive whoever started it.
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use embedded_kafka::{Broker, Config};
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    tracing_subscriber::fmt().with_writer(io::stderr).init();
+    match run().await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run() -> Result<(), Box<dyn std::error::Error>> {
+    let mut arguments = std::env::args().skip(1);
+    let folder = arguments
+        .next()
+        .ok_or("usage: embedded-kafka FOLDER [ADDRESS]")?;
+    let mut config = Config::new(folder);
+    if let Some(address) = arguments.next() {
+        config.listen = address
+            .parse()
+            .map_err(|_| format!("{address} is not an address such as 127.0.0.1:9092"))?;
+    }
+    let broker = Broker::start(config).await?;
+    println!("{}", broker.address());
+    io::stdout().flush()?;
+    tokio::task::spawn_blocking(|| io::copy(&mut io::stdin(), &mut io::sink())).await??;
+    broker.shutdown().await;
+    Ok(())
+}

@@ -1,0 +1,173 @@
+//! Starts and stops a broker.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use tokio::net::TcpListener;
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::task::TaskTracker;
+use tracing::info;
+
+use crate::config::{Config, StartError};
+use crate::folder::{self, FolderLock};
+use crate::node::Node;
+use crate::storage::journal::Journal;
+use crate::storage::topic_config::Settings;
+use crate::storage::topics::Topics;
+use crate::storage::writer::Writers;
+use crate::{retention, server};
+
+/// A running broker. It ends when this is dropped; [`Broker::shutdown`] also waits for the end.
+#[derive(Debug)]
+pub struct Broker {
+    address: SocketAddr,
+    tasks: TaskTracker,
+    /// The threads end when the node is dropped, which the tasks hold.
+    threads: Vec<JoinHandle<()>>,
+    lock: Arc<FolderLock>,
+    shutdown: DropGuard,
+}
+
+/// What [`open`] makes, which takes the disk and so a thread that may block.
+struct Opened {
+    listener: std::net::TcpListener,
+    address: SocketAddr,
+    lock: FolderLock,
+    topics: Topics,
+    journal: Journal,
+    writers: Writers,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Broker {
+    /// Takes the folder, reads what is in it, and listens.
+    pub async fn start(config: Config) -> Result<Self, StartError> {
+        let for_open = config.clone();
+        let opened = tokio::task::spawn_blocking(move || open(&for_open)).await;
+        let Opened {
+            listener,
+            address,
+            lock,
+            topics,
+            journal,
+            writers,
+            threads,
+        } = opened.map_err(|error| StartError::Io {
+            what: "cannot open the folder".to_owned(),
+            error: error.into(),
+        })??;
+        let listener = TcpListener::from_std(listener).map_err(|error| StartError::Io {
+            what: format!("cannot listen on {address}"),
+            error,
+        })?;
+        info!(
+            %address,
+            folder = %config.folder.display(),
+            "the embedded Kafka broker listens: one node, for development"
+        );
+        let shutdown = CancellationToken::new();
+        let node = Arc::new(Node::new(
+            config,
+            address,
+            topics,
+            journal,
+            writers,
+            shutdown.clone(),
+        ));
+        let lock = Arc::new(lock);
+        let tasks = TaskTracker::new();
+        // Each task holds the lock, so that nobody takes the folder while one still works on it.
+        for task in [
+            spawn(
+                &tasks,
+                &lock,
+                server::serve(node.clone(), listener, tasks.clone()),
+            ),
+            spawn(&tasks, &lock, retention::run(node.clone())),
+            spawn(&tasks, &lock, async move {
+                node.groups.keep_time(node.shutdown.clone()).await
+            }),
+        ] {
+            drop(task);
+        }
+        tasks.close();
+        Ok(Self {
+            address,
+            tasks,
+            threads,
+            lock,
+            shutdown: shutdown.drop_guard(),
+        })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Ends all connections, finishes what is being written, and gives up the folder.
+    pub async fn shutdown(self) {
+        let Self {
+            address,
+            tasks,
+            threads,
+            lock,
+            shutdown,
+        } = self;
+        drop(shutdown);
+        tasks.wait().await;
+        let joined = tokio::task::spawn_blocking(move || {
+            for thread in threads {
+                // A writer that panicked has said so already.
+                let _ = thread.join();
+            }
+            drop(lock);
+        });
+        let _ = joined.await;
+        info!(%address, "the embedded Kafka broker stopped");
+    }
+}
+
+fn spawn(
+    tasks: &TaskTracker,
+    lock: &Arc<FolderLock>,
+    task: impl Future<Output = ()> + Send + 'static,
+) -> tokio::task::JoinHandle<()> {
+    let lock = lock.clone();
+    tasks.spawn(async move {
+        task.await;
+        drop(lock);
+    })
+}
+
+fn open(config: &Config) -> Result<Opened, StartError> {
+    if !config.listen.ip().is_loopback() {
+        return Err(StartError::NotLoopback(config.listen));
+    }
+    let folder = &config.folder;
+    let mut lock = FolderLock::take(folder)?;
+    let listener = folder::bind(folder, config.listen)?;
+    let (journal, thread) = Journal::open(folder, config.fsync)?;
+    let topics = Topics::open(folder, &journal, Settings::defaults(config))?;
+    let (writers, mut threads) =
+        Writers::start().map_err(StartError::io("start the writers of", folder))?;
+    threads.push(thread);
+    let address = listener
+        .local_addr()
+        .and_then(|address| listener.set_nonblocking(true).map(|()| address))
+        .map_err(|error| StartError::Io {
+            what: format!("cannot listen on {}", config.listen),
+            error,
+        })?;
+    lock.announce(folder, address)?;
+    Ok(Opened {
+        listener,
+        address,
+        lock,
+        topics,
+        journal,
+        writers,
+        threads,
+    })
+}

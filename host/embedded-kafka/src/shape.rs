@@ -1,0 +1,311 @@
+//! Checks the lengths in a request before the codec sees it.
+//!
+//! The codec sets memory aside for as many elements as an array says it has. So this walks over the request first,
+//! and refuses arrays that say more than there is, or than anybody needs.
+
+use kafka_protocol::messages::ApiKey;
+
+/// Elements of all arrays of a request together.
+const MAX_ELEMENTS: usize = 500_000;
+
+/// A field of a request, and the versions that have it.
+struct Field {
+    since: i16,
+    until: i16,
+    kind: Kind,
+}
+
+enum Kind {
+    /// So many bytes.
+    Fixed(usize),
+    /// A string, perhaps null.
+    Text,
+    /// Bytes, perhaps null.
+    Blob,
+    Array(&'static [Field]),
+}
+
+use Kind::{Array, Blob, Fixed, Text};
+
+/// Why a request is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum BadShape {
+    #[error("it ends within a field")]
+    Short,
+    #[error("it has a length that cannot be")]
+    Length,
+    #[error("it has more than {MAX_ELEMENTS} elements")]
+    TooMany,
+}
+
+/// Checks the body of a request (what follows the header).
+pub(crate) fn check(key: ApiKey, version: i16, body: &[u8]) -> Result<(), BadShape> {
+    let flexible = key.request_header_version(version) >= 2;
+    Walk {
+        rest: body,
+        version,
+        flexible,
+        elements: 0,
+    }
+    .fields(fields(key))
+}
+
+const fn all(kind: Kind) -> Field {
+    since(0, kind)
+}
+
+const fn since(since: i16, kind: Kind) -> Field {
+    Field {
+        since,
+        until: i16::MAX,
+        kind,
+    }
+}
+
+const fn until(until: i16, kind: Kind) -> Field {
+    Field {
+        since: 0,
+        until,
+        kind,
+    }
+}
+
+const INT8: Kind = Fixed(1);
+const INT16: Kind = Fixed(2);
+const INT32: Kind = Fixed(4);
+const INT64: Kind = Fixed(8);
+
+/// The fields of a request, in the versions that this broker takes.
+fn fields(key: ApiKey) -> &'static [Field] {
+    match key {
+        ApiKey::Produce => PRODUCE,
+        ApiKey::Fetch => FETCH,
+        ApiKey::ListOffsets => LIST_OFFSETS,
+        ApiKey::Metadata => METADATA,
+        ApiKey::OffsetCommit => OFFSET_COMMIT,
+        ApiKey::OffsetFetch => OFFSET_FETCH,
+        ApiKey::FindCoordinator => FIND_COORDINATOR,
+        ApiKey::JoinGroup => JOIN_GROUP,
+        ApiKey::SyncGroup => SYNC_GROUP,
+        ApiKey::Heartbeat => HEARTBEAT,
+        ApiKey::LeaveGroup => LEAVE_GROUP,
+        ApiKey::DescribeGroups | ApiKey::DeleteGroups => GROUP_IDS,
+        ApiKey::ApiVersions => API_VERSIONS,
+        ApiKey::CreateTopics => CREATE_TOPICS,
+        ApiKey::DeleteTopics => DELETE_TOPICS,
+        ApiKey::CreatePartitions => CREATE_PARTITIONS,
+        ApiKey::DeleteRecords => DELETE_RECORDS,
+        ApiKey::DescribeConfigs => DESCRIBE_CONFIGS,
+        ApiKey::InitProducerId => INIT_PRODUCER_ID,
+        // No other request is taken, and `ListGroups` is empty.
+        _ => &[],
+    }
+}
+
+const INDEXES: &[Field] = &[all(INT32)];
+const TEXTS: &[Field] = &[all(Text)];
+
+const PRODUCE: &[Field] = {
+    const PARTITION: &[Field] = &[all(INT32), all(Blob)];
+    const TOPIC: &[Field] = &[all(Text), all(Array(PARTITION))];
+    &[since(3, Text), all(INT16), all(INT32), all(Array(TOPIC))]
+};
+const FETCH: &[Field] = {
+    const PARTITION: &[Field] = &[
+        all(INT32),
+        since(9, INT32),
+        all(INT64),
+        since(5, INT64),
+        all(INT32),
+    ];
+    const TOPIC: &[Field] = &[all(Text), all(Array(PARTITION))];
+    const FORGOTTEN: &[Field] = &[all(Text), all(Array(INDEXES))];
+    &[
+        all(Fixed(4 + 4 + 4 + 4 + 1)),
+        since(7, Fixed(4 + 4)),
+        all(Array(TOPIC)),
+        since(7, Array(FORGOTTEN)),
+        since(11, Text),
+    ]
+};
+const LIST_OFFSETS: &[Field] = {
+    const PARTITION: &[Field] = &[all(INT32), since(4, INT32), all(INT64)];
+    const TOPIC: &[Field] = &[all(Text), all(Array(PARTITION))];
+    &[all(INT32), since(2, INT8), all(Array(TOPIC))]
+};
+const METADATA: &[Field] = &[all(Array(TEXTS)), since(4, INT8), since(8, Fixed(2))];
+const OFFSET_COMMIT: &[Field] = {
+    const PARTITION: &[Field] = &[all(INT32), all(INT64), since(6, INT32), all(Text)];
+    const TOPIC: &[Field] = &[all(Text), all(Array(PARTITION))];
+    &[
+        all(Text),
+        all(INT32),
+        all(Text),
+        since(7, Text),
+        until(4, INT64),
+        all(Array(TOPIC)),
+    ]
+};
+const OFFSET_FETCH: &[Field] = {
+    const TOPIC: &[Field] = &[all(Text), all(Array(INDEXES))];
+    &[all(Text), all(Array(TOPIC)), since(7, INT8)]
+};
+const FIND_COORDINATOR: &[Field] = &[all(Text), since(1, INT8)];
+const JOIN_GROUP: &[Field] = {
+    const PROTOCOL: &[Field] = &[all(Text), all(Blob)];
+    &[
+        all(Text),
+        all(INT32),
+        since(1, INT32),
+        all(Text),
+        since(5, Text),
+        all(Text),
+        all(Array(PROTOCOL)),
+    ]
+};
+const SYNC_GROUP: &[Field] = {
+    const ASSIGNMENT: &[Field] = &[all(Text), all(Blob)];
+    &[
+        all(Text),
+        all(INT32),
+        all(Text),
+        since(3, Text),
+        all(Array(ASSIGNMENT)),
+    ]
+};
+const HEARTBEAT: &[Field] = &[all(Text), all(INT32), all(Text), since(3, Text)];
+const LEAVE_GROUP: &[Field] = {
+    const MEMBER: &[Field] = &[all(Text), all(Text)];
+    &[all(Text), until(2, Text), since(3, Array(MEMBER))]
+};
+const GROUP_IDS: &[Field] = &[all(Array(TEXTS))];
+const API_VERSIONS: &[Field] = &[since(3, Text), since(3, Text)];
+const CREATE_TOPICS: &[Field] = {
+    const ASSIGNMENT: &[Field] = &[all(INT32), all(Array(INDEXES))];
+    const CONFIG: &[Field] = &[all(Text), all(Text)];
+    const TOPIC: &[Field] = &[
+        all(Text),
+        all(INT32),
+        all(INT16),
+        all(Array(ASSIGNMENT)),
+        all(Array(CONFIG)),
+    ];
+    &[all(Array(TOPIC)), all(INT32), all(INT8)]
+};
+const DELETE_TOPICS: &[Field] = &[all(Array(TEXTS)), all(INT32)];
+const CREATE_PARTITIONS: &[Field] = {
+    const ASSIGNMENT: &[Field] = &[all(Array(INDEXES))];
+    const TOPIC: &[Field] = &[all(Text), all(INT32), all(Array(ASSIGNMENT))];
+    &[all(Array(TOPIC)), all(INT32), all(INT8)]
+};
+const DELETE_RECORDS: &[Field] = {
+    const PARTITION: &[Field] = &[all(INT32), all(INT64)];
+    const TOPIC: &[Field] = &[all(Text), all(Array(PARTITION))];
+    &[all(Array(TOPIC)), all(INT32)]
+};
+const DESCRIBE_CONFIGS: &[Field] = {
+    const RESOURCE: &[Field] = &[all(INT8), all(Text), all(Array(TEXTS))];
+    &[all(Array(RESOURCE)), all(INT8)]
+};
+const INIT_PRODUCER_ID: &[Field] = &[all(Text), all(INT32), since(3, Fixed(8 + 2))];
+
+struct Walk<'a> {
+    rest: &'a [u8],
+    version: i16,
+    /// Lengths are varints one too large, and each structure ends with tagged fields.
+    flexible: bool,
+    elements: usize,
+}
+
+impl Walk<'_> {
+    fn fields(&mut self, fields: &'static [Field]) -> Result<(), BadShape> {
+        self.plain_fields(fields)?;
+        // The codec takes tagged fields one at a time, with memory for what is there.
+        if self.flexible { self.tags() } else { Ok(()) }
+    }
+
+    fn plain_fields(&mut self, fields: &'static [Field]) -> Result<(), BadShape> {
+        for field in fields {
+            if (field.since..=field.until).contains(&self.version) {
+                self.field(&field.kind)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn field(&mut self, kind: &Kind) -> Result<(), BadShape> {
+        match kind {
+            Fixed(len) => self.skip(*len),
+            Text if self.flexible => self.compact_length().and_then(|len| self.skip(len)),
+            Text => {
+                let len = i16::from_be_bytes(self.take()?);
+                self.skip(length(i32::from(len))?)
+            }
+            Blob if self.flexible => self.compact_length().and_then(|len| self.skip(len)),
+            Blob => {
+                let len = i32::from_be_bytes(self.take()?);
+                self.skip(length(len)?)
+            }
+            Array(element) => {
+                let count = if self.flexible {
+                    self.compact_length()?
+                } else {
+                    length(i32::from_be_bytes(self.take()?))?
+                };
+                self.elements = self.elements.saturating_add(count);
+                if self.elements > MAX_ELEMENTS {
+                    return Err(BadShape::TooMany);
+                }
+                // The elements of an array of plain values have no tags of their own.
+                (0..count).try_for_each(|_| match element {
+                    [_] => self.plain_fields(element),
+                    _ => self.fields(element),
+                })
+            }
+        }
+    }
+
+    fn tags(&mut self) -> Result<(), BadShape> {
+        for _ in 0..self.varint()? {
+            self.varint()?;
+            let len = self.varint()?;
+            self.skip(len as usize)?;
+        }
+        Ok(())
+    }
+
+    fn compact_length(&mut self) -> Result<usize, BadShape> {
+        Ok(self.varint()?.saturating_sub(1) as usize)
+    }
+
+    fn varint(&mut self) -> Result<u32, BadShape> {
+        let mut value = 0u32;
+        for i in 0..5 {
+            let [byte] = self.take()?;
+            value |= u32::from(byte & 0x7f) << (7 * i);
+            if byte < 0x80 {
+                return Ok(value);
+            }
+        }
+        Err(BadShape::Length)
+    }
+
+    fn skip(&mut self, len: usize) -> Result<(), BadShape> {
+        self.rest = self.rest.get(len..).ok_or(BadShape::Short)?;
+        Ok(())
+    }
+
+    fn take<const N: usize>(&mut self) -> Result<[u8; N], BadShape> {
+        let (taken, rest) = self.rest.split_first_chunk().ok_or(BadShape::Short)?;
+        self.rest = rest;
+        Ok(*taken)
+    }
+}
+
+/// -1 stands for null.
+fn length(length: i32) -> Result<usize, BadShape> {
+    usize::try_from(length.max(0))
+        .ok()
+        .filter(|_| length >= -1)
+        .ok_or(BadShape::Length)
+}

@@ -1,0 +1,338 @@
+//! The journal: topics, committed offsets and identifiers, one line of JSON for each change.
+//!
+//! A line is `<crc32c of the JSON, 8 hex digits> <JSON>\n`. One thread writes; changes that wait while it flushes are
+//! flushed together, next. When most lines are outdated, the file is replaced by one that has only those that count.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use tokio::sync::{mpsc, oneshot};
+use tracing::{error, warn};
+use uuid::Uuid;
+
+use super::journal_state::{Entry, State};
+use super::{lock, sync_folder};
+use crate::config::StartError;
+
+const NAME: &str = "journal";
+const NEW_NAME: &str = "journal.new";
+
+/// Changes waiting for the thread; who brings more waits.
+const QUEUE: usize = 1024;
+/// Changes flushed together at most.
+const MAX_GROUP: usize = 1024;
+
+/// Below this size in bytes the file is not replaced.
+const COMPACT_FROM: u64 = 1 << 20;
+/// The file is replaced when it is this many times as large as after the last time.
+const COMPACT_FACTOR: u64 = 4;
+
+/// Hex digits of the checksum and a space.
+const CHECKSUM_LEN: usize = 9;
+
+/// The change could not be made durable, and was not made. The reason is in the log.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct NotWritten;
+
+/// Takes changes; the thread ends when this is dropped and all that was brought is written.
+#[derive(Debug)]
+pub(crate) struct Journal {
+    state: Arc<Mutex<State>>,
+    queue: mpsc::Sender<Change>,
+}
+
+#[derive(Debug)]
+struct Change {
+    entries: Vec<Entry>,
+    done: oneshot::Sender<Result<(), NotWritten>>,
+}
+
+impl Journal {
+    /// Reads the journal of a folder, or begins one, and starts its thread.
+    pub(crate) fn open(
+        folder: &Path,
+        fsync: bool,
+    ) -> Result<(Self, thread::JoinHandle<()>), StartError> {
+        let path = folder.join(NAME);
+        let mut state = read(&path)?;
+        if state.cluster.is_empty() {
+            refuse_orphans(folder, &path)?;
+            state.cluster = Uuid::new_v4().to_string();
+            state.next_producer_id = 1;
+        }
+        let state = Arc::new(Mutex::new(state));
+        let mut file = Writer {
+            folder: folder.to_owned(),
+            fsync,
+            state: state.clone(),
+            file: None,
+            len: 0,
+            floor: 0,
+        };
+        file.compact().map_err(StartError::io("write", &path))?;
+        let (queue, changes) = mpsc::channel(QUEUE);
+        let thread = thread::Builder::new()
+            .name("kafka-journal".to_owned())
+            .spawn(move || file.run(changes))
+            .map_err(StartError::io("start a thread for", &path))?;
+        Ok((Self { state, queue }, thread))
+    }
+
+    /// Looks at the state; `look` must not wait.
+    pub(crate) fn look<T>(&self, look: impl FnOnce(&State) -> T) -> T {
+        look(&lock(&self.state))
+    }
+
+    /// Makes changes, all or (if the disk refuses) none. They are durable, and in the state, when this answers.
+    pub(crate) async fn write(&self, entries: Vec<Entry>) -> Result<(), NotWritten> {
+        let (done, answer) = oneshot::channel();
+        self.queue
+            .send(Change { entries, done })
+            .await
+            .map_err(|_| NotWritten)?;
+        answer.await.map_err(|_| NotWritten)?
+    }
+}
+
+/// The file, and the thread's work.
+struct Writer {
+    folder: PathBuf,
+    fsync: bool,
+    state: Arc<Mutex<State>>,
+    /// `None` after an error that left the end of the file unknown.
+    file: Option<File>,
+    len: u64,
+    /// Bytes of the file after it was last replaced.
+    floor: u64,
+}
+
+impl Writer {
+    fn run(mut self, mut changes: mpsc::Receiver<Change>) {
+        let mut group = Vec::with_capacity(MAX_GROUP);
+        while changes.blocking_recv_many(&mut group, MAX_GROUP) > 0 {
+            let answer = self.append(&group).map_err(|error| {
+                error!(file = %self.folder.join(NAME).display(), %error, "could not write; the change is refused");
+                NotWritten
+            });
+            for Change { entries, done } in group.drain(..) {
+                if answer.is_ok() {
+                    let mut state = lock(&self.state);
+                    entries.into_iter().for_each(|entry| state.apply(entry));
+                }
+                // Nobody listens any more when the client went away.
+                let _ = done.send(answer);
+            }
+            if self.len > COMPACT_FROM.max(self.floor * COMPACT_FACTOR)
+                && let Err(error) = self.compact()
+            {
+                warn!(%error, "could not shorten the journal; it goes on as it is");
+                self.floor = self.len;
+            }
+        }
+    }
+
+    fn append(&mut self, group: &[Change]) -> io::Result<()> {
+        let mut lines = Vec::new();
+        for entry in group.iter().flat_map(|change| &change.entries) {
+            push_line(&mut lines, entry)?;
+        }
+        let file = self
+            .file
+            .as_ref()
+            .ok_or_else(|| io::Error::other("an earlier error left it unusable"))?;
+        if let Err(error) = file.write_all_at(&lines, self.len) {
+            if file.set_len(self.len).is_err() {
+                self.file = None;
+            }
+            return Err(error);
+        }
+        if self.fsync
+            && let Err(error) = file.sync_data()
+        {
+            self.file = None;
+            return Err(error);
+        }
+        self.len += lines.len() as u64;
+        Ok(())
+    }
+
+    /// Replaces the file by one with only the lines that count.
+    fn compact(&mut self) -> io::Result<()> {
+        let mut lines = Vec::new();
+        for entry in lock(&self.state).entries() {
+            push_line(&mut lines, &entry)?;
+        }
+        let new = self.folder.join(NEW_NAME);
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(&new)?;
+        file.write_all(&lines)?;
+        file.sync_all()?;
+        fs::rename(&new, self.folder.join(NAME))?;
+        // From here on the old file is gone, whatever comes.
+        self.file = Some(file);
+        self.len = lines.len() as u64;
+        self.floor = self.len;
+        sync_folder(&self.folder)
+    }
+}
+
+fn push_line(lines: &mut Vec<u8>, entry: &Entry) -> io::Result<()> {
+    let json = serde_json::to_vec(entry)?;
+    write!(lines, "{:08x} ", crc32c::crc32c(&json))?;
+    lines.extend_from_slice(&json);
+    lines.push(b'\n');
+    Ok(())
+}
+
+/// What all entries of the file amount to, without a torn last line.
+fn read(path: &Path) -> Result<State, StartError> {
+    let mut state = State::default();
+    let bytes = match fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(state),
+        Err(error) => return Err(StartError::io("read", path)(error)),
+    };
+    let mut position = 0;
+    while position < bytes.len() {
+        let rest = &bytes[position..];
+        let line = rest
+            .split_inclusive(|&byte| byte == b'\n')
+            .next()
+            .unwrap_or(rest);
+        match parse_line(line) {
+            Ok(entry) => state.apply(entry),
+            // A crash tears the end only, so no good line follows.
+            Err(_) if !good_line_follows(&rest[line.len()..]) => {
+                warn!(file = %path.display(), bytes = rest.len(), "cut the end of a write that was not finished");
+                break;
+            }
+            Err(what) => {
+                return Err(StartError::Corrupt {
+                    file: path.to_owned(),
+                    position: position as u64,
+                    what,
+                    mend: "put back a good copy of the file, or remove the damaged line and give up the change it \
+                           made (a topic or a committed offset)"
+                        .to_owned(),
+                });
+            }
+        }
+        position += line.len();
+    }
+    Ok(state)
+}
+
+fn good_line_follows(rest: &[u8]) -> bool {
+    rest.split_inclusive(|&byte| byte == b'\n')
+        .any(|line| parse_line(line).is_ok())
+}
+
+fn parse_line(line: &[u8]) -> Result<Entry, String> {
+    let line = line.strip_suffix(b"\n").ok_or("a line without an end")?;
+    let (checksum, json) = line
+        .split_at_checked(CHECKSUM_LEN)
+        .ok_or("a line without a checksum")?;
+    let checksum = std::str::from_utf8(checksum)
+        .ok()
+        .and_then(|hex| u32::from_str_radix(hex.trim_end(), 16).ok());
+    if checksum != Some(crc32c::crc32c(json)) {
+        return Err("a line whose checksum is wrong".to_owned());
+    }
+    serde_json::from_slice(json).map_err(|error| format!("a line that is not an entry: {error}"))
+}
+
+/// Without a journal the records of a folder belong to no topic: it would be wrong to begin as if there were none.
+fn refuse_orphans(folder: &Path, path: &Path) -> Result<(), StartError> {
+    let topics = folder.join(super::topics::FOLDER);
+    match fs::read_dir(&topics).map(|mut entries| entries.next().is_some()) {
+        Ok(true) => Err(StartError::Corrupt {
+            file: path.to_owned(),
+            position: 0,
+            what: format!("it names no cluster, but {} has records", topics.display()),
+            mend: "put back the journal, or move the records away".to_owned(),
+        }),
+        Ok(false) | Err(_) => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn offset(offset: i64) -> Entry {
+        let (group, topic) = ("g".to_owned(), "t".to_owned());
+        Entry::Offset {
+            group,
+            topic,
+            partition: 0,
+            offset,
+            metadata: Some("m\n\"".to_owned()),
+        }
+    }
+
+    fn topic() -> Entry {
+        Entry::Topic {
+            name: "t".to_owned(),
+            id: "i".to_owned(),
+            partitions: 3,
+            config: Default::default(),
+        }
+    }
+
+    #[tokio::test]
+    async fn what_was_written_is_there_again_and_the_file_stays_small() {
+        let folder = tempfile::tempdir().unwrap();
+        let (journal, thread) = Journal::open(folder.path(), false).unwrap();
+        journal.write(vec![topic()]).await.unwrap();
+        for i in 0..2_000 {
+            journal
+                .write((0..20).map(|j| offset(i * 20 + j)).collect())
+                .await
+                .unwrap();
+        }
+        let before = journal.look(State::clone);
+        drop(journal);
+        thread.join().unwrap();
+        assert!(fs::metadata(folder.path().join(NAME)).unwrap().len() < 2 * COMPACT_FROM);
+        let (journal, _) = Journal::open(folder.path(), false).unwrap();
+        assert_eq!(journal.look(State::clone), before);
+        assert_eq!(before.offsets["g"][&("t".to_owned(), 0)].offset, 39_999);
+    }
+
+    #[tokio::test]
+    async fn a_torn_end_is_cut_at_every_byte_and_damage_before_it_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(NAME);
+        let (journal, thread) = Journal::open(folder.path(), false).unwrap();
+        journal.write(vec![topic(), offset(1)]).await.unwrap();
+        drop(journal);
+        thread.join().unwrap();
+        let good = fs::read(&path).unwrap();
+        let mut torn = good.clone();
+        push_line(&mut torn, &offset(2)).unwrap();
+        for len in good.len()..torn.len() {
+            fs::write(&path, &torn[..len]).unwrap();
+            let state = read(&path).unwrap();
+            assert_eq!(
+                state.offsets["g"][&("t".to_owned(), 0)].offset,
+                1,
+                "cut to {len}"
+            );
+        }
+        let mut damaged = torn;
+        damaged[20] ^= 1;
+        fs::write(&path, damaged).unwrap();
+        assert!(matches!(
+            read(&path),
+            Err(StartError::Corrupt { position: 0, .. })
+        ));
+    }
+}

@@ -1,0 +1,36 @@
+//! Records, topics and committed offsets on the disk.
+
+pub(crate) mod batch;
+mod cursor;
+pub(crate) mod journal;
+pub(crate) mod journal_state;
+pub(crate) mod partition;
+pub(crate) mod producers;
+pub(crate) mod segment;
+pub(crate) mod topic_config;
+pub(crate) mod topics;
+pub(crate) mod writer;
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Locks; a thread that panicked while it held the lock does not take the broker with it.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Makes the creation, renaming or removal of files in a folder durable.
+pub(crate) fn sync_folder(folder: &Path) -> io::Result<()> {
+    File::open(folder)?.sync_all()
+}
+
+/// Milliseconds since 1970, the unit of record timestamps.
+pub(crate) fn now_ms() -> i64 {
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+}

@@ -1,0 +1,486 @@
+//! A partition: segments of record batches, in order, durable up to the high watermark.
+//!
+//! One writer appends and flushes; any number of readers read what is below the high watermark.
+
+use std::collections::VecDeque;
+use std::fs::{self, File};
+use std::io;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+
+use bytes::Bytes;
+use kafka_protocol::ResponseError;
+use tokio::sync::Notify;
+use tracing::{error, warn};
+
+use super::batch::{self, BadBatch, Header};
+use super::cursor::Cursor;
+use super::producers::{Producers, Verdict};
+use super::segment::{Depth, Segment, Walk};
+use super::topic_config::Settings;
+use super::{lock, sync_folder};
+use crate::config::StartError;
+
+/// A partition of a topic.
+#[derive(Debug)]
+pub(crate) struct Partition {
+    /// `topic/index`, for messages.
+    name: String,
+    folder: PathBuf,
+    settings: Settings,
+    log: Mutex<Log>,
+    /// First offset that may be read.
+    start: AtomicI64,
+    /// First offset that may not be read yet, or does not exist.
+    high_watermark: AtomicI64,
+    deleted: AtomicBool,
+    /// Fetches that wait for records.
+    waiting: Mutex<Vec<Weak<Notify>>>,
+    syncs: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Log {
+    /// The last one is written to.
+    segments: VecDeque<Segment>,
+    next_offset: i64,
+    producers: Producers,
+    state: State,
+    scratch: Vec<u8>,
+}
+
+#[derive(Debug, Default, PartialEq, Eq)]
+enum State {
+    #[default]
+    Online,
+    /// What was flushed is not known any more; only a restart finds out.
+    Offline,
+    Deleted,
+}
+
+/// What a batch was answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Appended {
+    pub(crate) base_offset: i64,
+}
+
+/// What was read.
+#[derive(Debug)]
+pub(crate) struct Read {
+    /// Whole batches; the first may begin before the offset asked for.
+    pub(crate) records: Bytes,
+    pub(crate) start: i64,
+    pub(crate) high_watermark: i64,
+}
+
+impl Partition {
+    /// Opens what is in `folder`, which is made with the first record.
+    pub(crate) fn open(
+        name: String,
+        folder: PathBuf,
+        start: i64,
+        settings: Settings,
+    ) -> Result<Self, StartError> {
+        let mut log = Log::default();
+        if folder.exists() {
+            log.load(&folder, &settings)?;
+        }
+        let first = log.segments.front().map_or(0, Segment::base_offset);
+        let next = log.next_offset;
+        Ok(Self {
+            name,
+            folder,
+            settings,
+            log: Mutex::new(log),
+            start: AtomicI64::new(start.clamp(first, next)),
+            high_watermark: AtomicI64::new(next),
+            deleted: AtomicBool::new(false),
+            waiting: Mutex::default(),
+            syncs: AtomicU64::new(0),
+        })
+    }
+
+    /// `topic/index`, for messages.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(crate) fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// First offset that may be read.
+    pub(crate) fn start(&self) -> i64 {
+        self.start.load(Ordering::Acquire)
+    }
+
+    /// The offset after the last durable record.
+    pub(crate) fn high_watermark(&self) -> i64 {
+        self.high_watermark.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn is_deleted(&self) -> bool {
+        self.deleted.load(Ordering::Acquire)
+    }
+
+    /// How often the partition was flushed.
+    #[cfg(test)]
+    pub(crate) fn syncs(&self) -> u64 {
+        self.syncs.load(Ordering::Relaxed)
+    }
+
+    /// Writes a batch, whose header was checked, at the end. It is not durable, nor to be seen, before [`Self::sync`].
+    pub(crate) fn append(&self, batch: &[u8], header: &Header) -> Result<Appended, ResponseError> {
+        let log = &mut *lock(&self.log);
+        log.usable()?;
+        match log.producers.check(header) {
+            Verdict::New => {}
+            Verdict::Repeat(base_offset) => return Ok(Appended { base_offset }),
+            Verdict::Refused(why) => return Err(why),
+        }
+        let base_offset = log.next_offset;
+        let Some(next_offset) = base_offset.checked_add(i64::from(header.record_count)) else {
+            return Err(ResponseError::InvalidRecord);
+        };
+        let header = Header {
+            base_offset,
+            ..*header
+        };
+        batch::stamp(batch, base_offset, &mut log.scratch);
+        let written = self.prepare(log, header.len as u64).and_then(|()| {
+            let active = log
+                .segments
+                .back_mut()
+                .ok_or_else(|| io::Error::other("no segment"))?;
+            active.append(&log.scratch, &header)
+        });
+        if let Err(error) = written {
+            error!(partition = self.name, %error, "a produced batch could not be written, and is refused");
+            return Err(ResponseError::KafkaStorageError);
+        }
+        log.next_offset = next_offset;
+        log.producers.record(&header);
+        Ok(Appended { base_offset })
+    }
+
+    /// Makes all that was appended durable, then lets readers see it.
+    pub(crate) fn sync(&self) -> Result<(), ResponseError> {
+        let (file, end) = {
+            let log = lock(&self.log);
+            log.usable()?;
+            (log.segments.back().map(Segment::file), log.next_offset)
+        };
+        let synced = match file {
+            Some(file) if self.settings.fsync => file.and_then(|file| file.sync_data()),
+            _ => Ok(()),
+        };
+        self.syncs.fetch_add(1, Ordering::Relaxed);
+        if let Err(error) = synced {
+            self.go_offline("flush", &error);
+            return Err(ResponseError::KafkaStorageError);
+        }
+        self.high_watermark.fetch_max(end, Ordering::AcqRel);
+        self.wake();
+        Ok(())
+    }
+
+    /// Reads whole batches from `offset` on, of about `max_bytes`; with `at_least_one`, one however large it is.
+    pub(crate) fn read(
+        &self,
+        offset: i64,
+        max_bytes: usize,
+        at_least_one: bool,
+    ) -> Result<Read, ResponseError> {
+        let (file, entry, limit) = {
+            let log = lock(&self.log);
+            if log.state == State::Deleted {
+                return Err(ResponseError::UnknownTopicOrPartition);
+            }
+            let (start, high_watermark) = (self.start(), self.high_watermark());
+            // Between the high watermark and the end a client can be that got its answer just before a restart.
+            if offset < start || offset > log.next_offset {
+                return Err(ResponseError::OffsetOutOfRange);
+            }
+            if offset >= high_watermark {
+                return Ok(Read {
+                    records: Bytes::new(),
+                    start,
+                    high_watermark,
+                });
+            }
+            let segment = log
+                .segment_of(offset)
+                .ok_or(ResponseError::OffsetOutOfRange)?;
+            (segment.file(), segment.seek_offset(offset), segment.len())
+        };
+        let high_watermark = self.high_watermark();
+        let cursor = Cursor::new(&self.name, self.readable(file)?, limit, high_watermark);
+        let records = match cursor.find(entry, |header| header.next_offset() > offset)? {
+            Some(first) => cursor.batches_from(first, max_bytes, at_least_one)?,
+            None => Bytes::new(),
+        };
+        Ok(Read {
+            records,
+            start: self.start(),
+            high_watermark,
+        })
+    }
+
+    /// Offset and timestamp of the first record that is not older than `timestamp`.
+    pub(crate) fn find_timestamp(
+        &self,
+        timestamp: i64,
+    ) -> Result<Option<(i64, i64)>, ResponseError> {
+        let high_watermark = self.high_watermark();
+        let mut from = self.start();
+        loop {
+            let (file, entry, limit, next) = {
+                let log = lock(&self.log);
+                let newer = |segment: &&Segment| {
+                    segment.max_timestamp() >= timestamp && segment.next_offset() > from
+                };
+                let Some(segment) = log.segments.iter().find(newer) else {
+                    return Ok(None);
+                };
+                (
+                    segment.file(),
+                    segment.seek_timestamp(timestamp),
+                    segment.len(),
+                    segment.next_offset(),
+                )
+            };
+            let cursor = Cursor::new(&self.name, self.readable(file)?, limit, high_watermark);
+            let newer =
+                |header: &Header| header.max_timestamp >= timestamp && header.next_offset() > from;
+            if let Some(first) = cursor.find(entry, newer)? {
+                let batch = cursor.batches_from(first, 0, true)?;
+                let (offset, timestamp) = batch::find_timestamp(&first.header, &batch, timestamp);
+                return Ok(Some((offset.max(from), timestamp)));
+            }
+            from = next;
+        }
+    }
+
+    /// Has `notify` notified when records become readable. The caller looks again after this.
+    pub(crate) fn wait(&self, notify: &Arc<Notify>) {
+        let mut waiting = lock(&self.waiting);
+        waiting.retain(|other| other.strong_count() > 0);
+        waiting.push(Arc::downgrade(notify));
+    }
+
+    /// The first offset that is left if the records before `offset` (-1: all) are deleted.
+    pub(crate) fn start_from(&self, offset: i64) -> Result<i64, ResponseError> {
+        let high_watermark = self.high_watermark();
+        match offset {
+            -1 => Ok(high_watermark),
+            offset if (0..=high_watermark).contains(&offset) => Ok(offset.max(self.start())),
+            _ => Err(ResponseError::OffsetOutOfRange),
+        }
+    }
+
+    /// Deletes the records before `offset`, which [`Self::start_from`] gave. Their files go with the next
+    /// [`Self::retain`].
+    pub(crate) fn delete_before(&self, offset: i64) {
+        self.start.fetch_max(offset, Ordering::AcqRel);
+    }
+
+    /// Removes the files that the topic's retention, or [`Self::delete_before`], left without records to keep.
+    pub(crate) fn retain(&self, now_ms: i64) -> io::Result<()> {
+        let mut log = lock(&self.log);
+        if log.usable().is_err() {
+            return Ok(());
+        }
+        let flushed = self.high_watermark() == log.next_offset;
+        let mut total: u64 = log.segments.iter().map(Segment::len).sum();
+        while let Some(oldest) = log.segments.front() {
+            let too_old = self.settings.retention_ms.is_some_and(|keep| {
+                oldest.len() > 0 && oldest.max_timestamp().saturating_add(keep) < now_ms
+            });
+            // Kafka keeps at least what it is asked to keep: a segment goes when the rest is enough.
+            let too_much = self
+                .settings
+                .retention_bytes
+                .is_some_and(|keep| total - oldest.len() >= keep);
+            let below_start = oldest.next_offset() <= self.start();
+            let is_last = log.segments.len() == 1;
+            let goes = if is_last {
+                too_old && flushed
+            } else {
+                too_old || too_much || below_start
+            };
+            if !goes {
+                break;
+            }
+            total -= oldest.len();
+            if is_last {
+                // An empty segment keeps the next offset.
+                let next = Segment::create(&self.folder, log.next_offset)?;
+                log.segments.push_back(next);
+                sync_folder(&self.folder)?;
+            }
+            let Some(gone) = log.segments.pop_front() else {
+                break;
+            };
+            self.start.fetch_max(gone.next_offset(), Ordering::AcqRel);
+            fs::remove_file(gone.path())?;
+        }
+        Ok(())
+    }
+
+    /// Ends all use of the partition, before its files are removed.
+    pub(crate) fn delete(&self) {
+        let mut log = lock(&self.log);
+        log.state = State::Deleted;
+        log.segments.clear();
+        self.deleted.store(true, Ordering::Release);
+        drop(log);
+        self.wake();
+    }
+
+    /// Makes room for `len` bytes: a segment to write to, a new one when the last is full.
+    fn prepare(&self, log: &mut Log, len: u64) -> io::Result<()> {
+        match log.segments.back() {
+            Some(active)
+                if active.len() == 0 || active.len() + len <= self.settings.segment_bytes =>
+            {
+                return Ok(());
+            }
+            Some(active) if self.settings.fsync => active.file()?.sync_data()?,
+            Some(_) => {}
+            None => {
+                fs::create_dir_all(&self.folder)?;
+                if let (Some(topic), true) = (self.folder.parent(), self.settings.fsync) {
+                    sync_folder(topic)?;
+                    topic.parent().map_or(Ok(()), sync_folder)?;
+                }
+            }
+        }
+        let next = Segment::create(&self.folder, log.next_offset)?;
+        if self.settings.fsync {
+            sync_folder(&self.folder)?;
+        }
+        if let Some(full) = log.segments.back_mut() {
+            full.close();
+        }
+        log.segments.push_back(next);
+        Ok(())
+    }
+
+    fn go_offline(&self, doing: &str, error: &io::Error) {
+        error!(
+            partition = self.name,
+            %error,
+            "could not {doing} the partition: it takes no more records until the broker is started again"
+        );
+        lock(&self.log).state = State::Offline;
+    }
+
+    fn readable(&self, file: io::Result<Arc<File>>) -> Result<Arc<File>, ResponseError> {
+        file.map_err(|error| match error.kind() {
+            // Retention took it since.
+            io::ErrorKind::NotFound => ResponseError::OffsetOutOfRange,
+            _ => {
+                error!(partition = self.name, %error, "could not open a segment");
+                ResponseError::KafkaStorageError
+            }
+        })
+    }
+
+    fn wake(&self) {
+        for notify in lock(&self.waiting).drain(..) {
+            if let Some(notify) = notify.upgrade() {
+                notify.notify_one();
+            }
+        }
+    }
+}
+
+impl Log {
+    fn usable(&self) -> Result<(), ResponseError> {
+        match self.state {
+            State::Online => Ok(()),
+            State::Offline => Err(ResponseError::KafkaStorageError),
+            State::Deleted => Err(ResponseError::UnknownTopicOrPartition),
+        }
+    }
+
+    fn segment_of(&self, offset: i64) -> Option<&Segment> {
+        let after = self
+            .segments
+            .partition_point(|segment| segment.base_offset() <= offset);
+        self.segments.get(after.checked_sub(1)?)
+    }
+
+    /// Reads all segments; cuts the torn tail of the last.
+    fn load(&mut self, folder: &std::path::Path, settings: &Settings) -> Result<(), StartError> {
+        let files = Segment::list(folder).map_err(StartError::io("read", folder))?;
+        let count = files.len();
+        for (i, (base_offset, path)) in files.into_iter().enumerate() {
+            if i > 0 && base_offset != self.next_offset {
+                return Err(StartError::Corrupt {
+                    file: path,
+                    position: 0,
+                    what: format!("it begins with offset {base_offset}, the file before it ends at {}", self.next_offset),
+                    mend: "put back the segment file that is missing, or move the partition's folder away".to_owned(),
+                });
+            }
+            let is_last = i + 1 == count;
+            let depth = if is_last {
+                Depth::Checksums
+            } else {
+                Depth::Headers
+            };
+            let producers = &mut self.producers;
+            let walk = Segment::walk(base_offset, path.clone(), depth, |header| {
+                producers.record(header)
+            })
+            .map_err(StartError::io("read", &path))?;
+            if let Some(reason) = walk.bad {
+                settle_damage(&walk, reason, is_last)?;
+            }
+            let mut segment = walk.segment;
+            if !is_last {
+                segment.close();
+            } else if settings.fsync {
+                // Readers see it from now on, so it must not go away with the machine.
+                segment
+                    .file()
+                    .and_then(|file| file.sync_all())
+                    .map_err(StartError::io("flush", &path))?;
+            }
+            self.next_offset = segment.next_offset();
+            self.segments.push_back(segment);
+        }
+        Ok(())
+    }
+}
+
+/// Cuts a torn tail; anything else is not to be mended without being asked.
+fn settle_damage(walk: &Walk, reason: BadBatch, is_last: bool) -> Result<(), StartError> {
+    let segment = &walk.segment;
+    let follows = walk
+        .good_batch_follows()
+        .map_err(StartError::io("read", segment.path()))?;
+    if !is_last || follows {
+        return Err(StartError::Corrupt {
+            file: segment.path().to_owned(),
+            position: segment.len(),
+            what: reason.to_string(),
+            mend: format!(
+                "put back a good copy of the file, or give up the records from offset {} on by moving away the later \
+                 files of this folder and running `truncate -s {} {}`",
+                segment.next_offset(),
+                segment.len(),
+                segment.path().display()
+            ),
+        });
+    }
+    warn!(
+        file = %segment.path().display(),
+        bytes = walk.file_len - segment.len(),
+        offset = segment.next_offset(),
+        "cut the end of a write that was not finished"
+    );
+    segment.cut().map_err(StartError::io("cut", segment.path()))
+}

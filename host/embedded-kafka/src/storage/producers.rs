@@ -1,0 +1,194 @@
+//! Idempotent producers of a partition: which batches were taken, so that a batch sent again is not kept twice.
+
+use std::collections::{HashMap, VecDeque};
+
+use kafka_protocol::ResponseError;
+
+use super::batch::Header;
+
+/// A client has at most this many batches in flight to a partition.
+const BATCHES_KEPT: usize = 5;
+
+/// Producers remembered for a partition; beyond it, those that were silent for longest are forgotten.
+const MAX_PRODUCERS: usize = 10_000;
+const FORGOTTEN_AT_ONCE: usize = MAX_PRODUCERS / 10;
+
+/// The last batches of each producer.
+#[derive(Debug, Default)]
+pub(crate) struct Producers {
+    by_id: HashMap<i64, Producer>,
+}
+
+/// What to do with a batch.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// Keep it.
+    New,
+    /// It is here already, from this offset.
+    Repeat(i64),
+    /// Answer with this error.
+    Refused(ResponseError),
+}
+
+#[derive(Debug)]
+struct Producer {
+    epoch: i16,
+    batches: VecDeque<Taken>,
+}
+
+#[derive(Debug)]
+struct Taken {
+    first: i32,
+    last: i32,
+    base_offset: i64,
+}
+
+impl Producers {
+    /// Judges a batch by its producer, epoch and sequence, as Kafka does.
+    pub(crate) fn check(&self, header: &Header) -> Verdict {
+        if !header.is_idempotent() {
+            return Verdict::New;
+        }
+        if header.base_sequence < 0 || header.producer_epoch < 0 {
+            return Verdict::Refused(ResponseError::InvalidRecord);
+        }
+        // Of an unknown producer (its records may be gone by retention) any sequence is taken.
+        let Some(producer) = self.by_id.get(&header.producer_id) else {
+            return Verdict::New;
+        };
+        if header.producer_epoch < producer.epoch {
+            return Verdict::Refused(ResponseError::InvalidProducerEpoch);
+        }
+        if header.producer_epoch > producer.epoch {
+            return in_order(header.base_sequence == 0);
+        }
+        let repeat = |taken: &&Taken| {
+            taken.first == header.base_sequence && taken.last == header.last_sequence()
+        };
+        if let Some(taken) = producer.batches.iter().find(repeat) {
+            return Verdict::Repeat(taken.base_offset);
+        }
+        let last = producer.batches.back().map_or(-1, |taken| taken.last);
+        in_order(header.base_sequence == last.wrapping_add(1) & i32::MAX)
+    }
+
+    /// Remembers a batch that was kept.
+    pub(crate) fn record(&mut self, header: &Header) {
+        if !header.is_idempotent() {
+            return;
+        }
+        let new = || Producer {
+            epoch: header.producer_epoch,
+            batches: VecDeque::with_capacity(BATCHES_KEPT),
+        };
+        let producer = self.by_id.entry(header.producer_id).or_insert_with(new);
+        if producer.epoch != header.producer_epoch {
+            *producer = new();
+        }
+        if producer.batches.len() == BATCHES_KEPT {
+            producer.batches.pop_front();
+        }
+        let (first, last) = (header.base_sequence, header.last_sequence());
+        producer.batches.push_back(Taken {
+            first,
+            last,
+            base_offset: header.base_offset,
+        });
+        if self.by_id.len() > MAX_PRODUCERS {
+            self.forget();
+        }
+    }
+
+    fn forget(&mut self) {
+        let mut ages: Vec<(i64, i64)> = self
+            .by_id
+            .iter()
+            .map(|(id, producer)| (producer.last_offset(), *id))
+            .collect();
+        ages.select_nth_unstable(FORGOTTEN_AT_ONCE);
+        for (_, id) in ages.into_iter().take(FORGOTTEN_AT_ONCE) {
+            self.by_id.remove(&id);
+        }
+    }
+}
+
+impl Producer {
+    fn last_offset(&self) -> i64 {
+        self.batches.back().map_or(0, |taken| taken.base_offset)
+    }
+}
+
+fn in_order(yes: bool) -> Verdict {
+    if yes {
+        Verdict::New
+    } else {
+        Verdict::Refused(ResponseError::OutOfOrderSequenceNumber)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::batch::tests::batch;
+    use super::*;
+
+    fn header(id: i64, epoch: i16, sequence: i32, count: i32, base_offset: i64) -> Header {
+        let mut header = Header::check(&batch(count, 0, Some((id, epoch, sequence)))).unwrap();
+        header.base_offset = base_offset;
+        header
+    }
+
+    #[test]
+    fn judges_as_kafka_does() {
+        let mut producers = Producers::default();
+        for i in 0..7 {
+            let batch = header(1, 3, i * 2, 2, i64::from(i) * 2);
+            assert_eq!(producers.check(&batch), Verdict::New);
+            producers.record(&batch);
+        }
+        let out_of_order = Verdict::Refused(ResponseError::OutOfOrderSequenceNumber);
+        for (batch, verdict) in [
+            (header(1, 3, 12, 2, 0), Verdict::Repeat(12)),
+            (header(1, 3, 4, 2, 0), Verdict::Repeat(4)),
+            (
+                header(1, 3, 2, 2, 0),
+                Verdict::Refused(ResponseError::OutOfOrderSequenceNumber),
+            ),
+            (
+                header(1, 3, 12, 1, 0),
+                Verdict::Refused(ResponseError::OutOfOrderSequenceNumber),
+            ),
+            (header(1, 3, 14, 1, 0), Verdict::New),
+            (
+                header(1, 3, 15, 1, 0),
+                Verdict::Refused(ResponseError::OutOfOrderSequenceNumber),
+            ),
+            (
+                header(1, 2, 14, 1, 0),
+                Verdict::Refused(ResponseError::InvalidProducerEpoch),
+            ),
+            (header(1, 4, 0, 1, 0), Verdict::New),
+            (header(1, 4, 14, 1, 0), out_of_order),
+            (header(2, 0, 77, 1, 0), Verdict::New),
+        ] {
+            assert_eq!(producers.check(&batch), verdict, "{batch:?}");
+        }
+    }
+
+    #[test]
+    fn a_sequence_goes_on_from_zero_after_the_largest() {
+        let mut producers = Producers::default();
+        producers.record(&header(1, 0, i32::MAX - 1, 2, 0));
+        assert_eq!(producers.check(&header(1, 0, 0, 1, 0)), Verdict::New);
+    }
+
+    #[test]
+    fn the_number_of_producers_is_bounded() {
+        let mut producers = Producers::default();
+        for id in 0..=MAX_PRODUCERS as i64 {
+            producers.record(&header(id, 0, 0, 1, id));
+        }
+        assert!(producers.by_id.len() <= MAX_PRODUCERS);
+        assert!(producers.by_id.contains_key(&(MAX_PRODUCERS as i64)));
+        assert!(!producers.by_id.contains_key(&0));
+    }
+}

@@ -1,0 +1,390 @@
+//! The topics: created, grown, deleted, found.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use kafka_protocol::ResponseError;
+use tracing::{info, warn};
+use uuid::Uuid;
+
+use super::journal::Journal;
+use super::journal_state::{Entry, TopicState};
+use super::partition::Partition;
+use super::sync_folder;
+use super::topic_config::{Overrides, Settings};
+use crate::config::StartError;
+
+/// Where the records are, in the folder of the broker.
+pub(crate) const FOLDER: &str = "topics";
+/// Where the files of deleted topics wait for their removal.
+const DELETED: &str = "deleted";
+
+/// Partitions of all topics together: each that has records keeps a file open.
+const MAX_PARTITIONS: usize = 4000;
+const MAX_NAME_LEN: usize = 249;
+
+/// A refusal, with its reason for whoever asked.
+pub(crate) type Refused = (ResponseError, String);
+
+/// All topics.
+#[derive(Debug)]
+pub(crate) struct Topics {
+    folder: PathBuf,
+    defaults: Settings,
+    by_name: RwLock<BTreeMap<String, Arc<Topic>>>,
+    /// Held while topics are created, grown or deleted: one at a time.
+    changing: tokio::sync::Mutex<()>,
+}
+
+/// A topic.
+#[derive(Debug)]
+pub(crate) struct Topic {
+    pub(crate) name: String,
+    pub(crate) id: String,
+    pub(crate) config: Overrides,
+    pub(crate) settings: Settings,
+    partitions: Vec<Arc<Partition>>,
+}
+
+impl Topics {
+    /// Opens all topics that the journal names, and removes what is left of deleted ones.
+    pub(crate) fn open(
+        folder: &Path,
+        journal: &Journal,
+        defaults: Settings,
+    ) -> Result<Self, StartError> {
+        let topics = Self {
+            folder: folder.to_owned(),
+            defaults,
+            by_name: RwLock::default(),
+            changing: tokio::sync::Mutex::default(),
+        };
+        let known = journal.look(|state| state.topics.clone());
+        topics.clear_deleted(&known)?;
+        let mut by_name = BTreeMap::new();
+        for (name, state) in known {
+            let topic = topics.open_topic(&name, &state)?;
+            by_name.insert(name, Arc::new(topic));
+        }
+        Ok(Self {
+            by_name: RwLock::new(by_name),
+            ..topics
+        })
+    }
+
+    /// All topics, by name.
+    pub(crate) fn all(&self) -> Vec<Arc<Topic>> {
+        self.read().values().cloned().collect()
+    }
+
+    pub(crate) fn get(&self, name: &str) -> Option<Arc<Topic>> {
+        self.read().get(name).cloned()
+    }
+
+    /// A partition, or the error of the protocol.
+    pub(crate) fn partition(
+        &self,
+        topic: &str,
+        index: i32,
+    ) -> Result<Arc<Partition>, ResponseError> {
+        let topics = self.read();
+        let partitions = topics.get(topic).map(|topic| &topic.partitions);
+        let found = usize::try_from(index)
+            .ok()
+            .and_then(|index| partitions?.get(index).cloned());
+        found.ok_or(ResponseError::UnknownTopicOrPartition)
+    }
+
+    /// What holds for a topic that says nothing.
+    pub(crate) fn defaults(&self) -> &Settings {
+        &self.defaults
+    }
+
+    /// Creates a topic; with `only_check`, says whether it could be.
+    pub(crate) async fn create(
+        &self,
+        journal: &Journal,
+        name: &str,
+        partitions: i32,
+        config: Overrides,
+        only_check: bool,
+    ) -> Result<Arc<Topic>, Refused> {
+        check_name(name)?;
+        let _changing = self.changing.lock().await;
+        if self.get(name).is_some() {
+            return Err((
+                ResponseError::TopicAlreadyExists,
+                format!("Topic '{name}' already exists."),
+            ));
+        }
+        self.check_count(partitions, 0)?;
+        let state = TopicState {
+            id: Uuid::new_v4().to_string(),
+            partitions,
+            config: config.clone(),
+            starts: BTreeMap::new(),
+        };
+        self.defaults
+            .with(&config)
+            .map_err(|why| (ResponseError::InvalidConfig, why))?;
+        if !only_check {
+            self.clear_leftovers(name).await?;
+        }
+        let topic = Arc::new(
+            self.open_topic(name, &state)
+                .map_err(|error| storage(&error))?,
+        );
+        if only_check {
+            return Ok(topic);
+        }
+        let entry = Entry::Topic {
+            name: name.to_owned(),
+            id: state.id,
+            partitions,
+            config,
+        };
+        journal
+            .write(vec![entry])
+            .await
+            .map_err(|_| not_written())?;
+        self.write().insert(name.to_owned(), topic.clone());
+        info!(topic = name, partitions, "created a topic");
+        Ok(topic)
+    }
+
+    /// Gives a topic more partitions, `count` in all; with `only_check`, says whether it could be.
+    pub(crate) async fn grow(
+        &self,
+        journal: &Journal,
+        name: &str,
+        count: i32,
+        only_check: bool,
+    ) -> Result<(), Refused> {
+        let _changing = self.changing.lock().await;
+        let Some(old) = self.get(name) else {
+            return Err(unknown());
+        };
+        let before = old.partitions.len();
+        if usize::try_from(count).unwrap_or(0) <= before {
+            let why = format!(
+                "The topic {name} currently has {before} partition(s); {count} would not be an increase."
+            );
+            return Err((ResponseError::InvalidPartitions, why));
+        }
+        self.check_count(count, before)?;
+        if only_check {
+            return Ok(());
+        }
+        let mut partitions = old.partitions.clone();
+        for index in before as i32..count {
+            let opened = self
+                .open_partition(name, index, 0, &old.settings)
+                .map_err(|error| storage(&error))?;
+            partitions.push(Arc::new(opened));
+        }
+        let entry = Entry::Partitions {
+            topic: name.to_owned(),
+            count,
+        };
+        journal
+            .write(vec![entry])
+            .await
+            .map_err(|_| not_written())?;
+        let (id, config, settings) = (old.id.clone(), old.config.clone(), old.settings.clone());
+        let grown = Topic {
+            name: name.to_owned(),
+            id,
+            config,
+            settings,
+            partitions,
+        };
+        self.write().insert(name.to_owned(), Arc::new(grown));
+        info!(
+            topic = name,
+            partitions = count,
+            "added partitions to a topic"
+        );
+        Ok(())
+    }
+
+    /// Deletes a topic, its records, and the offsets committed for it.
+    pub(crate) async fn delete(&self, journal: &Journal, name: &str) -> Result<(), Refused> {
+        let _changing = self.changing.lock().await;
+        let Some(topic) = self.get(name) else {
+            return Err(unknown());
+        };
+        journal
+            .write(vec![Entry::TopicDeleted {
+                topic: name.to_owned(),
+            }])
+            .await
+            .map_err(|_| not_written())?;
+        self.write().remove(name);
+        let from = self.folder.join(FOLDER).join(name);
+        let to = self.folder.join(DELETED).join(&topic.id);
+        let removed = tokio::task::spawn_blocking(move || {
+            topic
+                .partitions
+                .iter()
+                .for_each(|partition| partition.delete());
+            remove(&from, &to)
+        });
+        if let Ok(Err(error)) = removed.await {
+            warn!(topic = name, %error, "could not remove the files of a deleted topic; the next start tries again");
+        }
+        info!(topic = name, "deleted a topic");
+        Ok(())
+    }
+
+    /// Removes files of a topic of this name whose deletion was not finished.
+    async fn clear_leftovers(&self, name: &str) -> Result<(), Refused> {
+        let path = self.folder.join(FOLDER).join(name);
+        let cleared = tokio::task::spawn_blocking(move || match fs::remove_dir_all(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(StartError::io("remove", &path)(error))
+            }
+            _ => Ok(()),
+        });
+        match cleared.await {
+            Ok(Err(error)) => Err(storage(&error)),
+            Ok(Ok(())) | Err(_) => Ok(()),
+        }
+    }
+
+    fn open_topic(&self, name: &str, state: &TopicState) -> Result<Topic, StartError> {
+        let settings = self
+            .defaults
+            .with(&state.config)
+            .map_err(|what| StartError::Corrupt {
+                file: self.folder.clone(),
+                position: 0,
+                what: format!("the configuration of the topic {name} is not known: {what}"),
+                mend: "use the version of the broker that wrote it".to_owned(),
+            })?;
+        let open = |index| {
+            let start = state.starts.get(&index).copied().unwrap_or(0);
+            self.open_partition(name, index, start, &settings)
+                .map(Arc::new)
+        };
+        let partitions = (0..state.partitions).map(open).collect::<Result<_, _>>()?;
+        Ok(Topic {
+            name: name.to_owned(),
+            id: state.id.clone(),
+            config: state.config.clone(),
+            settings,
+            partitions,
+        })
+    }
+
+    fn open_partition(
+        &self,
+        topic: &str,
+        index: i32,
+        start: i64,
+        settings: &Settings,
+    ) -> Result<Partition, StartError> {
+        let folder = self.folder.join(FOLDER).join(topic).join(index.to_string());
+        Partition::open(format!("{topic}/{index}"), folder, start, settings.clone())
+    }
+
+    /// Removes files whose topic the journal does not know (a deletion, or a creation, that was not finished).
+    fn clear_deleted(&self, known: &BTreeMap<String, TopicState>) -> Result<(), StartError> {
+        let (topics, deleted) = (self.folder.join(FOLDER), self.folder.join(DELETED));
+        for folder in [&topics, &deleted] {
+            fs::create_dir_all(folder).map_err(StartError::io("create the folder", folder))?;
+            for entry in fs::read_dir(folder).map_err(StartError::io("read", folder))? {
+                let path = entry.map_err(StartError::io("read", folder))?.path();
+                let is_known = path
+                    .file_name()
+                    .and_then(|name| name.to_str())
+                    .is_some_and(|n| known.contains_key(n));
+                if folder == &deleted || !is_known {
+                    warn!(folder = %path.display(), "removing what is left of a deleted topic");
+                    fs::remove_dir_all(&path).map_err(StartError::io("remove", &path))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn check_count(&self, count: i32, already: usize) -> Result<(), Refused> {
+        let used: usize = self
+            .read()
+            .values()
+            .map(|topic| topic.partitions.len())
+            .sum();
+        match usize::try_from(count) {
+            Ok(wanted) if wanted > 0 && used - already + wanted <= MAX_PARTITIONS => Ok(()),
+            Ok(0) | Err(_) => Err((
+                ResponseError::InvalidPartitions,
+                "Number of partitions must be larger than 0.".to_owned(),
+            )),
+            Ok(_) => {
+                let why = format!(
+                    "the embedded broker has {used} partitions and can have {MAX_PARTITIONS}"
+                );
+                Err((ResponseError::InvalidPartitions, why))
+            }
+        }
+    }
+
+    fn read(&self) -> std::sync::RwLockReadGuard<'_, BTreeMap<String, Arc<Topic>>> {
+        self.by_name.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> std::sync::RwLockWriteGuard<'_, BTreeMap<String, Arc<Topic>>> {
+        self.by_name.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Topic {
+    pub(crate) fn partitions(&self) -> &[Arc<Partition>] {
+        &self.partitions
+    }
+}
+
+/// Kafka's rule for names, which makes them safe as names of folders.
+fn check_name(name: &str) -> Result<(), Refused> {
+    let legal = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
+    if !name.is_empty()
+        && name.len() <= MAX_NAME_LEN
+        && name != "."
+        && name != ".."
+        && name.bytes().all(legal)
+    {
+        return Ok(());
+    }
+    let why = format!(
+        "a topic's name has 1 to {MAX_NAME_LEN} characters of a-z, A-Z, 0-9, '.', '_' and '-', and is not '.' or '..'"
+    );
+    Err((ResponseError::InvalidTopicException, why))
+}
+
+fn remove(from: &Path, to: &Path) -> std::io::Result<()> {
+    if !from.exists() {
+        return Ok(());
+    }
+    // Renamed first, so that a topic of the same name can be created whatever comes.
+    fs::rename(from, to)?;
+    from.parent().map_or(Ok(()), sync_folder)?;
+    fs::remove_dir_all(to)
+}
+
+fn unknown() -> Refused {
+    let error = ResponseError::UnknownTopicOrPartition;
+    (
+        error,
+        "This server does not host this topic-partition.".to_owned(),
+    )
+}
+
+fn storage(error: &StartError) -> Refused {
+    (ResponseError::KafkaStorageError, error.to_string())
+}
+
+fn not_written() -> Refused {
+    let why = "the broker could not write its journal; its log says why".to_owned();
+    (ResponseError::KafkaStorageError, why)
+}

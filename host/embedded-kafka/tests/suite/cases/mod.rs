@@ -1,0 +1,8 @@
+//! What a client sees, on either broker.
+
+pub(crate) mod admin;
+pub(crate) mod groups;
+pub(crate) mod kcat;
+pub(crate) mod producers;
+pub(crate) mod reading;
+pub(crate) mod records;

@@ -1,0 +1,62 @@
+//! The embedded broker, driven by rdkafka, by `kcat` and by hand.
+//!
+//! The cases of `cases/` are written once and run against the embedded broker and against Apache Kafka
+//! (`KAFKA_BROKERS`), so that a difference shows. The others are about what only the embedded broker has: its files.
+
+mod cases;
+mod cluster;
+mod durability;
+mod folder;
+mod malformed;
+mod raw;
+mod retention;
+
+/// Two tests for each case: one on the embedded broker, one on Apache Kafka.
+macro_rules! on_both {
+    ($($family:ident: $($case:ident)*;)*) => {
+        mod embedded {
+            $(mod $family { $(#[test] fn $case() { crate::cases::$family::$case(&crate::cluster::Cluster::embedded()) })* })*
+        }
+        mod apache {
+            $(mod $family { $(#[test] fn $case() { crate::cases::$family::$case(&crate::cluster::Cluster::apache()) })* })*
+        }
+    };
+}
+
+on_both! {
+    records:
+        bytes_stay_as_they_are
+        every_codec_is_kept
+        a_record_of_a_megabyte_fits_and_a_larger_one_is_refused
+        many_records_keep_their_order
+        records_without_acknowledgement_arrive
+        a_topic_is_created_when_it_is_produced_to;
+    reading:
+        offsets_are_found_by_time
+        an_offset_out_of_range_is_said_and_can_be_reset
+        a_waiting_fetch_is_woken
+        the_ends_of_a_partition_are_told;
+    groups:
+        members_share_partitions_and_take_over
+        static_members_keep_their_partitions
+        an_instance_id_belongs_to_the_last_who_took_it
+        committed_offsets_are_where_a_group_goes_on
+        groups_are_listed
+        a_group_is_deleted_when_it_is_empty;
+    admin:
+        topics_are_created_and_deleted
+        bad_topics_are_refused
+        partitions_are_added
+        records_are_deleted
+        configuration_is_described;
+    producers:
+        an_idempotent_producer_writes_once
+        a_repeat_is_answered_with_its_old_offset
+        bad_batches_are_refused
+        a_batch_for_an_unknown_topic_is_refused;
+    kcat:
+        lists_a_topic
+        produces_and_consumes
+        consumes_in_a_group
+        finds_offsets_by_time;
+}

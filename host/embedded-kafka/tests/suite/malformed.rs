@@ -1,0 +1,87 @@
+//! Bytes that are no request: they end their connection, and nothing else.
+
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
+
+use crate::cluster::Cluster;
+use crate::raw::{Connection, framed, request};
+
+/// The requests that the broker takes, and some that it does not.
+const KEYS: std::ops::Range<i16> = -1..75;
+
+#[test]
+fn a_length_that_cannot_be_closes_the_connection() {
+    let cluster = Cluster::embedded();
+    for length in [i32::MAX, -1, i32::MIN, 100 * 1024 * 1024 + 1] {
+        let mut connection = Connection::open(cluster.address());
+        connection.send(&length.to_be_bytes()).unwrap();
+        assert!(connection.is_closed(), "{length}");
+    }
+    for len in 0..8 {
+        let mut connection = Connection::open(cluster.address());
+        connection.send(&framed(&vec![0; len])).unwrap();
+        assert!(connection.is_closed(), "a request of {len} bytes");
+    }
+    assert!(Connection::open(cluster.address()).is_alive());
+}
+
+/// An array says that it has two thousand million elements, in each request and version that has one at that place.
+#[test]
+fn an_array_that_cannot_be_takes_no_memory() {
+    let cluster = Cluster::embedded();
+    let memory = peak_memory();
+    let huge = i32::MAX.to_be_bytes();
+    for key in KEYS {
+        for version in 0..12 {
+            for zeros in 0..40 {
+                let body = [&vec![0; zeros], &huge[..], &[0; 64]].concat();
+                let mut connection = Connection::open(cluster.address());
+                connection.send(&request(key, version, 1, &body)).unwrap();
+            }
+        }
+    }
+    assert!(Connection::open(cluster.address()).is_alive());
+    // One such array of the smallest elements would be larger.
+    let grown = peak_memory() - memory;
+    assert!(grown < 4 << 20, "{grown} KiB");
+}
+
+#[test]
+fn a_newer_client_is_told_which_versions_there_are() {
+    let cluster = Cluster::embedded();
+    let answer = Connection::open(cluster.address()).call(18, 99, &[1, 2, 3]);
+    assert_eq!(answer[..2], [0, 35], "UNSUPPORTED_VERSION");
+    assert_eq!(answer[2..6], 21i32.to_be_bytes());
+}
+
+#[test]
+fn any_bytes_leave_the_broker_alive() {
+    let cluster = Cluster::embedded();
+    let address = cluster.address();
+    let mut runner = TestRunner::new(Config {
+        cases: 3000,
+        failure_persistence: None,
+        ..Config::default()
+    });
+    let small = prop_oneof![Just(0u8), Just(1), Just(2), Just(255), any::<u8>()];
+    let bodies = prop::collection::vec(small, 0..200);
+    let requests = (KEYS, 0i16..13, bodies);
+    let result = runner.run(&requests, |(key, version, body)| {
+        let mut connection = Connection::open(address);
+        // The broker may close it before all is sent.
+        let _ = connection.send(&request(key, version, 7, &body));
+        prop_assert!(Connection::open(address).is_alive());
+        Ok(())
+    });
+    result.unwrap();
+}
+
+/// In KiB. The broker is in this process.
+fn peak_memory() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status
+        .lines()
+        .find(|line| line.starts_with("VmHWM"))
+        .unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}

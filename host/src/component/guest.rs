@@ -1,0 +1,154 @@
+//! What the host keeps for one instance: its grants, its sandbox and its limits.
+
+use std::sync::Arc;
+
+use tracing::Level;
+use wasmtime::ResourceLimiter;
+use wasmtime::component::ResourceTable;
+use wasmtime_wasi::{WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView};
+use wasmtime_wasi_config::WasiConfigVariables;
+
+use crate::capability::logging::LogCtx;
+use crate::capability::producer::{ProducerCtx, ProducerGrant};
+use crate::capability::redis::{RedisCtx, RedisGrants};
+use crate::capability::sql::{SqlCtx, SqlGrants};
+
+/// Elements of all of an instance's tables together.
+const MAX_TABLE_ELEMENTS: usize = 100_000;
+/// Core instances, tables and memories that one component may be made of.
+const MAX_PARTS: usize = 100;
+/// Resources (connections, streams, pollables) that an instance may hold.
+const MAX_RESOURCES: usize = 10_000;
+/// Bytes of random data that a guest may ask for at once.
+const MAX_RANDOM: u64 = 1 << 20;
+
+/// What one stage is granted: made once a stage, shared by its instances.
+pub(super) struct Grants {
+    pub(super) stage: Arc<str>,
+    pub(super) producer: Arc<ProducerGrant>,
+    pub(super) sql: Arc<SqlGrants>,
+    pub(super) redis: Arc<RedisGrants>,
+    pub(super) config: Arc<WasiConfigVariables>,
+    /// Bytes of linear memory.
+    pub(super) memory: usize,
+}
+
+/// The data of one instance's wasmtime store.
+pub(super) struct Guest {
+    pub(super) wasi: WasiCtx,
+    pub(super) table: ResourceTable,
+    pub(super) config: Arc<WasiConfigVariables>,
+    pub(super) producer: ProducerCtx,
+    pub(super) sql: SqlCtx,
+    pub(super) redis: RedisCtx,
+    pub(super) log: LogCtx,
+    pub(super) limiter: Limiter,
+}
+
+impl Guest {
+    pub(super) fn new(grants: &Grants) -> Self {
+        let log = LogCtx::new(grants.stage.clone());
+        let mut table = ResourceTable::new();
+        table.set_max_capacity(MAX_RESOURCES);
+        Self {
+            wasi: sandbox(&log),
+            table,
+            config: grants.config.clone(),
+            producer: ProducerCtx::new(grants.producer.clone()),
+            sql: SqlCtx::new(grants.sql.clone()),
+            redis: RedisCtx::new(grants.redis.clone()),
+            log,
+            limiter: Limiter {
+                max_memory: grants.memory,
+                ..Limiter::default()
+            },
+        }
+    }
+
+    /// The first grant that a call since last asked lacked.
+    pub(super) fn take_denied(&mut self) -> Option<String> {
+        let denied = [
+            self.producer.take_denied(),
+            self.sql.take_denied(),
+            self.redis.take_denied(),
+        ];
+        denied.into_iter().flatten().next()
+    }
+}
+
+/// Clocks and random work, stdout and stderr go into the log; file system, sockets, arguments and
+/// environment are there, as language runtimes import them, and empty.
+fn sandbox(log: &LogCtx) -> WasiCtx {
+    WasiCtxBuilder::new()
+        .stdout(log.stream(Level::INFO))
+        .stderr(log.stream(Level::WARN))
+        .max_random_size(MAX_RANDOM)
+        .allow_tcp(false)
+        .allow_udp(false)
+        .allow_ip_name_lookup(false)
+        .build()
+}
+
+impl WasiView for Guest {
+    fn ctx(&mut self) -> WasiCtxView<'_> {
+        WasiCtxView {
+            ctx: &mut self.wasi,
+            table: &mut self.table,
+        }
+    }
+}
+
+/// Bounds memory over all memories of the instance together, and remembers that it refused.
+#[derive(Default)]
+pub(super) struct Limiter {
+    max_memory: usize,
+    memory: usize,
+    table_elements: usize,
+    /// A growth was refused: a trap that follows is put down to it.
+    pub(super) refused_memory: bool,
+}
+
+impl ResourceLimiter for Limiter {
+    fn memory_growing(
+        &mut self,
+        current: usize,
+        desired: usize,
+        _maximum: Option<usize>,
+    ) -> wasmtime::Result<bool> {
+        let total = self.memory.saturating_add(desired.saturating_sub(current));
+        if total > self.max_memory {
+            self.refused_memory = true;
+            return Ok(false);
+        }
+        self.memory = total;
+        Ok(true)
+    }
+
+    fn table_growing(
+        &mut self,
+        current: usize,
+        desired: usize,
+        _maximum: Option<usize>,
+    ) -> wasmtime::Result<bool> {
+        let total = self
+            .table_elements
+            .saturating_add(desired.saturating_sub(current));
+        if total > MAX_TABLE_ELEMENTS {
+            return Ok(false);
+        }
+        self.table_elements = total;
+        Ok(true)
+    }
+
+    fn instances(&self) -> usize {
+        MAX_PARTS
+    }
+
+    fn tables(&self) -> usize {
+        MAX_PARTS
+    }
+
+    fn memories(&self) -> usize {
+        MAX_PARTS
+    }
+}

@@ -1,0 +1,315 @@
+//! A stage that can be called: warm instances, and one call with its deadline.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::Context;
+use tokio::time::timeout;
+use tracing::debug;
+use wasmtime::component::InstancePre;
+use wasmtime::{Engine, Store};
+
+use super::guest::{Grants, Guest};
+use super::plain;
+use crate::capability::Stores;
+use crate::capability::logging::Place;
+use crate::capability::producer::ProducerGrant;
+use crate::delivery::{Cause, Delivery, Fault, Handler, Invocation};
+use crate::pipeline::{self, Instances};
+use crate::record::Record;
+
+/// Epoch ticks between two yields of a running guest.
+const TICKS_PER_YIELD: u64 = 1;
+
+mod bindings {
+    pub(super) mod one {
+        wasmtime::component::bindgen!({
+            path: "../wit",
+            inline: "
+                package stagehost:host-stage;
+                world one { export stagehost:stage/handler@0.1.0; }
+            ",
+            exports: { default: async },
+        });
+    }
+    pub(super) mod batch {
+        wasmtime::component::bindgen!({
+            path: "../wit",
+            inline: "
+                package stagehost:host-batch-stage;
+                world batch { export stagehost:stage/batch-handler@0.1.0; }
+            ",
+            exports: { default: async },
+            with: { "stagehost:stage/types": super::one::stagehost::stage::types },
+        });
+    }
+}
+use bindings::batch::{Batch, BatchPre};
+use bindings::one::stagehost::stage::types as wit;
+use bindings::one::{One, OnePre};
+
+/// A compiled stage with its grants.
+pub struct StageComponent {
+    engine: Engine,
+    world: World,
+    grants: Grants,
+    deadline: Duration,
+    instances: Instances,
+    /// Instances at rest: at most as many as there were calls at one time, so one a lane.
+    idle: Mutex<Vec<Instance>>,
+}
+
+/// What the component exports.
+enum World {
+    Handler(OnePre<Guest>),
+    BatchHandler(BatchPre<Guest>),
+}
+
+struct Instance {
+    store: Store<Guest>,
+    exports: Exports,
+}
+
+enum Exports {
+    Handler(One),
+    BatchHandler(Batch),
+}
+
+impl StageComponent {
+    pub(super) fn new(
+        stage: &pipeline::Stage,
+        engine: &Engine,
+        pre: InstancePre<Guest>,
+        stores: &Stores,
+    ) -> anyhow::Result<Self> {
+        let world = match OnePre::new(pre.clone()) {
+            Ok(one) => World::Handler(one),
+            Err(_) => World::BatchHandler(
+                BatchPre::new(pre)
+                    .map_err(plain)
+                    .with_context(|| {
+                        format!(
+                            "{} exports neither stagehost:stage/handler nor stagehost:stage/batch-handler",
+                            stage.component.display()
+                        )
+                    })?,
+            ),
+        };
+        let grants = Grants {
+            stage: Arc::from(stage.name.as_str()),
+            producer: Arc::new(ProducerGrant::new(&stage.output, stage.limits.max_output)),
+            sql: Arc::new(stores.sql_grants(stage)),
+            redis: Arc::new(stores.redis_grants(stage)),
+            config: Arc::new(stage.config.clone().into_iter().collect()),
+            memory: stage.limits.memory,
+        };
+        Ok(Self {
+            engine: engine.clone(),
+            world,
+            grants,
+            deadline: stage.limits.deadline,
+            instances: stage.instances,
+            idle: Mutex::default(),
+        })
+    }
+
+    fn take_idle(&self) -> Option<Instance> {
+        self.idle
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop()
+    }
+
+    fn keep(&self, instance: Instance) {
+        if self.instances == Instances::Warm {
+            self.idle
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .push(instance);
+        }
+    }
+
+    async fn instantiate(&self) -> wasmtime::Result<Instance> {
+        let mut store = Store::new(&self.engine, Guest::new(&self.grants));
+        store.limiter(|guest| &mut guest.limiter);
+        store.set_epoch_deadline(TICKS_PER_YIELD);
+        store.epoch_deadline_callback(|_| Ok(wasmtime::UpdateDeadline::Yield(TICKS_PER_YIELD)));
+        let exports = match &self.world {
+            World::Handler(pre) => Exports::Handler(pre.instantiate_async(&mut store).await?),
+            World::BatchHandler(pre) => {
+                Exports::BatchHandler(pre.instantiate_async(&mut store).await?)
+            }
+        };
+        Ok(Instance { store, exports })
+    }
+
+    /// One call, without its deadline. An instance that failed is dropped.
+    async fn invoke(&self, deliveries: &[Delivery<'_>]) -> Invocation {
+        let instance = match self.take_idle() {
+            Some(instance) => Ok(instance),
+            None => self.instantiate().await,
+        };
+        let mut instance = match instance {
+            Ok(instance) => instance,
+            Err(error) => {
+                let why = format!("the component could not be instantiated: {}", words(&error));
+                return failed(Fault::new(Cause::Trap, why));
+            }
+        };
+        let called = instance.call(deliveries).await;
+        let guest = instance.store.data_mut();
+        let outputs = guest.producer.take_outputs();
+        let denied = guest.take_denied();
+        match called {
+            Ok(outcomes) => {
+                self.keep(instance);
+                answered(outcomes, outputs, denied)
+            }
+            Err(error) => failed(trap(&error, guest.limiter.refused_memory, denied)),
+        }
+    }
+}
+
+impl Handler for StageComponent {
+    fn takes_batches(&self) -> bool {
+        matches!(self.world, World::BatchHandler(_))
+    }
+
+    async fn call(&self, deliveries: &[Delivery<'_>]) -> Invocation {
+        // On expiry the future is dropped, and with it the instance: wasmtime unwinds its stack.
+        match timeout(self.deadline, self.invoke(deliveries)).await {
+            Ok(invocation) => invocation,
+            Err(_) => failed(Fault::new(
+                Cause::Deadline,
+                format!(
+                    "the call took longer than its deadline of {}",
+                    humantime::format_duration(self.deadline)
+                ),
+            )),
+        }
+    }
+}
+
+impl Instance {
+    async fn call(
+        &mut self,
+        deliveries: &[Delivery<'_>],
+    ) -> wasmtime::Result<Vec<Result<(), wit::Fault>>> {
+        let Some(first) = deliveries.first() else {
+            return Ok(Vec::new());
+        };
+        self.store.data().log.set_place(Place {
+            topic: first.record.topic.clone(),
+            partition: first.record.partition,
+            offset: first.record.offset,
+        });
+        self.store.data_mut().limiter.refused_memory = false;
+        self.store.set_epoch_deadline(TICKS_PER_YIELD);
+        match &self.exports {
+            Exports::Handler(exports) => {
+                let handler = exports.stagehost_stage_handler();
+                let answer = handler
+                    .call_handle(&mut self.store, &message(first))
+                    .await?;
+                Ok(vec![answer])
+            }
+            Exports::BatchHandler(exports) => {
+                let messages: Vec<_> = deliveries.iter().map(message).collect();
+                let handler = exports.stagehost_stage_batch_handler();
+                let answers = handler.call_handle(&mut self.store, &messages).await?;
+                if answers.len() != deliveries.len() {
+                    wasmtime::bail!(
+                        "answered {} outcomes for {} messages",
+                        answers.len(),
+                        deliveries.len()
+                    );
+                }
+                Ok(answers)
+            }
+        }
+    }
+}
+
+fn message(delivery: &Delivery<'_>) -> wit::Message {
+    let Record {
+        topic,
+        partition,
+        offset,
+        timestamp,
+        key,
+        value,
+        headers,
+    } = delivery.record;
+    wit::Message {
+        topic: topic.to_string(),
+        partition: u32::try_from(*partition).unwrap_or_default(),
+        offset: u64::try_from(*offset).unwrap_or_default(),
+        timestamp: timestamp.and_then(|t| u64::try_from(t).ok()),
+        key: key.clone(),
+        value: value.clone(),
+        headers: headers
+            .iter()
+            .map(|h| wit::Header {
+                name: h.name.clone(),
+                value: h.value.clone(),
+            })
+            .collect(),
+        attempt: delivery.attempt,
+    }
+}
+
+fn answered(
+    outcomes: Vec<Result<(), wit::Fault>>,
+    outputs: Vec<crate::record::Outgoing>,
+    denied: Option<String>,
+) -> Invocation {
+    let outcomes: Vec<_> = outcomes
+        .into_iter()
+        .map(|outcome| outcome.map_err(|fault| fault_of(fault, denied.as_deref())))
+        .collect();
+    let dropped = matches!(outcomes.as_slice(), [Err(_)]);
+    Invocation {
+        outputs: if dropped { Vec::new() } else { outputs },
+        outcomes: Ok(outcomes),
+    }
+}
+
+/// A fault after a denied call is put down to the denial: trying again would be denied again.
+fn fault_of(fault: wit::Fault, denied: Option<&str>) -> Fault {
+    let (cause, message) = match fault {
+        wit::Fault::Retry(why) => (Cause::Retry, why),
+        wit::Fault::Reject(why) => (Cause::Reject, why),
+    };
+    match denied {
+        Some(denied) => Fault::new(
+            Cause::Denied,
+            format!("{denied}; the stage said: {message}"),
+        ),
+        None => Fault::new(cause, message),
+    }
+}
+
+fn trap(error: &wasmtime::Error, refused_memory: bool, denied: Option<String>) -> Fault {
+    let words = words(error);
+    match denied {
+        _ if refused_memory => Fault::new(
+            Cause::Memory,
+            format!("the stage's memory limit is reached: {words}"),
+        ),
+        Some(denied) => Fault::new(Cause::Denied, format!("{denied}; then: {words}")),
+        None => Fault::new(Cause::Trap, words),
+    }
+}
+
+fn failed(fault: Fault) -> Invocation {
+    Invocation {
+        outcomes: Err(fault),
+        outputs: Vec::new(),
+    }
+}
+
+/// What went wrong, without the wasm backtrace that the error's own words begin with; that is for debugging.
+fn words(error: &wasmtime::Error) -> String {
+    debug!("a call failed: {error:?}");
+    error.root_cause().to_string()
+}

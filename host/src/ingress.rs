@@ -1,1 +1,0 @@
-//! HTTP routes in: requests become records, and reads of a Redis store.

@@ -1,0 +1,509 @@
+//! Reading a stage's partitions as a member of its consumer group.
+//!
+//! One thread a stage polls librdkafka, whatever the lanes are doing, so that the stage never leaves
+//! its group. Records go into a bounded buffer for each partition; a full one pauses its partition.
+//! librdkafka's rebalance callback runs on the same thread: it gives a revoked partition's lane time
+//! to end, commits what is settled, and only then lets go of the partition.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rdkafka::client::ClientContext;
+use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext, Rebalance};
+use rdkafka::error::{KafkaError, KafkaResult};
+use rdkafka::message::{BorrowedMessage, Headers, Message};
+use rdkafka::statistics::Statistics;
+use rdkafka::{Offset, TopicPartitionList};
+use tokio::sync::{mpsc, oneshot};
+use tracing::{debug, error, info, warn};
+
+use super::super::LogError;
+use super::partition::{Partition, PartitionSource};
+use super::{ClientSettings, Kind, log_line};
+use crate::metrics::Metrics;
+use crate::record::{Header, Record};
+
+/// How long one poll waits for a record; also how fast a stop is seen.
+const POLL: Duration = Duration::from_millis(50);
+/// The same while a partition is paused, so that it is resumed soon after it has room.
+const POLL_PAUSED: Duration = Duration::from_millis(2);
+/// How often settled offsets are committed.
+const COMMIT_INTERVAL: Duration = Duration::from_millis(250);
+/// How often librdkafka reports how far the partitions reach, in milliseconds.
+const STATISTICS_MS: &str = "2000";
+/// How long an abandoned lane may take to be gone.
+const ABANDON_WAIT: Duration = Duration::from_secs(5);
+/// The same error is reported once in this time.
+const REPORT_INTERVAL: Duration = Duration::from_secs(10);
+
+/// What a group member reads, and how it parts with it.
+#[derive(Clone, Debug)]
+pub struct Subscription {
+    /// The consumer group.
+    pub group: String,
+    /// The topics.
+    pub topics: Vec<String>,
+    /// How long a lane may take to end when its partition is revoked.
+    pub revoke_budget: Duration,
+}
+
+/// A running member of a consumer group.
+pub struct GroupConsumer {
+    /// Ends it.
+    pub stop: StopHandle,
+    /// Each partition that it is assigned, as a source; dropping the source says that its lane has ended.
+    pub assigned: mpsc::UnboundedReceiver<PartitionSource>,
+    /// Resolves when the member has left the group; an error says why it did so by itself.
+    pub ended: oneshot::Receiver<Result<(), LogError>>,
+}
+
+/// Asks a member of a group to stop.
+#[derive(Clone, Default)]
+pub struct StopHandle(Arc<Control>);
+
+#[derive(Default)]
+struct Control {
+    stop: AtomicBool,
+    /// How long the lanes may take to end at a stop.
+    budget: Mutex<Duration>,
+}
+
+impl StopHandle {
+    /// The member's lanes get `budget` to end, what they settled is committed, and it leaves the group.
+    pub fn stop(&self, budget: Duration) {
+        *self.budget() = budget;
+        self.0.stop.store(true, Ordering::Release);
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.0.stop.load(Ordering::Acquire)
+    }
+
+    fn budget(&self) -> MutexGuard<'_, Duration> {
+        self.0.budget.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl GroupConsumer {
+    /// Joins the group.
+    pub fn start(
+        settings: &ClientSettings,
+        subscription: Subscription,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, LogError> {
+        let config = settings.client_config(
+            Kind::Consumer,
+            &[
+                ("auto.offset.reset", "earliest"),
+                ("partition.assignment.strategy", "cooperative-sticky"),
+                // librdkafka waits a whole second by default before it fetches again into a queue that was full.
+                ("fetch.queue.backoff.ms", "10"),
+                ("queued.max.messages.kbytes", "16384"),
+            ],
+            &[
+                ("group.id", &subscription.group),
+                ("enable.auto.commit", "false"),
+                ("enable.auto.offset.store", "false"),
+                ("statistics.interval.ms", STATISTICS_MS),
+            ],
+        );
+        let (assigned, sources) = mpsc::unbounded_channel();
+        let context = Context(Mutex::new(State {
+            partitions: HashMap::new(),
+            assigned,
+            metrics,
+            group: subscription.group.clone(),
+            budget: subscription.revoke_budget,
+        }));
+        let refuse = |error| LogError::Refused(format!("cannot make a consumer: {error}"));
+        let consumer = BaseConsumer::from_config_and_context(&config, context).map_err(refuse)?;
+        let topics: Vec<_> = subscription.topics.iter().map(String::as_str).collect();
+        consumer.subscribe(&topics).map_err(refuse)?;
+        let stop = StopHandle::default();
+        let (end, ended) = oneshot::channel();
+        let thread = Poller {
+            consumer: Arc::new(consumer),
+            stop: stop.clone(),
+            group: subscription.group,
+            paused: Vec::new(),
+            reported: HashMap::new(),
+        };
+        std::thread::Builder::new()
+            .name("consumer".into())
+            .spawn(move || {
+                // Nobody waits for the answer when the host is going down hard.
+                let _ = end.send(thread.run());
+            })
+            .map_err(|error| LogError::Unavailable(format!("cannot start a thread: {error}")))?;
+        Ok(Self {
+            stop,
+            assigned: sources,
+            ended,
+        })
+    }
+}
+
+/// The thread.
+struct Poller {
+    consumer: Arc<BaseConsumer<Context>>,
+    stop: StopHandle,
+    group: String,
+    /// Partitions that are paused because their buffers are full.
+    paused: Vec<Arc<Partition>>,
+    reported: HashMap<String, Instant>,
+}
+
+impl Poller {
+    fn run(mut self) -> Result<(), LogError> {
+        let mut committed = Instant::now();
+        while !self.stop.is_stopped() {
+            let poll = if self.paused.is_empty() {
+                POLL
+            } else {
+                POLL_PAUSED
+            };
+            match self.consumer.clone().poll(poll) {
+                Some(Ok(message)) => self.take_in(&message),
+                Some(Err(KafkaError::MessageConsumptionFatal(code))) => {
+                    self.give_up_all(Duration::ZERO);
+                    let why = format!(
+                        "the consumer of group {} failed for good: {code}",
+                        self.group
+                    );
+                    return Err(LogError::Refused(why));
+                }
+                Some(Err(error)) => self.report(&error),
+                None => {}
+            }
+            self.resume_those_with_room();
+            if committed.elapsed() >= COMMIT_INTERVAL {
+                self.context()
+                    .commit_dirty(&self.consumer, CommitMode::Async);
+                committed = Instant::now();
+            }
+        }
+        let budget = *self.stop.budget();
+        self.give_up_all(budget);
+        debug!(group = self.group, "leaving the group");
+        Ok(())
+    }
+
+    fn context(&self) -> &Context {
+        self.consumer.context()
+    }
+
+    fn take_in(&mut self, message: &BorrowedMessage<'_>) {
+        let partition = self
+            .context()
+            .lock()
+            .partition(message.topic(), message.partition());
+        if let Some(partition) = partition {
+            let record = owned(message, partition.topic());
+            let full = partition.push(record);
+            if full && !self.paused.iter().any(|p| Arc::ptr_eq(p, &partition)) {
+                self.pause(partition);
+            }
+        }
+    }
+
+    fn pause(&mut self, partition: Arc<Partition>) {
+        match self.consumer.pause(&list_of(&partition)) {
+            Ok(()) => self.paused.push(partition),
+            Err(error) => warn!("cannot pause: {error}"),
+        }
+    }
+
+    fn resume_those_with_room(&mut self) {
+        let consumer = &self.consumer;
+        self.paused.retain(|partition| {
+            if !partition.has_room() {
+                return true;
+            }
+            // A partition that was given up meanwhile is not resumed, and need not be.
+            if let Err(error) = consumer.resume(&list_of(partition)) {
+                debug!("cannot resume: {error}");
+            }
+            false
+        });
+    }
+
+    fn give_up_all(&self, budget: Duration) {
+        let all: Vec<_> = self
+            .context()
+            .lock()
+            .partitions
+            .drain()
+            .map(|(_, p)| p)
+            .collect();
+        self.context().part(&self.consumer, &all, budget);
+    }
+
+    /// librdkafka repeats an error while it lasts.
+    fn report(&mut self, error: &KafkaError) {
+        let text = error.to_string();
+        let now = Instant::now();
+        let known = self.reported.get(&text);
+        if known.is_some_and(|at| now.duration_since(*at) < REPORT_INTERVAL) {
+            return;
+        }
+        self.reported
+            .retain(|_, at| now.duration_since(*at) < REPORT_INTERVAL);
+        warn!(group = self.group, "reading from the log: {text}");
+        self.reported.insert(text, now);
+    }
+}
+
+/// What librdkafka's callbacks work on; all run on the poller's thread.
+struct Context(Mutex<State>);
+
+struct State {
+    partitions: HashMap<(String, i32), Arc<Partition>>,
+    assigned: mpsc::UnboundedSender<PartitionSource>,
+    metrics: Arc<Metrics>,
+    group: String,
+    budget: Duration,
+}
+
+impl State {
+    fn partition(&self, topic: &str, partition: i32) -> Option<Arc<Partition>> {
+        // A key made for each record would cost an allocation a record; a stage has few partitions.
+        self.partitions
+            .values()
+            .find(|p| p.number() == partition && **p.topic() == *topic)
+            .cloned()
+    }
+}
+
+impl Context {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn assign(&self, list: &TopicPartitionList) {
+        let mut state = self.lock();
+        info!(group = state.group, "assigned {}", names(list));
+        for element in list.elements() {
+            let (topic, number) = (element.topic(), element.partition());
+            let partition = Partition::new(topic, number);
+            state
+                .partitions
+                .insert((topic.to_string(), number), partition.clone());
+            // The receiver is gone only when the stage is going down.
+            let _ = state.assigned.send(PartitionSource::new(partition));
+        }
+    }
+
+    fn revoke(&self, consumer: &BaseConsumer<Self>, list: &TopicPartitionList) {
+        let (revoked, budget) = {
+            let mut state = self.lock();
+            let revoked: Vec<_> = list
+                .elements()
+                .iter()
+                .filter_map(|e| {
+                    state
+                        .partitions
+                        .remove(&(e.topic().to_string(), e.partition()))
+                })
+                .collect();
+            (revoked, state.budget)
+        };
+        if revoked.is_empty() {
+            return;
+        }
+        if consumer.assignment_lost() {
+            // Others own them by now: what was not committed is theirs.
+            warn!(
+                "lost {} partition(s): the group gave them to others, or forgot this member",
+                revoked.len()
+            );
+            end_lanes(&revoked, Duration::ZERO);
+            self.forget(&revoked);
+        } else {
+            self.part(consumer, &revoked, budget);
+        }
+    }
+
+    /// Ends the lanes, commits what they settled, and forgets them.
+    fn part(&self, consumer: &BaseConsumer<Self>, parting: &[Arc<Partition>], budget: Duration) {
+        end_lanes(parting, budget);
+        commit(consumer, parting, CommitMode::Sync);
+        self.forget(parting);
+    }
+
+    fn forget(&self, gone: &[Arc<Partition>]) {
+        let state = self.lock();
+        let mut list = TopicPartitionList::new();
+        for partition in gone {
+            list.add_partition(partition.topic(), partition.number());
+        }
+        if !gone.is_empty() {
+            info!(group = state.group, "gave up {}", names(&list));
+        }
+        for partition in gone {
+            state
+                .metrics
+                .remove_lag(&state.group, partition.topic(), partition.number());
+        }
+    }
+
+    fn commit_dirty(&self, consumer: &BaseConsumer<Self>, mode: CommitMode) {
+        let all: Vec<_> = self.lock().partitions.values().cloned().collect();
+        commit(consumer, &all, mode);
+    }
+}
+
+/// Asks the lanes to end and waits for them; those that have not when the budget is spent are abandoned.
+fn end_lanes(partitions: &[Arc<Partition>], budget: Duration) {
+    for partition in partitions {
+        partition.stop();
+    }
+    let deadline = Instant::now() + budget;
+    for partition in partitions {
+        if partition.wait_ended(deadline.saturating_duration_since(Instant::now())) {
+            continue;
+        }
+        partition.abandon();
+        if !partition.wait_ended(ABANDON_WAIT) {
+            error!(
+                topic = &**partition.topic(),
+                partition = partition.number(),
+                "the lane does not end"
+            );
+        }
+    }
+}
+
+fn commit(consumer: &BaseConsumer<Context>, partitions: &[Arc<Partition>], mode: CommitMode) {
+    let mut list = TopicPartitionList::new();
+    for partition in partitions {
+        if let Some(offset) = partition.take_uncommitted() {
+            // Fails only for offsets that are none.
+            let _ = list.add_partition_offset(
+                partition.topic(),
+                partition.number(),
+                Offset::Offset(offset),
+            );
+        }
+    }
+    if list.count() == 0 {
+        return;
+    }
+    if let Err(error) = consumer.commit(&list, mode) {
+        warn!("offsets were not committed, their records may be delivered again: {error}");
+        for partition in partitions {
+            partition.commit_failed();
+        }
+    }
+}
+
+impl ClientContext for Context {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        log_line(level, facility, message);
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        debug!(target: "librdkafka", "consumer: {error}: {reason}");
+    }
+
+    fn stats(&self, statistics: Statistics) {
+        let state = self.lock();
+        for partition in state.partitions.values() {
+            let figures = statistics
+                .topics
+                .get(&**partition.topic())
+                .and_then(|topic| topic.partitions.get(&partition.number()))
+                .filter(|p| p.hi_offset >= 0);
+            let Some(figures) = figures else { continue };
+            let from = partition
+                .settled()
+                .unwrap_or_else(|| figures.committed_offset.max(figures.lo_offset));
+            let lag = (figures.hi_offset - from).max(0);
+            state
+                .metrics
+                .set_lag(&state.group, partition.topic(), partition.number(), lag);
+        }
+    }
+}
+
+impl ConsumerContext for Context {
+    fn pre_rebalance(&self, consumer: &BaseConsumer<Self>, rebalance: &Rebalance<'_>) {
+        match rebalance {
+            Rebalance::Assign(list) => self.assign(list),
+            Rebalance::Revoke(list) => self.revoke(consumer, list),
+            Rebalance::Error(error) => warn!("rebalance: {error}"),
+        }
+    }
+
+    fn commit_callback(&self, result: KafkaResult<()>, offsets: &TopicPartitionList) {
+        if let Err(error) = result {
+            warn!("offsets were not committed, trying again: {error}");
+            let state = self.lock();
+            for element in offsets.elements() {
+                if let Some(partition) = state.partition(element.topic(), element.partition()) {
+                    partition.commit_failed();
+                }
+            }
+        }
+    }
+}
+
+/// `topic 0 1 2, other 5`.
+fn names(list: &TopicPartitionList) -> String {
+    let mut topics = BTreeMap::<String, Vec<i32>>::new();
+    for element in list.elements() {
+        let numbers = topics.entry(element.topic().to_string()).or_default();
+        numbers.push(element.partition());
+    }
+    let topics = topics.into_iter().map(|(topic, mut numbers)| {
+        numbers.sort_unstable();
+        let numbers: Vec<_> = numbers.iter().map(i32::to_string).collect();
+        format!("{topic} {}", numbers.join(" "))
+    });
+    topics.collect::<Vec<_>>().join(", ")
+}
+
+fn list_of(partition: &Partition) -> TopicPartitionList {
+    let mut list = TopicPartitionList::new();
+    list.add_partition(partition.topic(), partition.number());
+    list
+}
+
+pub(super) fn owned(message: &BorrowedMessage<'_>, topic: &Arc<str>) -> Record {
+    Record {
+        topic: topic.clone(),
+        partition: message.partition(),
+        offset: message.offset(),
+        timestamp: message.timestamp().to_millis(),
+        key: message.key().map(<[u8]>::to_vec),
+        value: message.payload().map(<[u8]>::to_vec),
+        headers: headers(message),
+    }
+}
+
+/// Kafka has header names in UTF-8; librdkafka's wrapper panics on others, which a record must not cause.
+fn headers(message: &BorrowedMessage<'_>) -> Vec<Header> {
+    let Some(headers) = message.headers() else {
+        return Vec::new();
+    };
+    let read = || {
+        headers
+            .iter()
+            .map(|h| Header {
+                name: h.key.to_string(),
+                value: h.value.map(<[u8]>::to_vec),
+            })
+            .collect()
+    };
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(read)).unwrap_or_else(|_| {
+        error!(
+            topic = message.topic(),
+            partition = message.partition(),
+            offset = message.offset(),
+            "a header's name is not UTF-8: the record goes on without its headers"
+        );
+        Vec::new()
+    })
+}

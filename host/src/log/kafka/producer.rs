@@ -1,0 +1,267 @@
+//! Appending to the log: idempotent, acknowledged by all in-sync replicas.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use rdkafka::ClientContext;
+use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::message::{Header as KafkaHeader, Message, OwnedHeaders};
+use rdkafka::producer::{
+    BaseRecord, DeliveryResult, Producer as _, ProducerContext, ThreadedProducer,
+};
+use tokio::sync::Notify;
+use tracing::{debug, warn};
+
+use super::super::{LogError, Sink, Unsent};
+use super::{ClientSettings, Kind, log_error, log_line};
+use crate::record::Outgoing;
+
+/// How long to wait for room in librdkafka's queue before another try.
+const FULL_QUEUE_WAIT: Duration = Duration::from_millis(5);
+
+/// What a full queue, an outage and a late acknowledgement mean to the caller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Patience {
+    /// Waits as long as it takes. No record times out while a later one gets through, so what
+    /// arrives of a lane's records at a partition is always a prefix.
+    Endless,
+    /// Gives up on a record after this time.
+    Bounded(Duration),
+}
+
+/// A producer; clones share it.
+#[derive(Clone)]
+pub struct Producer {
+    settings: Arc<ClientSettings>,
+    patience: Patience,
+    client: Arc<Mutex<Arc<Client>>>,
+}
+
+type Client = ThreadedProducer<Context>;
+
+impl Producer {
+    /// A producer that connects by itself, now and after every loss.
+    pub fn new(settings: &ClientSettings, patience: Patience) -> Result<Self, LogError> {
+        let client = create(settings, patience)?;
+        Ok(Self {
+            settings: Arc::new(settings.clone()),
+            patience,
+            client: Arc::new(Mutex::new(Arc::new(client))),
+        })
+    }
+
+    fn client(&self) -> Arc<Client> {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Arc<Client>> {
+        self.client.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// After a fatal error an idempotent producer takes no more records: a new one must.
+    fn replace_if_fatal(&self, failed: &Arc<Client>) {
+        let Some((code, why)) = failed.client().fatal_error() else {
+            return;
+        };
+        let mut current = self.lock();
+        if !Arc::ptr_eq(&current, failed) {
+            return;
+        }
+        warn!("the producer failed for good ({code}: {why}); going on with a new one");
+        match create(&self.settings, self.patience) {
+            Ok(client) => *current = Arc::new(client),
+            Err(error) => warn!("cannot make a new producer: {error}"),
+        }
+    }
+
+    /// Appends one record and answers its partition and offset.
+    pub async fn produce_one(&self, record: &Outgoing) -> Result<(i32, i64), LogError> {
+        let client = self.client();
+        let flight = Flight::new(1);
+        self.enqueue(&client, &flight, 0, record).await;
+        flight.landed().await;
+        self.replace_if_fatal(&client);
+        let mut state = flight.lock();
+        match state.unsent.pop() {
+            Some(unsent) => Err(unsent.error),
+            None => Ok(state.last),
+        }
+    }
+
+    async fn enqueue(
+        &self,
+        client: &Client,
+        flight: &Arc<Flight>,
+        index: usize,
+        record: &Outgoing,
+    ) {
+        let mut ticket = Box::new(Ticket {
+            flight: flight.clone(),
+            index,
+        });
+        let deadline = match self.patience {
+            Patience::Endless => None,
+            Patience::Bounded(time) => Some(tokio::time::Instant::now() + time),
+        };
+        loop {
+            let Err((error, rejected)) = client.send(base_record(record, ticket)) else {
+                return;
+            };
+            ticket = rejected.delivery_opaque;
+            let full = error.rdkafka_error_code() == Some(RDKafkaErrorCode::QueueFull);
+            let late = deadline.is_some_and(|d| tokio::time::Instant::now() >= d);
+            if !full || late {
+                ticket.flight.land(index, Err(log_error(&error)));
+                return;
+            }
+            tokio::time::sleep(FULL_QUEUE_WAIT).await;
+        }
+    }
+}
+
+impl Sink for Producer {
+    async fn produce(&self, records: &[Outgoing]) -> Result<(), Vec<Unsent>> {
+        if records.is_empty() {
+            return Ok(());
+        }
+        let client = self.client();
+        let flight = Flight::new(records.len());
+        for (index, record) in records.iter().enumerate() {
+            self.enqueue(&client, &flight, index, record).await;
+        }
+        flight.landed().await;
+        self.replace_if_fatal(&client);
+        let unsent = std::mem::take(&mut flight.lock().unsent);
+        if unsent.is_empty() {
+            Ok(())
+        } else {
+            Err(unsent)
+        }
+    }
+}
+
+fn create(settings: &ClientSettings, patience: Patience) -> Result<Client, LogError> {
+    let timeout = match patience {
+        Patience::Endless => "0".to_string(),
+        Patience::Bounded(time) => time.as_millis().max(1).to_string(),
+    };
+    let gapless = match patience {
+        Patience::Endless => "true",
+        Patience::Bounded(_) => "false",
+    };
+    let config = settings.client_config(
+        Kind::Producer,
+        &[
+            // As Java's clients choose: the same key goes to the same partition whoever produces it.
+            ("partitioner", "murmur2_random"),
+            ("linger.ms", "1"),
+            ("queue.buffering.max.kbytes", "65536"),
+        ],
+        &[
+            ("enable.idempotence", "true"),
+            ("enable.gapless.guarantee", gapless),
+            ("acks", "all"),
+            ("message.timeout.ms", &timeout),
+        ],
+    );
+    Client::from_config_and_context(&config, Context)
+        .map_err(|error| LogError::Refused(format!("cannot make a producer: {error}")))
+}
+
+fn base_record(record: &Outgoing, ticket: Box<Ticket>) -> BaseRecord<'_, [u8], [u8], Box<Ticket>> {
+    let mut base = BaseRecord::with_opaque_to(&record.topic, ticket);
+    base.partition = record.partition;
+    base.timestamp = record.timestamp;
+    base.key = record.key.as_deref();
+    base.payload = record.value.as_deref();
+    if !record.headers.is_empty() {
+        let empty = OwnedHeaders::new_with_capacity(record.headers.len());
+        base.headers = Some(record.headers.iter().fold(empty, |headers, h| {
+            headers.insert(KafkaHeader {
+                key: &h.name,
+                value: h.value.as_deref(),
+            })
+        }));
+    }
+    base
+}
+
+/// Records on their way, until the last one is acknowledged or has failed.
+struct Flight {
+    state: Mutex<FlightState>,
+    landed: Notify,
+}
+
+struct FlightState {
+    aloft: usize,
+    unsent: Vec<Unsent>,
+    /// Partition and offset of the record that landed last.
+    last: (i32, i64),
+}
+
+/// One record's place in a flight; librdkafka hands it back with the acknowledgement.
+struct Ticket {
+    flight: Arc<Flight>,
+    index: usize,
+}
+
+impl Flight {
+    fn new(records: usize) -> Arc<Self> {
+        Arc::new(Self {
+            state: Mutex::new(FlightState {
+                aloft: records,
+                unsent: Vec::new(),
+                last: (-1, -1),
+            }),
+            landed: Notify::new(),
+        })
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, FlightState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn land(&self, index: usize, result: Result<(i32, i64), LogError>) {
+        let mut state = self.lock();
+        match result {
+            Ok(place) => state.last = place,
+            Err(error) => state.unsent.push(Unsent { index, error }),
+        }
+        state.aloft -= 1;
+        if state.aloft == 0 {
+            self.landed.notify_one();
+        }
+    }
+
+    /// Cancel-safe; `notify_one` keeps its permit for a waiter that comes late.
+    async fn landed(&self) {
+        while self.lock().aloft > 0 {
+            self.landed.notified().await;
+        }
+    }
+}
+
+struct Context;
+
+impl ClientContext for Context {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        log_line(level, facility, message);
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        debug!(target: "librdkafka", "producer: {error}: {reason}");
+    }
+}
+
+impl ProducerContext for Context {
+    type DeliveryOpaque = Box<Ticket>;
+
+    fn delivery(&self, result: &DeliveryResult<'_>, ticket: Box<Ticket>) {
+        let result = match result {
+            Ok(message) => Ok((message.partition(), message.offset())),
+            Err((error, _)) => Err(log_error(error)),
+        };
+        ticket.flight.land(ticket.index, result);
+    }
+}

@@ -1,0 +1,189 @@
+//! Topics: waited for, created where they are missing, never silently changed. And whether the log is there.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::client::DefaultClientContext;
+use rdkafka::config::FromClientConfigAndContext;
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::RDKafkaErrorCode;
+use rdkafka::util::Timeout;
+use tracing::info;
+
+use super::super::LogError;
+use super::{ClientSettings, Kind, QuietContext};
+use crate::pipeline::Topic;
+
+/// How long one question to the log may take.
+const ASK_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long creating topics may take.
+const CREATE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How often and how long to look for topics that were just created.
+const APPEAR_TRIES: u32 = 100;
+const APPEAR_WAIT: Duration = Duration::from_millis(100);
+
+/// A client for questions about the log. Clones share it.
+#[derive(Clone)]
+pub struct Admin {
+    asker: Arc<BaseConsumer<Quiet>>,
+    creator: Arc<AdminClient<DefaultClientContext>>,
+}
+
+type Quiet = QuietConsumer;
+
+/// [`QuietContext`] for a consumer that never joins a group.
+struct QuietConsumer(QuietContext);
+
+impl rdkafka::ClientContext for QuietConsumer {
+    fn log(&self, level: rdkafka::config::RDKafkaLogLevel, facility: &str, message: &str) {
+        self.0.log(level, facility, message);
+    }
+
+    fn error(&self, error: rdkafka::error::KafkaError, reason: &str) {
+        self.0.error(error, reason);
+    }
+}
+
+impl rdkafka::consumer::ConsumerContext for QuietConsumer {}
+
+impl Admin {
+    /// A client that connects by itself.
+    pub fn new(settings: &ClientSettings) -> Result<Self, LogError> {
+        let config = settings.client_config(Kind::Admin, &[], &[]);
+        let refuse = |error| LogError::Refused(format!("cannot make a client: {error}"));
+        let asker = BaseConsumer::from_config_and_context(&config, QuietConsumer(QuietContext));
+        let creator = AdminClient::from_config_and_context(&config, DefaultClientContext);
+        Ok(Self {
+            asker: Arc::new(asker.map_err(refuse)?),
+            creator: Arc::new(creator.map_err(refuse)?),
+        })
+    }
+
+    /// How many partitions each topic of the log has.
+    pub async fn partitions(&self) -> Result<BTreeMap<String, usize>, LogError> {
+        let asker = self.asker.clone();
+        // librdkafka blocks on it.
+        let asked = tokio::task::spawn_blocking(move || {
+            asker.fetch_metadata(None, Timeout::After(ASK_TIMEOUT))
+        });
+        let metadata = asked
+            .await
+            .map_err(|error| LogError::Unavailable(error.to_string()))?
+            .map_err(|error| LogError::Unavailable(error.to_string()))?;
+        let topics = metadata.topics().iter();
+        Ok(topics
+            .map(|topic| (topic.name().to_string(), topic.partitions().len()))
+            .collect())
+    }
+
+    /// Creates the declared topics that are missing, and `others` with one partition; checks the
+    /// partitions of those that are there. Answers how many partitions each of them has.
+    pub async fn ensure(
+        &self,
+        declared: &BTreeMap<String, Topic>,
+        others: &BTreeSet<String>,
+    ) -> Result<(), LogError> {
+        let there = self.partitions().await?;
+        check_partitions(declared, &there)?;
+        let one = Topic {
+            partitions: Some(1),
+            replication: None,
+            config: BTreeMap::new(),
+        };
+        let others = others.iter().map(|name| (name, &one));
+        let missing: Vec<_> = declared
+            .iter()
+            .chain(others)
+            .filter(|(name, _)| !there.contains_key(*name))
+            .collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        self.create(&missing).await?;
+        self.appeared(&missing).await
+    }
+
+    async fn create(&self, missing: &[(&String, &Topic)]) -> Result<(), LogError> {
+        let new: Vec<_> = missing
+            .iter()
+            .map(|(name, topic)| {
+                let replication = TopicReplication::Fixed(topic.replication.unwrap_or(-1));
+                let new = NewTopic::new(name, topic.partitions.unwrap_or(1), replication);
+                topic
+                    .config
+                    .iter()
+                    .fold(new, |new, (key, value)| new.set(key, value))
+            })
+            .collect();
+        let options = AdminOptions::new().operation_timeout(Some(CREATE_TIMEOUT));
+        let results = self
+            .creator
+            .create_topics(&new, &options)
+            .await
+            .map_err(|error| LogError::Unavailable(error.to_string()))?;
+        for (result, (name, topic)) in results.into_iter().zip(missing) {
+            match result {
+                Ok(_) => info!(
+                    "created topic {name} with {} partition(s)",
+                    topic.partitions.unwrap_or(1)
+                ),
+                // Another host was faster.
+                Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
+                Err((_, code)) => {
+                    return Err(LogError::Refused(format!(
+                        "topic `{name}` cannot be created: {code}"
+                    )));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Brokers learn of a new topic one after another.
+    async fn appeared(&self, missing: &[(&String, &Topic)]) -> Result<(), LogError> {
+        for _ in 0..APPEAR_TRIES {
+            let there = self.partitions().await?;
+            if missing.iter().all(|(name, topic)| {
+                there.get(*name).copied().unwrap_or(0) >= partitions_wanted(topic)
+            }) {
+                return Ok(());
+            }
+            tokio::time::sleep(APPEAR_WAIT).await;
+        }
+        Err(LogError::Unavailable(
+            "topics were created and do not appear".into(),
+        ))
+    }
+}
+
+fn partitions_wanted(topic: &Topic) -> usize {
+    topic
+        .partitions
+        .and_then(|n| usize::try_from(n).ok())
+        .unwrap_or(1)
+}
+
+fn check_partitions(
+    declared: &BTreeMap<String, Topic>,
+    there: &BTreeMap<String, usize>,
+) -> Result<(), LogError> {
+    let few: Vec<_> = declared
+        .iter()
+        .filter_map(|(name, topic)| {
+            let (have, want) = (*there.get(name)?, partitions_wanted(topic));
+            (have < want).then(|| {
+                format!(
+                    "topic `{name}` has {have} partition(s) and the pipeline declares {want}: declare {have}, \
+                     or add partitions with Kafka's tools (keys will then move to other partitions)"
+                )
+            })
+        })
+        .collect();
+    if few.is_empty() {
+        Ok(())
+    } else {
+        Err(LogError::Refused(few.join("; ")))
+    }
+}

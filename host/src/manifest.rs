@@ -1,1 +1,0 @@
-//! The pipeline file as it is written.

@@ -1,0 +1,162 @@
+//! What stages are to each other: groups that they share, and the way that records take between them.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::load::Checks;
+use super::stages::{dead_letter_topics, texts};
+use crate::diagnostics::Problem;
+use crate::manifest::{Manifest, StageSection};
+
+pub(super) fn check(checks: &Checks<'_>, manifest: &Manifest) {
+    check_groups(checks, &manifest.stages);
+    check_cycles(checks, &manifest.stages);
+}
+
+fn inputs(stage: &StageSection) -> BTreeSet<&str> {
+    texts(stage.input.as_ref())
+        .iter()
+        .map(|t| t.value.as_str())
+        .collect()
+}
+
+fn check_groups(checks: &Checks<'_>, stages: &[StageSection]) {
+    let mut first: BTreeMap<&str, &StageSection> = BTreeMap::new();
+    for stage in stages {
+        let Some(group) = &stage.group else { continue };
+        let other = *first.entry(&group.value).or_insert(stage);
+        if inputs(other) == inputs(stage) {
+            continue;
+        }
+        let mut problem = Problem::at(
+            &group.span,
+            format!(
+                "`{}` and `{}` have one group and different inputs",
+                other.name.value, stage.name.value
+            ),
+        )
+        .label("the members of a group share the partitions of the same topics")
+        .help(format!(
+            "give each a group of its own, such as `service.{}`",
+            stage.name.value
+        ));
+        if let Some(text) = &other.group {
+            problem = problem.also(&text.span, format!("the group of `{}`", other.name.value));
+        }
+        checks.report(problem);
+    }
+}
+
+/// Reports rings of stages in which no stage says `allow-cycle = true`, each stage in one ring at most.
+fn check_cycles(checks: &Checks<'_>, stages: &[StageSection]) {
+    let strict: Vec<Node<'_>> = stages
+        .iter()
+        .filter(|s| !s.allow_cycle)
+        .map(Node::of)
+        .collect();
+    let mut reported: BTreeSet<usize> = BTreeSet::new();
+    for start in 0..strict.len() {
+        let Some(ring) = ring_from(&strict, start) else {
+            continue;
+        };
+        if ring.iter().any(|stage| reported.contains(stage)) {
+            continue;
+        }
+        reported.extend(ring.iter().copied());
+        report_ring(checks, &strict, &ring);
+    }
+}
+
+struct Node<'a> {
+    stage: &'a StageSection,
+    inputs: BTreeSet<&'a str>,
+    /// Outputs and dead letters.
+    outputs: BTreeSet<String>,
+}
+
+impl<'a> Node<'a> {
+    fn of(stage: &'a StageSection) -> Self {
+        let mut outputs = dead_letter_topics(stage);
+        outputs.extend(texts(stage.output.as_ref()).iter().map(|t| t.value.clone()));
+        // That dead letters go into the stage's own input has a message of its own.
+        let inputs = inputs(stage);
+        for topic in dead_letter_topics(stage) {
+            let emitted = texts(stage.output.as_ref())
+                .iter()
+                .any(|t| t.value == topic);
+            if inputs.contains(topic.as_str()) && !emitted {
+                outputs.remove(&topic);
+            }
+        }
+        Self {
+            stage,
+            inputs,
+            outputs,
+        }
+    }
+
+    /// A topic by which records get from here to there.
+    fn topic_to(&self, next: &Node<'_>) -> Option<&str> {
+        self.outputs
+            .iter()
+            .map(String::as_str)
+            .find(|topic| next.inputs.contains(topic))
+    }
+}
+
+/// The shortest way from a stage back to itself: the stages, the start first.
+fn ring_from(nodes: &[Node<'_>], start: usize) -> Option<Vec<usize>> {
+    let mut came_from: BTreeMap<usize, usize> = BTreeMap::new();
+    let mut frontier = vec![start];
+    while !frontier.is_empty() {
+        let mut next_frontier = Vec::new();
+        for from in frontier {
+            for (to, node) in nodes.iter().enumerate() {
+                if came_from.contains_key(&to) || nodes[from].topic_to(node).is_none() {
+                    continue;
+                }
+                came_from.insert(to, from);
+                next_frontier.push(to);
+            }
+        }
+        if came_from.contains_key(&start) {
+            return Some(walk_back(&came_from, start));
+        }
+        frontier = next_frontier;
+    }
+    None
+}
+
+fn walk_back(came_from: &BTreeMap<usize, usize>, start: usize) -> Vec<usize> {
+    let mut ring = Vec::new();
+    let mut at = came_from[&start];
+    while at != start {
+        ring.push(at);
+        at = came_from[&at];
+    }
+    ring.push(start);
+    ring.reverse();
+    ring
+}
+
+fn report_ring(checks: &Checks<'_>, nodes: &[Node<'_>], ring: &[usize]) {
+    let mut way = String::new();
+    for (i, &at) in ring.iter().enumerate() {
+        let next = &nodes[ring[(i + 1) % ring.len()]];
+        let topic = nodes[at].topic_to(next).unwrap_or_default();
+        way.push_str(&format!("{} → {topic} → ", nodes[at].stage.name.value));
+    }
+    way.push_str(&nodes[ring[0]].stage.name.value);
+    let stage = nodes[ring[0]].stage;
+    let span = stage
+        .output
+        .as_ref()
+        .map_or(&stage.span, |output| &output.span);
+    checks.report(
+        Problem::at(span, "records go round in a circle")
+            .label(way)
+            .help(format!(
+                "change an input or an output; if it is meant, write `allow-cycle = true` under [stages.{}]",
+                stage.name.value
+            )),
+    );
+}

@@ -1,0 +1,78 @@
+//! What a user sees when the host is up: addresses, and lines to try.
+
+use std::net::SocketAddr;
+
+use crate::pipeline::{Action, Http, Method, Pipeline, Route};
+
+/// Where the listeners are.
+pub(super) struct Addresses {
+    pub(super) admin: SocketAddr,
+    pub(super) http: Option<SocketAddr>,
+}
+
+/// Prints to stdout; the log goes to stderr.
+pub(super) fn print(pipeline: &Pipeline, brokers: &str, addresses: &Addresses) {
+    println!("{}", text(pipeline, brokers, addresses));
+}
+
+fn text(pipeline: &Pipeline, brokers: &str, addresses: &Addresses) -> String {
+    let mut lines = vec![format!("\nPipeline {} is running.", pipeline.name)];
+    if let Some(http) = addresses.http {
+        lines.push(format!("  HTTP    http://{http}"));
+    }
+    lines.push(format!("  Kafka   {brokers}"));
+    lines.push(format!(
+        "  admin   http://{}  (/healthz /readyz /metrics)",
+        addresses.admin
+    ));
+    if let (Some(http), Some(address)) = (&pipeline.http, addresses.http) {
+        lines.push("\nTry:".into());
+        lines.extend(curl_lines(http, address));
+        lines.extend(hints(http));
+    }
+    lines.push("\nCtrl-C drains and stops it.\n".into());
+    lines.join("\n")
+}
+
+fn curl_lines(http: &Http, address: SocketAddr) -> Vec<String> {
+    http.routes
+        .iter()
+        .map(|route| format!("  curl -i {}", curl_arguments(route, address)))
+        .collect()
+}
+
+/// Where what a path asks for comes from, as far as the host makes it.
+fn hints(http: &Http) -> Vec<String> {
+    let mut hints = Vec::new();
+    for route in &http.routes {
+        let Action::Produce { generate, .. } = &route.action else {
+            continue;
+        };
+        for name in generate {
+            let part = format!("{{{name}}}");
+            if http.routes.iter().any(|r| r.path.contains(&part)) {
+                let path = &route.path;
+                hints.push(format!(
+                    "{part} is what the answer of {path} says in its header stagehost-{name}."
+                ));
+            }
+        }
+    }
+    hints
+}
+
+fn curl_arguments(route: &Route, address: SocketAddr) -> String {
+    let url = format!("http://{address}{}", route.path);
+    let Action::Produce { fields, .. } = &route.action else {
+        return format!("'{url}'");
+    };
+    let method = match route.method {
+        Method::Post => String::new(),
+        other => format!("-X {other} "),
+    };
+    let data: Vec<_> = fields
+        .iter()
+        .map(|field| format!("--data-urlencode '{field}=My first {field}'"))
+        .collect();
+    format!("{method}'{url}' {}", data.join(" "))
+}

@@ -1,0 +1,320 @@
+//! A running pipeline: assembles log, stores, stages and listeners, and takes them down again.
+
+mod banner;
+mod stage;
+mod wait;
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow, bail};
+use tokio::net::TcpListener;
+use tokio::task::{JoinHandle, JoinSet};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use self::wait::{GatedSink, LogWatch, Waiting};
+use crate::admin::{self, Readiness};
+use crate::capability::{Stores, redis, sql};
+use crate::component::Runtime;
+use crate::delivery::dead_letter::default_topic;
+use crate::ingress::{self, Ingress};
+use crate::log::kafka::ClientSettings;
+use crate::log::kafka::consumer::StopHandle;
+use crate::log::kafka::producer::{Patience, Producer};
+use crate::log::kafka::topics::Admin;
+use crate::metrics::Metrics;
+use crate::pipeline::{Brokers, Pipeline};
+
+/// Where, in a data-dir, the embedded broker lives.
+pub const EMBEDDED_FOLDER: &str = "kafka";
+/// Where, in a data-dir, compiled components are kept.
+const COMPILED_FOLDER: &str = "compiled";
+/// How long the log may take to acknowledge what an HTTP client sends.
+const INGRESS_PATIENCE: Duration = Duration::from_secs(10);
+/// Of a drain's time, what is kept for leaving the groups and closing the stores.
+const CLOSING_TIME: Duration = Duration::from_secs(2);
+
+/// Runs the pipeline until `shutdown`, then drains it. Fails when it cannot be started or cannot go on.
+pub async fn run(pipeline: Pipeline, shutdown: CancellationToken) -> anyhow::Result<()> {
+    let listeners = Listeners::bind(&pipeline).await?;
+    let metrics = Arc::new(Metrics::default());
+    let readiness = Arc::new(Readiness::default());
+    name_conditions(&pipeline, &readiness);
+    info!("admin listens on http://{}", listeners.addresses.admin);
+    let admin_stop = CancellationToken::new();
+    let admin = tokio::spawn(admin::serve(
+        listeners.admin,
+        pipeline.admin.token.clone(),
+        readiness.clone(),
+        metrics.clone(),
+        admin_stop.clone(),
+    ));
+    let broker = start_broker(&pipeline).await?;
+    let brokers = match (&broker, &pipeline.kafka.brokers) {
+        (Some(broker), _) => broker.address().to_string(),
+        (None, Brokers::Remote(brokers)) => brokers.clone(),
+        (None, Brokers::Embedded { .. }) => bail!("the embedded broker is not running"),
+    };
+    let settings = ClientSettings {
+        brokers,
+        properties: pipeline.kafka.properties.clone(),
+    };
+    let waiting = Waiting {
+        readiness: &readiness,
+        shutdown: &shutdown,
+    };
+    let result = match Host::start(&pipeline, &settings, &waiting, &metrics, listeners.http).await {
+        Ok(Some(mut host)) => {
+            banner::print(&pipeline, &settings.brokers, &listeners.addresses);
+            let failed = host.serve(&shutdown).await;
+            host.drain(pipeline.shutdown_timeout).await;
+            failed
+        }
+        Ok(None) => Ok(()),
+        Err(error) => Err(error),
+    };
+    if let Some(broker) = broker {
+        broker.shutdown().await;
+    }
+    admin_stop.cancel();
+    let _ = admin.await;
+    result
+}
+
+/// Sockets that are bound before anything else starts.
+struct Listeners {
+    admin: TcpListener,
+    http: Option<TcpListener>,
+    addresses: banner::Addresses,
+}
+
+impl Listeners {
+    async fn bind(pipeline: &Pipeline) -> anyhow::Result<Self> {
+        let admin = bind("[admin] listen", pipeline.admin.listen).await?;
+        let http = match &pipeline.http {
+            Some(http) => Some(bind("[http] listen", http.listen).await?),
+            None => None,
+        };
+        let addresses = banner::Addresses {
+            admin: admin.local_addr()?,
+            http: http.as_ref().map(TcpListener::local_addr).transpose()?,
+        };
+        Ok(Self {
+            admin,
+            http,
+            addresses,
+        })
+    }
+}
+
+async fn bind(key: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address)
+        .await
+        .with_context(|| format!("cannot listen on {address} ({key})"))
+}
+
+/// So that the host is not ready before each of them was found to hold.
+fn name_conditions(pipeline: &Pipeline, readiness: &Readiness) {
+    readiness.not_ready(wait::LOG, "starting");
+    for name in pipeline.sql.keys().chain(pipeline.redis.keys()) {
+        readiness.not_ready(&wait::store(name), "starting");
+    }
+    for stage in &pipeline.stages {
+        readiness.not_ready(&wait::stage(&stage.name), "starting");
+    }
+}
+
+async fn start_broker(pipeline: &Pipeline) -> anyhow::Result<Option<embedded_kafka::Broker>> {
+    let Brokers::Embedded { listen } = pipeline.kafka.brokers else {
+        return Ok(None);
+    };
+    let mut config = embedded_kafka::Config::new(pipeline.data_dir.join(EMBEDDED_FOLDER));
+    config.listen = listen;
+    let broker = embedded_kafka::Broker::start(config)
+        .await
+        .context("the embedded broker cannot start")?;
+    Ok(Some(broker))
+}
+
+/// Everything of a pipeline that runs, but for the admin listener and the embedded broker.
+struct Host {
+    stages: Vec<StopHandle>,
+    ended: JoinSet<anyhow::Result<()>>,
+    ingress: Option<JoinHandle<()>>,
+    ingress_stop: CancellationToken,
+    watch: LogWatch,
+    stores: Stores,
+    /// Keeps the engine's clock going.
+    _runtime: Arc<Runtime>,
+}
+
+impl Host {
+    /// Waits for the log and the stores. `None` when it was told to shut down meanwhile.
+    async fn start(
+        pipeline: &Pipeline,
+        settings: &ClientSettings,
+        waiting: &Waiting<'_>,
+        metrics: &Arc<Metrics>,
+        http: Option<TcpListener>,
+    ) -> anyhow::Result<Option<Self>> {
+        let admin = Admin::new(settings)?;
+        let Some(()) = prepare_topics(pipeline, &admin, waiting, &settings.brokers).await? else {
+            return Ok(None);
+        };
+        let watch = LogWatch::start(admin, settings.brokers.clone(), waiting.readiness.clone());
+        let Some(stores) = open_stores(pipeline, waiting).await? else {
+            return Ok(None);
+        };
+        let cache = pipeline.data_dir.join(COMPILED_FOLDER);
+        let runtime = Arc::new(Runtime::new(&cache)?);
+        let mut host = Self {
+            stages: Vec::new(),
+            ended: JoinSet::new(),
+            ingress: None,
+            ingress_stop: CancellationToken::new(),
+            watch,
+            stores,
+            _runtime: runtime.clone(),
+        };
+        let producer = Arc::new(Producer::new(settings, Patience::Endless)?);
+        for stage in &pipeline.stages {
+            let loaded = stage::load(stage, &runtime, &host.stores).await?;
+            let running = loaded.start(settings, producer.clone(), metrics, &mut host.ended)?;
+            host.stages.push(running);
+            waiting.readiness.ready(&wait::stage(&stage.name));
+        }
+        if let (Some(config), Some(listener)) = (&pipeline.http, http) {
+            let patience = Patience::Bounded(INGRESS_PATIENCE);
+            let sink = GatedSink::new(Producer::new(settings, patience)?, &host.watch);
+            let limits = ingress::Limits::default();
+            let stores = &host.stores.redis;
+            let ingress = Ingress::new(config, Arc::new(sink), stores, metrics.clone(), limits)?;
+            host.ingress = Some(tokio::spawn(
+                ingress.serve(listener, host.ingress_stop.clone()),
+            ));
+        }
+        Ok(Some(host))
+    }
+
+    /// Until it is told to shut down, or a stage ends by itself, which it does only when it cannot go on.
+    async fn serve(&mut self, shutdown: &CancellationToken) -> anyhow::Result<()> {
+        tokio::select! {
+            // Both are cancel-safe: what has ended stays in the set.
+            () = shutdown.cancelled() => Ok(()),
+            Some(ended) = self.ended.join_next() => match ended {
+                Ok(Ok(())) => Err(anyhow!("a stage ended by itself")),
+                Ok(Err(error)) => Err(error),
+                Err(error) => Err(anyhow!("a stage's task failed: {error}")),
+            },
+        }
+    }
+
+    /// No more requests, no more records; what is at hand is finished, settled and committed within `timeout`.
+    async fn drain(mut self, timeout: Duration) {
+        let began = Instant::now();
+        let left = || timeout.saturating_sub(began.elapsed());
+        info!(
+            "draining, for {} at most",
+            humantime::format_duration(timeout)
+        );
+        self.ingress_stop.cancel();
+        if let Some(ingress) = &mut self.ingress
+            && tokio::time::timeout(left(), &mut *ingress).await.is_err()
+        {
+            warn!("HTTP requests were cut off at the end of the shutdown-timeout");
+            ingress.abort();
+        }
+        for stage in &self.stages {
+            stage.stop(left().saturating_sub(CLOSING_TIME));
+        }
+        let ended = async { while self.ended.join_next().await.is_some() {} };
+        if tokio::time::timeout(left().max(CLOSING_TIME), ended)
+            .await
+            .is_err()
+        {
+            warn!(
+                "stages were cut off at the end of the shutdown-timeout; their records will be delivered again"
+            );
+        }
+        self.watch.stop();
+        for database in self.stores.sql.values() {
+            database.close().await;
+        }
+        info!("drained in {:.1?}", began.elapsed());
+    }
+}
+
+/// Waits for the log, and has the topics ready. `None` when told to shut down meanwhile.
+async fn prepare_topics(
+    pipeline: &Pipeline,
+    admin: &Admin,
+    waiting: &Waiting<'_>,
+    brokers: &str,
+) -> anyhow::Result<Option<()>> {
+    let dead_letters = dead_letter_topics(pipeline);
+    info!("connecting to the log at {brokers}");
+    let ensured = waiting
+        .until_available(wait::LOG, &format!("the log at {brokers}"), || {
+            admin.ensure(&pipeline.topics, &dead_letters)
+        })
+        .await?;
+    if ensured.is_none() {
+        return Ok(None);
+    }
+    let there = admin.partitions().await?;
+    let missing: Vec<_> = used_topics(pipeline)
+        .filter(|(_, topic)| !there.contains_key(*topic))
+        .map(|(stage, topic)| {
+            format!("topic `{topic}` of stage `{stage}` does not exist: declare it as [topics.\"{topic}\"] to have it created")
+        })
+        .collect();
+    if !missing.is_empty() {
+        bail!(missing.join("\n"));
+    }
+    Ok(Some(()))
+}
+
+fn used_topics(pipeline: &Pipeline) -> impl Iterator<Item = (&str, &String)> {
+    pipeline.stages.iter().flat_map(|stage| {
+        let topics = stage.input.iter().chain(&stage.output);
+        topics.map(|topic| (stage.name.as_str(), topic))
+    })
+}
+
+/// Dead-letter topics that are not declared are created all the same: nothing may be lost for want of one.
+fn dead_letter_topics(pipeline: &Pipeline) -> BTreeSet<String> {
+    let of_stage = |stage: &crate::pipeline::Stage| match &stage.dead_letter {
+        Some(topic) => vec![topic.clone()],
+        None => stage.input.iter().map(|t| default_topic(t)).collect(),
+    };
+    pipeline.stages.iter().flat_map(of_stage).collect()
+}
+
+/// `None` when told to shut down meanwhile.
+async fn open_stores(pipeline: &Pipeline, waiting: &Waiting<'_>) -> anyhow::Result<Option<Stores>> {
+    let mut stores = Stores::default();
+    for (name, settings) in &pipeline.sql {
+        let what = format!("SQL store `{name}`");
+        let opened = waiting
+            .until_available(&wait::store(name), &what, || sql::Database::open(settings))
+            .await?;
+        let Some(database) = opened else {
+            return Ok(None);
+        };
+        stores.sql.insert(name.clone(), database);
+    }
+    for (name, settings) in &pipeline.redis {
+        let what = format!("Redis store `{name}`");
+        let opened = waiting
+            .until_available(&wait::store(name), &what, || redis::Store::open(settings))
+            .await?;
+        let Some(store) = opened else {
+            return Ok(None);
+        };
+        stores.redis.insert(name.clone(), store);
+    }
+    Ok(Some(stores))
+}

@@ -1,0 +1,187 @@
+//! Waiting for what is away, and knowing whether the log is there.
+
+use std::fmt::Display;
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::anyhow;
+use tokio::task::AbortHandle;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::admin::Readiness;
+use crate::capability::StoreError;
+use crate::delivery::retry::backoff;
+use crate::log::kafka::producer::Producer;
+use crate::log::kafka::topics::Admin;
+use crate::log::{LogError, Sink, Unsent};
+use crate::pipeline::Retry;
+use crate::record::Outgoing;
+
+/// The condition that the log can be reached.
+pub(super) const LOG: &str = "log";
+/// How what is away is asked for again.
+const PATIENCE: Retry = Retry {
+    max_attempts: u32::MAX,
+    initial: Duration::from_millis(500),
+    max: Duration::from_secs(5),
+};
+/// How often the log is asked whether it is there.
+const WATCH_INTERVAL: Duration = Duration::from_secs(2);
+/// How often it is said that the log is still away.
+const REMIND_INTERVAL: Duration = Duration::from_secs(30);
+
+/// The condition that a store is open.
+pub(super) fn store(name: &str) -> String {
+    format!("store {name}")
+}
+
+/// The condition that a stage is a member of its group.
+pub(super) fn stage(name: &str) -> String {
+    format!("stage {name}")
+}
+
+/// An error that says whether waiting may help.
+pub(super) trait Availability: Display {
+    fn is_unavailable(&self) -> bool;
+}
+
+impl Availability for LogError {
+    fn is_unavailable(&self) -> bool {
+        matches!(self, Self::Unavailable(_))
+    }
+}
+
+impl Availability for StoreError {
+    fn is_unavailable(&self) -> bool {
+        matches!(self, Self::Unavailable(_))
+    }
+}
+
+/// How a start waits.
+pub(super) struct Waiting<'a> {
+    pub(super) readiness: &'a Arc<Readiness>,
+    pub(super) shutdown: &'a CancellationToken,
+}
+
+impl Waiting<'_> {
+    /// Tries until it succeeds, or fails for good. `None` when told to shut down meanwhile.
+    pub(super) async fn until_available<T, E, F>(
+        &self,
+        condition: &str,
+        what: &str,
+        mut attempt: impl FnMut() -> F,
+    ) -> anyhow::Result<Option<T>>
+    where
+        E: Availability,
+        F: Future<Output = Result<T, E>>,
+    {
+        let mut tries = 1;
+        loop {
+            let result = tokio::select! {
+                result = attempt() => result,
+                // An attempt that is dropped half way has no effect that a start would not repeat.
+                () = self.shutdown.cancelled() => return Ok(None),
+            };
+            let error = match result {
+                Ok(value) => {
+                    self.readiness.ready(condition);
+                    if tries > 1 {
+                        info!("{what} is there");
+                    }
+                    return Ok(Some(value));
+                }
+                Err(error) if !error.is_unavailable() => return Err(anyhow!("{what}: {error}")),
+                Err(error) => error,
+            };
+            let wait = backoff(&PATIENCE, tries, &mut rand::rng());
+            warn!("waiting for {what}, next try in {wait:.1?}: {error}");
+            self.readiness.not_ready(condition, error.to_string());
+            tries = tries.saturating_add(1);
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                () = self.shutdown.cancelled() => return Ok(None),
+            }
+        }
+    }
+}
+
+/// Asks the log every few seconds whether it is there.
+pub(super) struct LogWatch {
+    there: Arc<AtomicBool>,
+    task: AbortHandle,
+}
+
+impl LogWatch {
+    pub(super) fn start(admin: Admin, brokers: String, readiness: Arc<Readiness>) -> Self {
+        let there = Arc::new(AtomicBool::new(true));
+        let task = tokio::spawn(watch(admin, brokers, readiness, there.clone())).abort_handle();
+        Self { there, task }
+    }
+
+    pub(super) fn stop(&self) {
+        self.task.abort();
+    }
+}
+
+impl Drop for LogWatch {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+async fn watch(admin: Admin, brokers: String, readiness: Arc<Readiness>, there: Arc<AtomicBool>) {
+    let mut away_since: Option<Instant> = None;
+    let mut said = Instant::now();
+    loop {
+        tokio::time::sleep(WATCH_INTERVAL).await;
+        match (admin.partitions().await, away_since) {
+            (Ok(_), None) => {}
+            (Ok(_), Some(since)) => {
+                info!("the log at {brokers} is back after {:.0?}", since.elapsed());
+                there.store(true, Ordering::Relaxed);
+                readiness.ready(LOG);
+                away_since = None;
+            }
+            (Err(error), since) => {
+                if since.is_none() || said.elapsed() >= REMIND_INTERVAL {
+                    warn!("the log at {brokers} is away; lanes wait for it: {error}");
+                    said = Instant::now();
+                }
+                there.store(false, Ordering::Relaxed);
+                readiness.not_ready(LOG, error.to_string());
+                away_since = since.or_else(|| Some(Instant::now()));
+            }
+        }
+    }
+}
+
+/// A producer that says at once that the log is away while that is known, so that HTTP clients need not wait for it.
+pub(super) struct GatedSink {
+    producer: Producer,
+    there: Arc<AtomicBool>,
+}
+
+impl GatedSink {
+    pub(super) fn new(producer: Producer, watch: &LogWatch) -> Self {
+        Self {
+            producer,
+            there: watch.there.clone(),
+        }
+    }
+}
+
+impl Sink for GatedSink {
+    async fn produce(&self, records: &[Outgoing]) -> Result<(), Vec<Unsent>> {
+        if self.there.load(Ordering::Relaxed) {
+            return self.producer.produce(records).await;
+        }
+        let away = |index| Unsent {
+            index,
+            error: LogError::Unavailable("it is away".into()),
+        };
+        Err((0..records.len()).map(away).collect())
+    }
+}

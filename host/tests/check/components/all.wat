@@ -1,0 +1,8 @@
+(component
+  (import "stagehost:stage/sql@0.1.0" (instance))
+  (import "stagehost:stage/redis@0.1.0" (instance))
+  (import "stagehost:stage/producer@0.1.0" (instance))
+  (component $handler-code)
+  (instance $handler (instantiate $handler-code))
+  (export "stagehost:stage/handler@0.1.0" (instance $handler))
+)

@@ -1,0 +1,5 @@
+(component
+  (component $batch-handler-code)
+  (instance $batch-handler (instantiate $batch-handler-code))
+  (export "stagehost:stage/batch-handler@0.1.0" (instance $batch-handler))
+)

@@ -1,0 +1,367 @@
+//! What becomes of a message: outputs, retries, dead letters and limits, on Apache Kafka.
+
+use serde_json::{Value, json};
+
+use crate::support::{Host, Log, Seen, component, server, unique};
+
+/// A pipeline with one stage of a test component between topics of its own.
+struct Bench {
+    host: Host,
+    log: Log,
+    input: String,
+    output: String,
+    group: String,
+}
+
+impl Bench {
+    fn start(guest: &str, partitions: u32, settings: &str) -> Self {
+        let (input, output, group) = (unique("in"), unique("out"), unique("group"));
+        let brokers = server("KAFKA_BROKERS");
+        let component = component(guest);
+        let host = Host::start(&format!(
+            r#"
+            name = "bench"
+            [kafka]
+            brokers = "{brokers}"
+            [topics."{input}"]
+            partitions = {partitions}
+            [topics."{output}"]
+            partitions = 1
+            [redis.cache]
+            url = "memory:"
+            [stages.probe]
+            component = "{component}"
+            input = ["{input}"]
+            group = "{group}"
+            output = ["{output}"]
+            redis = {{ cache = {{ prefix = "p:" }} }}
+            sql = ["db"]
+            retry = {{ max-attempts = 3, initial = "10ms", max = "50ms" }}
+            {settings}
+            [sql.db]
+            url = "sqlite:db.sqlite"
+            [admin]
+            listen = "127.0.0.1:0"
+            "#
+        ));
+        Self {
+            host,
+            log: Log::new(&brokers),
+            input,
+            output,
+            group,
+        }
+    }
+
+    /// Sends the messages, waits until all are committed, and answers outputs and dead letters.
+    async fn deliver(&self, messages: &[Value]) -> (Vec<Seen>, Vec<Seen>) {
+        let values: Vec<_> = messages.iter().map(Value::to_string).collect();
+        let records: Vec<_> = values.iter().map(|v| (Some("k"), v.as_str())).collect();
+        self.log.produce(&self.input, &records).await;
+        self.log.wait_committed(&self.group, &self.input);
+        let dead = self.log.read(&format!("{}.dlq", self.input));
+        (self.log.read(&self.output), dead)
+    }
+
+    fn metric(&self, line: &str) -> Option<String> {
+        let metrics = crate::support::get(&self.host.address("admin"), "/metrics").1;
+        let found = metrics.lines().find_map(|l| l.strip_prefix(line));
+        found.map(|rest| rest.trim().to_string())
+    }
+}
+
+/// One message between two good ones: what the stage emits, and the dead letter's cause, count and words.
+async fn check(message: Value, dead_letter: Option<(&str, &str, &str)>) {
+    let bench = Bench::start(
+        "test-probe",
+        1,
+        "limits = { memory = \"32MiB\", deadline = \"1s\" }",
+    );
+    let emit = |n: u32| json!({ "do": "emit", "topic": bench.output, "value": n });
+    let (outputs, dead) = bench.deliver(&[emit(1), message.clone(), emit(2)]).await;
+    let values: Vec<_> = outputs.iter().map(|o| o.value.as_deref()).collect();
+    assert_eq!(
+        values,
+        [Some("1"), Some("2")],
+        "the partition goes on, in order"
+    );
+    let Some((cause, count, words)) = dead_letter else {
+        assert_eq!(dead, [], "no dead letters");
+        return;
+    };
+    assert_eq!(dead.len(), 1, "one dead letter");
+    let letter = &dead[0];
+    assert_eq!(letter.key.as_deref(), Some("k"));
+    assert_eq!(
+        letter.value,
+        Some(message.to_string()),
+        "the original bytes"
+    );
+    let expected = [
+        ("__dlq.errors.topic", bench.input.as_str()),
+        ("__dlq.errors.partition", "0"),
+        ("__dlq.errors.offset", "1"),
+        ("__dlq.errors.group", bench.group.as_str()),
+        ("__dlq.errors.delivery.count", count),
+        ("stagehost-stage", "probe"),
+        ("stagehost-cause", cause),
+    ];
+    for (name, value) in expected {
+        assert_eq!(letter.header(name), Some(value), "header {name}");
+    }
+    let said = letter.header("__dlq.errors.message").unwrap_or_default();
+    assert!(said.contains(words), "{said:?} says {words:?}");
+    let hash = letter.header("stagehost-component").unwrap_or_default();
+    assert_eq!(hash.len(), 64, "a SHA-256 in hex");
+    let counted = bench.metric(&format!(
+        "stagehost_dead_letters_total{{stage=\"probe\",cause=\"{cause}\"}}"
+    ));
+    assert_eq!(counted.as_deref(), Some("1"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_good_message_is_done() {
+    check(json!({ "do": "ok" }), None).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_retry_succeeds_in_the_end() {
+    check(json!({ "do": "retry-until", "n": 3 }), None).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn retries_are_exhausted() {
+    check(
+        json!({ "do": "retry" }),
+        Some(("retries-exhausted", "3", "as told")),
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rejected_message_is_not_tried_again() {
+    check(json!({ "do": "reject" }), Some(("reject", "1", "as told"))).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_not_json_is_rejected_with_its_place() {
+    check(json!("no command"), Some(("reject", "1", "line 1"))).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_trap_costs_one_message() {
+    check(json!({ "do": "trap" }), Some(("trap", "1", "unreachable"))).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stack_overflow_costs_one_message() {
+    check(
+        json!({ "do": "overflow" }),
+        Some(("trap", "1", "wasm trap")),
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn leaving_the_process_costs_one_message() {
+    check(json!({ "do": "exit" }), Some(("trap", "1", "exit"))).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endless_loop_meets_the_deadline() {
+    check(
+        json!({ "do": "spin" }),
+        Some(("deadline", "1", "deadline of 1s")),
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sleeping_in_the_host_meets_the_deadline() {
+    check(
+        json!({ "do": "sleep", "ms": 60_000 }),
+        Some(("deadline", "1", "deadline of 1s")),
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn eating_memory_meets_the_limit() {
+    check(
+        json!({ "do": "eat-memory" }),
+        Some(("memory", "1", "memory limit")),
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_below_the_limit_is_fine() {
+    check(json!({ "do": "eat-memory", "mib": 16 }), None).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn emitting_without_a_grant_is_denied() {
+    check(
+        json!({ "do": "emit", "topic": "not.granted" }),
+        Some(("denied", "1", "not.granted")),
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_outside_the_prefix_is_denied() {
+    check(
+        json!({ "do": "redis", "store": "cache", "call": "get", "key": "other:1" }),
+        Some(("denied", "1", "p:")),
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_record_over_the_limit_is_too_large() {
+    let bench = Bench::start("test-probe", 1, "");
+    let huge = json!({ "do": "emit-huge", "topic": bench.output, "bytes": 3_000_000 });
+    let (outputs, dead) = bench.deliver(&[huge]).await;
+    assert_eq!(outputs, []);
+    assert_eq!(dead.len(), 1);
+    assert_eq!(dead[0].header("stagehost-cause"), Some("reject"));
+}
+
+/// The guest asserts each of these from inside; a panic would be a dead letter.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_sandbox_holds_and_its_capabilities_work() {
+    let bench = Bench::start("test-probe", 1, "config = { greeting = \"Hello\" }");
+    let table = "CREATE TABLE t (id INTEGER PRIMARY KEY, name TEXT)";
+    let sql = |statement: &str, params: Value, execute: bool| json!({ "do": "sql", "store": "db", "statement": statement, "params": params, "execute": execute });
+    let messages = [
+        json!({ "do": "env" }),
+        json!({ "do": "fs" }),
+        json!({ "do": "net" }),
+        json!({ "do": "clock" }),
+        json!({ "do": "random" }),
+        json!({ "do": "config", "key": "greeting", "expect": { "ok": "Hello" } }),
+        json!({ "do": "config", "key": "other", "expect": { "ok": null } }),
+        json!({ "do": "log", "message": "a message of the guest" }),
+        json!({ "do": "print", "message": "a line of the guest" }),
+        sql(table, json!([]), true),
+        sql("INSERT INTO t VALUES ($1, $2)", json!([7, "seven"]), true),
+        json!({ "do": "sql", "store": "db", "statement": "SELECT name FROM t WHERE id = $1", "params": [7],
+                "expect": { "ok": { "columns": ["name"], "rows": [[{ "text": "seven" }]] } } }),
+        json!({ "do": "redis", "store": "cache", "call": "set", "key": "p:1", "value": "one" }),
+        json!({ "do": "redis", "store": "cache", "call": "get", "key": "p:1", "expect": { "ok": "one" } }),
+        json!({ "do": "emit-tombstone", "topic": bench.output }),
+        json!({ "do": "describe", "report": bench.output }),
+    ];
+    let (outputs, dead) = bench.deliver(&messages).await;
+    let words: Vec<_> = dead
+        .iter()
+        .map(|d| (&d.value, d.header("__dlq.errors.message")))
+        .collect();
+    assert!(words.is_empty(), "dead letters: {words:#?}");
+    assert_eq!(outputs.len(), 2);
+    assert_eq!(outputs[0].value, None, "a tombstone stays one");
+    let described = outputs[1].json();
+    assert_eq!(described["attempt"], 1);
+    assert_eq!(described["offset"], messages.len() - 1);
+    let log = bench.host.log();
+    for line in ["a message of the guest", "a line of the guest"] {
+        let said = log
+            .lines()
+            .find(|l| l.contains(line))
+            .unwrap_or_else(|| panic!("{line:?} is in the log"));
+        assert!(
+            said.contains("probe") && said.contains(&bench.input),
+            "with its place: {said}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_instance_is_kept_unless_the_pipeline_wants_fresh_ones() {
+    for (settings, last) in [("", 3), ("instances = \"fresh\"", 1)] {
+        let bench = Bench::start("test-probe", 1, settings);
+        let count = json!({ "do": "count", "report": bench.output });
+        let (outputs, _) = bench.deliver(&[count.clone(), count.clone(), count]).await;
+        assert_eq!(outputs[2].json()["answer"]["ok"], last, "{settings:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_bad_ones_of_a_batch_are_found_and_the_rest_is_done_in_order() {
+    let bench = Bench::start("test-batch", 1, "");
+    let messages: Vec<_> = (0..60)
+        .map(|n| match n {
+            7 => json!({ "do": "trap" }),
+            21 => json!({ "do": "reject" }),
+            33 => json!({ "do": "retry-until", "n": 2 }),
+            40 => json!({ "do": "short" }),
+            n => json!({ "do": "emit", "topic": bench.output, "value": n }),
+        })
+        .collect();
+    let (outputs, dead) = bench.deliver(&messages).await;
+    let offsets: Vec<_> = dead
+        .iter()
+        .filter_map(|d| d.header("__dlq.errors.offset"))
+        .collect();
+    assert_eq!(offsets, ["7", "21", "40"]);
+    let values: Vec<_> = outputs
+        .iter()
+        .filter_map(|o| o.value.as_deref()?.parse::<i64>().ok())
+        .collect();
+    let expected: Vec<_> = (0..60).filter(|n| ![7, 21, 33, 40].contains(n)).collect();
+    assert_eq!(values, expected);
+}
+
+/// More than a partition's buffer holds, so that it is paused and resumed on the way.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backlog_is_worked_off_in_order_and_once() {
+    let (input, output, group) = (unique("in"), unique("out"), unique("group"));
+    let (brokers, component) = (server("KAFKA_BROKERS"), component("test-echo"));
+    let pipeline = format!(
+        r#"
+        name = "backlog"
+        kafka.brokers = "{brokers}"
+        topics."{input}".partitions = 4
+        topics."{output}".partitions = 4
+        admin.listen = "127.0.0.1:0"
+        [stages.echo]
+        component = "{component}"
+        input = ["{input}"]
+        group = "{group}"
+        output = ["{output}"]
+        config = {{ to = "{output}" }}
+        "#
+    );
+    // Once, to have the topics; the backlog grows while nobody reads.
+    assert!(Host::start(&pipeline).stop().0.success());
+    let log = Log::new(&brokers);
+    let keys: Vec<_> = (0..100).map(|k| format!("key-{k}")).collect();
+    let values: Vec<_> = (0..120_000).map(|n| n.to_string()).collect();
+    let records: Vec<_> = values
+        .iter()
+        .enumerate()
+        .map(|(n, value)| (Some(keys[n % keys.len()].as_str()), value.as_str()))
+        .collect();
+    log.produce(&input, &records).await;
+    let host = Host::start(&pipeline);
+    log.wait_committed(&group, &input);
+    let mut last = std::collections::HashMap::new();
+    let seen = log.read(&output);
+    assert_eq!(seen.len(), values.len());
+    for record in seen {
+        let n: i64 = record
+            .value
+            .as_deref()
+            .unwrap_or_default()
+            .parse()
+            .expect("a number");
+        let before = last.insert(record.key.clone(), n);
+        assert!(
+            before < Some(n),
+            "key {:?}: {n} after {before:?}",
+            record.key
+        );
+    }
+    let (status, log) = host.stop();
+    assert!(status.success(), "{log}");
+}

@@ -1,0 +1,247 @@
+//! Starting, sharing, waiting and stopping.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use crate::support::{Host, Log, component, get, server, unique, until};
+
+/// An echo between topics of its own.
+struct Echo {
+    pipeline: String,
+    input: String,
+    output: String,
+    group: String,
+}
+
+impl Echo {
+    fn on(brokers: &str, settings: &str) -> Self {
+        let (input, output, group) = (unique("in"), unique("out"), unique("group"));
+        let component = component("test-echo");
+        let pipeline = format!(
+            r#"
+            name = "echo"
+            kafka.brokers = "{brokers}"
+            topics."{input}".partitions = 8
+            topics."{output}".partitions = 8
+            admin.listen = "127.0.0.1:0"
+            {settings}
+            [stages.echo]
+            component = "{component}"
+            input = ["{input}"]
+            group = "{group}"
+            output = ["{output}"]
+            config = {{ to = "{output}" }}
+            "#
+        );
+        Self {
+            pipeline,
+            input,
+            output,
+            group,
+        }
+    }
+
+    /// Sends numbers from `from` up to `to` to the partitions in turn.
+    async fn send(&self, log: &Log, from: u32, to: u32) {
+        let texts: Vec<_> = (from..to).map(|n| n.to_string()).collect();
+        let records: Vec<_> = texts
+            .iter()
+            .map(|t| (Some(t.as_str()), t.as_str()))
+            .collect();
+        log.produce(&self.input, &records).await;
+    }
+}
+
+/// Partitions that a host says it lags in: those that it owns.
+fn owned(host: &Host, group: &str) -> BTreeSet<String> {
+    let metrics = get(&host.address("admin"), "/metrics").1;
+    let lines = metrics
+        .lines()
+        .filter(|l| l.starts_with("kafka_consumergroup_lag{") && l.contains(group));
+    lines
+        .filter_map(|l| {
+            Some(
+                l.split("partition=\"")
+                    .nth(1)?
+                    .split('"')
+                    .next()?
+                    .to_string(),
+            )
+        })
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_hosts_share_the_partitions_and_one_takes_over() {
+    let brokers = server("KAFKA_BROKERS");
+    let (log, echo) = (Log::new(&brokers), Echo::on(&brokers, ""));
+    let first = Host::start(&echo.pipeline);
+    echo.send(&log, 0, 1000).await;
+    let second = Host::start(&echo.pipeline);
+    until("both to own four partitions", || {
+        let (a, b) = (owned(&first, &echo.group), owned(&second, &echo.group));
+        (a.len() == 4 && b.len() == 4 && a.is_disjoint(&b)).then_some(())
+    });
+    echo.send(&log, 1000, 2000).await;
+    log.wait_committed(&echo.group, &echo.input);
+    let (status, said) = first.stop();
+    assert!(status.success(), "{said}");
+    echo.send(&log, 2000, 3000).await;
+    log.wait_committed(&echo.group, &echo.input);
+    until("the second to own all", || {
+        (owned(&second, &echo.group).len() == 8).then_some(())
+    });
+    let numbers: Vec<u32> = log
+        .read(&echo.output)
+        .iter()
+        .filter_map(|s| s.value.as_deref()?.parse().ok())
+        .collect();
+    let distinct: BTreeSet<_> = numbers.iter().copied().collect();
+    assert_eq!(distinct.len(), 3000, "nothing is lost");
+    assert_eq!(
+        numbers.len(),
+        3000,
+        "a stop and a join in order repeat nothing"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_under_load_drains_and_repeats_nothing() {
+    let brokers = server("KAFKA_BROKERS");
+    let (log, echo) = (Log::new(&brokers), Echo::on(&brokers, ""));
+    let host = Host::start(&echo.pipeline);
+    let sending = async {
+        echo.send(&log, 0, 30_000).await;
+    };
+    let stopping = async {
+        log.read_at_least(&echo.output, 1);
+        let (status, said) = tokio::task::block_in_place(|| host.stop());
+        assert_eq!(status.code(), Some(0), "{said}");
+    };
+    tokio::join!(sending, stopping);
+    let host = Host::start(&echo.pipeline);
+    log.wait_committed(&echo.group, &echo.input);
+    assert!(host.stop().0.success());
+    assert_eq!(log.read(&echo.output).len(), 30_000);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_kill_nothing_is_lost() {
+    let brokers = server("KAFKA_BROKERS");
+    let (log, echo) = (Log::new(&brokers), Echo::on(&brokers, ""));
+    let host = Host::start(&echo.pipeline);
+    let sending = async { echo.send(&log, 0, 30_000).await };
+    let killing = async {
+        log.read_at_least(&echo.output, 1);
+        host.kill();
+    };
+    tokio::join!(sending, killing);
+    let _host = Host::start(&echo.pipeline);
+    log.wait_committed(&echo.group, &echo.input);
+    let seen = log.read(&echo.output);
+    let distinct: BTreeSet<_> = seen.iter().map(|s| s.value.clone()).collect();
+    assert_eq!(distinct.len(), 30_000);
+}
+
+/// The broker is this test's, on a port that is known before it runs.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_is_away_is_waited_for() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut config = embedded_kafka::Config::new(folder.path());
+    let broker = embedded_kafka::Broker::start(config.clone())
+        .await
+        .expect("a broker");
+    config.listen = broker.address();
+    let brokers = broker.address().to_string();
+    broker.shutdown().await;
+
+    let echo = Echo::on(&brokers, "");
+    let host = Host::spawn(
+        Arc::new(tempfile::tempdir().expect("a folder")),
+        &echo.pipeline,
+        &[],
+    );
+    host.wait_for("a line that says so", || {
+        let waiting = format!("waiting for the log at {brokers}");
+        host.log().contains(&waiting).then_some(())
+    });
+    let said = host.log();
+    let admin = said
+        .split("admin listens on http://")
+        .nth(1)
+        .and_then(|s| s.lines().next());
+    let (status, why) = get(admin.expect("the admin address is said at once"), "/readyz");
+    assert!(status == 503 && why.contains("log: "), "{status} {why}");
+    let broker = embedded_kafka::Broker::start(config.clone())
+        .await
+        .expect("a broker");
+    host.ready();
+    let log = Log::new(&brokers);
+    echo.send(&log, 0, 10).await;
+    log.wait_committed(&echo.group, &echo.input);
+
+    broker.shutdown().await;
+    let admin = host.address("admin");
+    host.wait_for("not ready", || {
+        let (status, why) = get(&admin, "/readyz");
+        (status == 503 && why.contains("log")).then_some(())
+    });
+    assert_eq!(get(&admin, "/healthz").0, 200);
+    let _broker = embedded_kafka::Broker::start(config)
+        .await
+        .expect("a broker");
+    host.ready();
+    echo.send(&log, 10, 20).await;
+    log.wait_committed(&echo.group, &echo.input);
+    // The broker forgot who was in the group, so what was not committed yet came again.
+    let distinct: BTreeSet<_> = log
+        .read(&echo.output)
+        .into_iter()
+        .map(|s| s.value)
+        .collect();
+    assert_eq!(distinct.len(), 20);
+    let (status, said) = host.stop();
+    assert!(status.success(), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn too_few_partitions_are_an_error_and_not_changed() {
+    let brokers = server("KAFKA_BROKERS");
+    let echo = Echo::on(&brokers, "");
+    assert!(Host::start(&echo.pipeline).stop().0.success());
+    let more = echo.pipeline.replace("partitions = 8", "partitions = 9");
+    let host = Host::spawn(Arc::new(tempfile::tempdir().expect("a folder")), &more, &[]);
+    let (status, said) = host.ended();
+    assert_eq!(status.code(), Some(1), "{said}");
+    let words = format!(
+        "topic `{}` has 8 partition(s) and the pipeline declares 9",
+        echo.input
+    );
+    assert!(said.contains(&words), "{said}");
+    assert!(Host::start(&echo.pipeline).stop().0.success());
+}
+
+#[test]
+fn a_second_host_on_the_same_embedded_data_says_who_has_it() {
+    let echo = Echo::on("embedded", "");
+    let host = Host::start(&echo.pipeline);
+    let second = Host::run(
+        host.folder(),
+        &host.folder().path().join("pipeline.toml"),
+        &[],
+    );
+    let (status, said) = second.ended();
+    assert_eq!(status.code(), Some(1), "{said}");
+    assert!(said.contains("in use by another broker"), "{said}");
+    assert!(host.stop().0.success());
+}
+
+#[test]
+fn a_wrong_pipeline_exits_with_2_and_starts_nothing() {
+    let folder = Arc::new(tempfile::tempdir().expect("a folder"));
+    let host = Host::spawn(folder.clone(), "nmae = \"x\"", &[]);
+    let (status, said) = host.ended();
+    assert_eq!(status.code(), Some(2), "{said}");
+    assert!(said.contains("nmae") && said.contains("name"), "{said}");
+    assert!(!folder.path().join("data").exists());
+}
