@@ -94,7 +94,7 @@ impl Postgres {
         let first = statement()?;
         let mut connection = Lease::take(&self.pool).await?;
         let mut answer = in_time(query(&mut connection, first)).await;
-        if is_stale(&answer) {
+        if is_stale(&answer, params) {
             forget_plans(&mut connection).await?;
             answer = in_time(query(&mut connection, statement()?)).await;
         }
@@ -107,7 +107,7 @@ impl Postgres {
         let first = statement()?;
         let mut connection = Lease::take(&self.pool).await?;
         let mut answer = in_time(execute(&mut connection, first)).await;
-        if is_stale(&answer) {
+        if is_stale(&answer, params) {
             forget_plans(&mut connection).await?;
             answer = in_time(execute(&mut connection, statement()?)).await;
         }
@@ -226,12 +226,23 @@ async fn in_time<T>(work: impl Future<Output = Result<T, Error>>) -> Result<T, E
         .unwrap_or_else(|_| Err(out_of_time()))
 }
 
-/// A table was altered after the statement had been prepared. Nothing has been done then, so the statement
-/// can be prepared and run again, unless a transaction failed with it.
-const STALE_PLAN: &str = "a table was altered while the statement was prepared";
+/// What a statement fails with whose plan gives other columns than it did when it was prepared.
+const STALE_PLAN: &str = "a table was altered after the statement had been prepared";
 
-fn is_stale<T>(answer: &Result<T, Error>) -> bool {
-    matches!(answer, Err(Error::Unavailable(why)) if why == STALE_PLAN)
+/// Whether a table may have been altered after the statement had been prepared. Nothing has been done then, so
+/// the statement can be prepared and run once more, unless a transaction failed with it.
+fn is_stale<T>(answer: &Result<T, Error>, params: &[Value]) -> bool {
+    const DATATYPE_MISMATCH: &str = "42804";
+    const UNDEFINED_FUNCTION: &str = "42883";
+    match answer {
+        Err(Error::Unavailable(why)) => why == STALE_PLAN,
+        // The types that were inferred for NULLs stay with the prepared statement.
+        Err(Error::Database(error)) if params.contains(&Value::Null) => matches!(
+            error.sqlstate.as_deref(),
+            Some(DATATYPE_MISMATCH | UNDEFINED_FUNCTION)
+        ),
+        _ => false,
+    }
 }
 
 async fn forget_plans(connection: &mut PgConnection) -> Result<(), Error> {

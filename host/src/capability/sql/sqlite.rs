@@ -1,7 +1,7 @@
 //! The `sql` capability on SQLite: one file, many readers, one writer at a time.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use futures::TryStreamExt;
@@ -40,6 +40,23 @@ pub(super) struct Sqlite {
     /// Held while writing: SQLite has one writer, and a queue here is fair where its own is not.
     writer: Arc<Mutex<()>>,
     declared: DeclaredTypes,
+    altered: Altered,
+}
+
+/// When a table was last altered. The driver keeps the columns of prepared statements, and a connection whose
+/// statement has other columns all of a sudden crashes; so connections from before are not used again.
+#[derive(Clone, Default)]
+struct Altered(Arc<RwLock<Option<Instant>>>);
+
+impl Altered {
+    fn note(&self) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    }
+
+    fn is_since(&self, age: Duration) -> bool {
+        let altered = *self.0.read().unwrap_or_else(PoisonError::into_inner);
+        altered.is_some_and(|altered| altered.elapsed() <= age)
+    }
 }
 
 /// Creates the file and its folder where they are missing, and runs the migrations.
@@ -87,15 +104,24 @@ pub(super) async fn open(
         .await
         .map_err(|error| open_error(&place, &error))?;
 
+    let altered = Altered::default();
     let pool = SqlitePoolOptions::new()
         .max_connections(max_connections)
         .acquire_timeout(ACQUIRE_TIMEOUT)
         .test_before_acquire(false)
+        .before_acquire({
+            let altered = altered.clone();
+            move |_, metadata| {
+                let current = !altered.is_since(metadata.age);
+                Box::pin(async move { Ok(current) })
+            }
+        })
         .connect_lazy_with(options);
     Ok(Sqlite {
         pool,
         writer: Arc::default(),
         declared,
+        altered,
     })
 }
 
@@ -108,7 +134,12 @@ impl Sqlite {
         let statement = Prepared::new(text, params)?;
         let _writing = self.writing(&statement).await?;
         let mut connection = Lease::take(&self.pool).await?;
-        let answer = self.fetch(&mut connection, statement).await;
+        let alters = statement.alters_tables();
+        let mut answer = self.fetch(&mut connection, statement).await;
+        if alters && answer.is_ok() {
+            let noted = self.note_altered(&mut connection).await;
+            answer = answer.and_then(|rows| noted.map(|()| rows));
+        }
         connection.finish(answer)
     }
 
@@ -116,13 +147,19 @@ impl Sqlite {
         let statement = Prepared::new(text, params)?;
         let _writing = self.writing(&statement).await?;
         let mut connection = Lease::take(&self.pool).await?;
-        let changes_tables = statement.changes_tables();
+        let alters = statement.alters_tables();
         let mut answer = execute(&mut connection, statement).await;
-        if changes_tables && answer.is_ok() {
-            let read = self.declared.read(&mut connection).await;
-            answer = answer.and_then(|rows| read.map(|()| rows).map_err(|e| error_of(&e)));
+        if alters && answer.is_ok() {
+            let noted = self.note_altered(&mut connection).await;
+            answer = answer.and_then(|rows| noted.map(|()| rows));
         }
         connection.finish(answer)
+    }
+
+    async fn note_altered(&self, connection: &mut SqliteConnection) -> Result<(), Error> {
+        self.altered.note();
+        let read = self.declared.read(connection).await;
+        read.map_err(|error| error_of(&error))
     }
 
     pub(super) async fn execute_many(
@@ -217,7 +254,7 @@ impl Prepared {
         matches!(self.keyword.as_str(), "SELECT" | "VALUES" | "EXPLAIN")
     }
 
-    fn changes_tables(&self) -> bool {
+    fn alters_tables(&self) -> bool {
         matches!(self.keyword.as_str(), "CREATE" | "ALTER" | "DROP")
     }
 
