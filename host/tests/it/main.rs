@@ -3,8 +3,14 @@
 //! `make test` starts Apache Kafka, PostgreSQL and Redis and builds the components; a test whose
 //! server or component is missing fails.
 
+mod admin;
 mod blog;
+mod check;
 mod delivery;
+mod ingress;
 mod lifecycle;
+mod produce_consume;
 mod security;
+mod stores;
 mod support;
+mod wire;

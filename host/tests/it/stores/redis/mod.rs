@@ -9,7 +9,7 @@ use host::capability::redis::{Clock, Condition, Error, Reply, Set, Store, comman
 use host::pipeline::RedisUrl;
 use tempfile::TempDir;
 
-use super::server;
+use crate::support::server;
 
 mod lifecycle;
 

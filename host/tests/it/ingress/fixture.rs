@@ -21,8 +21,8 @@ use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
-use uuid::Uuid;
 
+use crate::support::{server, unique};
 use crate::wire::{exchange, request};
 
 const ROUTES: &str = r#"
@@ -69,16 +69,6 @@ pub(crate) const JSON: &str = "content-type: application/json";
 pub(crate) const CLOSE: &str = "connection: close";
 pub(crate) const GOOD: &str = "title=A&content=B";
 
-pub(crate) fn variable(name: &str) -> String {
-    std::env::var(name)
-        .unwrap_or_else(|_| panic!("{name} is not set: run `make test`, which starts the servers"))
-}
-
-/// A name that no other test has.
-pub(crate) fn unique() -> String {
-    format!("test-{}", Uuid::new_v4().simple())
-}
-
 /// Short, where a test waits for one of them; far, where it must not be met.
 pub(crate) fn limits() -> Limits {
     let far = Duration::from_secs(60);
@@ -105,7 +95,7 @@ pub(crate) struct Server {
 
 impl Server {
     pub(crate) async fn start<S: Sink + 'static>(log: S, limits: Limits) -> Self {
-        Self::with(log, limits, "topic", &variable("REDIS_URL")).await
+        Self::with(log, limits, "topic", &server("REDIS_URL")).await
     }
 
     pub(crate) async fn with<S: Sink + 'static>(
@@ -231,9 +221,9 @@ pub(crate) struct Topic {
 
 impl Topic {
     pub(crate) async fn create() -> Self {
-        let name = unique();
+        let name = unique("test");
         let settings = ClientSettings {
-            brokers: variable("KAFKA_BROKERS"),
+            brokers: server("KAFKA_BROKERS"),
             properties: BTreeMap::new(),
         };
         let admin = Admin::new(&settings).unwrap();

@@ -7,9 +7,10 @@ use host::capability::sql::{Database, Error};
 use host::pipeline::SqlUrl;
 use tempfile::TempDir;
 
-use super::super::{free_port, server};
+use super::super::free_port;
 use super::Value::Int64;
 use super::{CONNECTIONS, Kind, Place, admin, on, query};
+use crate::support::server;
 
 /// Whatever happens to its connections, the database is used again as soon as it is there.
 #[tokio::test]

@@ -1,7 +1,5 @@
 //! The admin listener as operators and scrapers meet it.
 
-mod wire;
-
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -12,7 +10,8 @@ use host::pipeline::Secret;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
-use wire::{exchange, request};
+
+use crate::wire::{exchange, request};
 
 struct Server {
     address: SocketAddr,

@@ -1,8 +1,5 @@
 //! HTTP as bytes on a socket, so that tests see just what a client sees.
 
-// Each test binary uses its part.
-#![allow(dead_code)]
-
 use std::net::SocketAddr;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};

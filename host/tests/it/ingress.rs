@@ -2,7 +2,6 @@
 
 #[path = "ingress/fixture.rs"]
 mod fixture;
-mod wire;
 
 use std::time::Duration;
 
@@ -15,10 +14,9 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
-use fixture::{
-    CLOSE, FORM, Fault, GOOD, JSON, Server, Topic, get, limits, post, set, unique, variable,
-};
-use wire::{Client, exchange, request};
+use crate::support::{server, unique};
+use crate::wire::{Client, exchange, request};
+use fixture::{CLOSE, FORM, Fault, GOOD, JSON, Server, Topic, get, limits, post, set};
 
 #[tokio::test]
 async fn a_form_and_json_make_the_same_record() {
@@ -27,7 +25,7 @@ async fn a_form_and_json_make_the_same_record() {
         topic.producer(),
         limits(),
         &topic.name,
-        &variable("REDIS_URL"),
+        &server("REDIS_URL"),
     )
     .await;
     let bodies = [
@@ -76,7 +74,7 @@ async fn a_route_without_key_and_body_answers_its_defaults() {
         topic.producer(),
         limits(),
         &topic.name,
-        &variable("REDIS_URL"),
+        &server("REDIS_URL"),
     )
     .await;
     let malformed = "traceparent: 00-0-0-0";
@@ -96,7 +94,7 @@ async fn a_record_that_the_log_finds_too_large_is_the_clients_fault() {
     let mut topic = Topic::create().await;
     let properties = &mut topic.settings.properties;
     properties.insert("message.max.bytes".to_owned(), "1000".to_owned());
-    let redis = variable("REDIS_URL");
+    let redis = server("REDIS_URL");
     let server = Server::with(topic.producer(), limits(), &topic.name, &redis).await;
     let body = format!("title=A&content={}", "x".repeat(1000));
     server
@@ -368,8 +366,8 @@ async fn a_server_that_stops_does_not_wait_for_ever() {
 async fn a_client_that_does_not_read_is_let_go() {
     // More than the kernel buffers for a sender.
     const LARGE: usize = 15 << 20;
-    let topic = unique();
-    let url = variable("REDIS_URL");
+    let topic = unique("test");
+    let url = server("REDIS_URL");
     let mut short = limits();
     short.http.write_timeout = Duration::from_millis(50);
     // A connection that is held on to would hold the server, too.
@@ -387,8 +385,8 @@ async fn a_client_that_does_not_read_is_let_go() {
 
 #[tokio::test]
 async fn reads_answer_what_redis_holds() {
-    let topic = unique();
-    let url = variable("REDIS_URL");
+    let topic = unique("test");
+    let url = server("REDIS_URL");
     let server = Server::with(Fault::Away, limits(), &topic, &url).await;
     let kept = [
         ("über kafka", r#"{"title":"Über"}"#),
@@ -420,7 +418,7 @@ async fn reads_answer_what_redis_holds() {
 
 #[tokio::test]
 async fn a_redis_that_is_away_is_worth_another_try() {
-    let behind = variable("REDIS_URL");
+    let behind = server("REDIS_URL");
     let behind = url::Url::parse(&behind).unwrap();
     let behind = format!(
         "{}:{}",

@@ -12,8 +12,9 @@ use host::pipeline::RedisUrl;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
-use super::super::{free_port, server};
+use super::super::free_port;
 use super::clock;
+use crate::support::server;
 
 #[tokio::test]
 async fn the_embedded_store_survives_a_restart() {

@@ -11,7 +11,7 @@ use host::pipeline::SqlUrl;
 use sqlx::{AssertSqlSafe, ConnectOptions};
 use tempfile::TempDir;
 
-use super::server;
+use crate::support::server;
 
 mod lifecycle;
 mod statements;

@@ -8,6 +8,8 @@ use host::log::kafka::ClientSettings;
 use host::log::kafka::topics::Admin;
 use tempfile::TempDir;
 
+use crate::support::server;
+
 const PIPELINE: &str = r#"
     name = "test"
 
@@ -46,7 +48,7 @@ impl Shell {
 
     /// One that talks to the real log.
     fn real() -> Self {
-        let brokers = brokers();
+        let brokers = server("KAFKA_BROKERS");
         let log = vec!["--brokers".to_owned(), brokers];
         Self {
             folder: tempfile::tempdir().unwrap(),
@@ -150,12 +152,6 @@ impl Shell {
     }
 }
 
-fn brokers() -> String {
-    std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| {
-        panic!("KAFKA_BROKERS is not set: run `make test`, which starts the servers")
-    })
-}
-
 fn without_timestamp(line: &str) -> String {
     let Some((before, after)) = line.split_once("\"timestamp\":") else {
         return line.to_owned();
@@ -168,7 +164,7 @@ fn without_timestamp(line: &str) -> String {
 fn create_topic() -> String {
     let topic = format!("test-{}", uuid::Uuid::new_v4().simple());
     let settings = ClientSettings {
-        brokers: brokers(),
+        brokers: server("KAFKA_BROKERS"),
         properties: [].into(),
     };
     let runtime = tokio::runtime::Runtime::new().unwrap();
