@@ -23,9 +23,8 @@ use crate::{retention, server};
 pub struct Broker {
     address: SocketAddr,
     tasks: TaskTracker,
-    /// The threads end when the node is dropped, which the tasks hold.
+    /// They end when the node is dropped, which the tasks hold, and hold the folder's lock until then.
     threads: Vec<JoinHandle<()>>,
-    lock: Arc<FolderLock>,
     shutdown: DropGuard,
 }
 
@@ -33,7 +32,6 @@ pub struct Broker {
 struct Opened {
     listener: std::net::TcpListener,
     address: SocketAddr,
-    lock: FolderLock,
     topics: Topics,
     journal: Journal,
     writers: Writers,
@@ -48,7 +46,6 @@ impl Broker {
         let Opened {
             listener,
             address,
-            lock,
             topics,
             journal,
             writers,
@@ -75,28 +72,15 @@ impl Broker {
             writers,
             shutdown.clone(),
         ));
-        let lock = Arc::new(lock);
         let tasks = TaskTracker::new();
-        // Each task holds the lock, so that nobody takes the folder while one still works on it.
-        for task in [
-            spawn(
-                &tasks,
-                &lock,
-                server::serve(node.clone(), listener, tasks.clone()),
-            ),
-            spawn(&tasks, &lock, retention::run(node.clone())),
-            spawn(&tasks, &lock, async move {
-                node.groups.keep_time(node.shutdown.clone()).await
-            }),
-        ] {
-            drop(task);
-        }
+        tasks.spawn(server::serve(node.clone(), listener, tasks.clone()));
+        tasks.spawn(retention::run(node.clone()));
+        tasks.spawn(async move { node.groups.keep_time(node.shutdown.clone()).await });
         tasks.close();
         Ok(Self {
             address,
             tasks,
             threads,
-            lock,
             shutdown: shutdown.drop_guard(),
         })
     }
@@ -112,33 +96,19 @@ impl Broker {
             address,
             tasks,
             threads,
-            lock,
             shutdown,
         } = self;
         drop(shutdown);
         tasks.wait().await;
-        let joined = tokio::task::spawn_blocking(move || {
+        let joined = tokio::task::spawn_blocking(|| {
             for thread in threads {
                 // A writer that panicked has said so already.
                 let _ = thread.join();
             }
-            drop(lock);
         });
         let _ = joined.await;
         info!(%address, "the embedded Kafka broker stopped");
     }
-}
-
-fn spawn(
-    tasks: &TaskTracker,
-    lock: &Arc<FolderLock>,
-    task: impl Future<Output = ()> + Send + 'static,
-) -> tokio::task::JoinHandle<()> {
-    let lock = lock.clone();
-    tasks.spawn(async move {
-        task.await;
-        drop(lock);
-    })
 }
 
 fn open(config: &Config) -> Result<Opened, StartError> {
@@ -148,11 +118,6 @@ fn open(config: &Config) -> Result<Opened, StartError> {
     let folder = &config.folder;
     let mut lock = FolderLock::take(folder)?;
     let listener = folder::bind(folder, config.listen)?;
-    let (journal, thread) = Journal::open(folder, config.fsync)?;
-    let topics = Topics::open(folder, &journal, Settings::defaults(config))?;
-    let (writers, mut threads) =
-        Writers::start().map_err(StartError::io("start the writers of", folder))?;
-    threads.push(thread);
     let address = listener
         .local_addr()
         .and_then(|address| listener.set_nonblocking(true).map(|()| address))
@@ -161,10 +126,15 @@ fn open(config: &Config) -> Result<Opened, StartError> {
             error,
         })?;
     lock.announce(folder, address)?;
+    let lock = Arc::new(lock);
+    let (journal, thread) = Journal::open(folder, config.fsync, &lock)?;
+    let topics = Topics::open(folder, &journal, Settings::defaults(config))?;
+    let (writers, mut threads) =
+        Writers::start(&lock).map_err(StartError::io("start the writers of", folder))?;
+    threads.push(thread);
     Ok(Opened {
         listener,
         address,
-        lock,
         topics,
         journal,
         writers,

@@ -57,7 +57,9 @@ pub(super) async fn fetch(call: &Call, request: FetchRequest) -> FetchResponse {
         partitions(&wanted)
             .filter_map(|wanted| wanted.partition.as_ref().ok())
             .for_each(|p| p.wait(&arrived));
-        let is_last = Instant::now() >= deadline || call.node.shutdown.is_cancelled();
+        let is_last = Instant::now() >= deadline
+            || call.node.shutdown.is_cancelled()
+            || partitions(&wanted).next().is_none();
         if is_last || partitions(&wanted).any(Wanted::is_ready) {
             let to_read = wanted.clone();
             let read = tokio::task::spawn_blocking(move || read_all(&to_read, max_bytes)).await;

@@ -24,7 +24,7 @@ use crate::shape::{self, BadShape};
 ///
 /// `Produce` 0 to 2 are named only because librdkafka looks for version 0 to find out which codecs it may use; like
 /// Apache Kafka, the broker does not take them.
-const TAKEN: [(ApiKey, i16, i16); 21] = [
+pub(crate) const TAKEN: [(ApiKey, i16, i16); 21] = [
     (ApiKey::Produce, 0, 8),
     (ApiKey::Fetch, 4, 11),
     (ApiKey::ListOffsets, 1, 5),

@@ -15,8 +15,9 @@ use tracing::{error, warn};
 use uuid::Uuid;
 
 use super::journal_state::{Entry, State};
-use super::{lock, sync_folder};
+use super::{lock as hold, sync_folder};
 use crate::config::StartError;
+use crate::folder::FolderLock;
 
 const NAME: &str = "journal";
 const NEW_NAME: &str = "journal.new";
@@ -52,10 +53,11 @@ struct Change {
 }
 
 impl Journal {
-    /// Reads the journal of a folder, or begins one, and starts its thread.
+    /// Reads the journal of a folder, or begins one, and starts its thread, which holds the folder until it ends.
     pub(crate) fn open(
         folder: &Path,
         fsync: bool,
+        lock: &Arc<FolderLock>,
     ) -> Result<(Self, thread::JoinHandle<()>), StartError> {
         let path = folder.join(NAME);
         let mut state = read(&path)?;
@@ -75,16 +77,20 @@ impl Journal {
         };
         file.compact().map_err(StartError::io("write", &path))?;
         let (queue, changes) = mpsc::channel(QUEUE);
+        let lock = lock.clone();
         let thread = thread::Builder::new()
             .name("kafka-journal".to_owned())
-            .spawn(move || file.run(changes))
+            .spawn(move || {
+                file.run(changes);
+                drop(lock);
+            })
             .map_err(StartError::io("start a thread for", &path))?;
         Ok((Self { state, queue }, thread))
     }
 
     /// Looks at the state; `look` must not wait.
     pub(crate) fn look<T>(&self, look: impl FnOnce(&State) -> T) -> T {
-        look(&lock(&self.state))
+        look(&hold(&self.state))
     }
 
     /// Makes changes, all or (if the disk refuses) none. They are durable, and in the state, when this answers.
@@ -120,7 +126,7 @@ impl Writer {
             });
             for Change { entries, done } in group.drain(..) {
                 if answer.is_ok() {
-                    let mut state = lock(&self.state);
+                    let mut state = hold(&self.state);
                     entries.into_iter().for_each(|entry| state.apply(entry));
                 }
                 // Nobody listens any more when the client went away.
@@ -163,7 +169,7 @@ impl Writer {
     /// Replaces the file by one with only the lines that count.
     fn compact(&mut self) -> io::Result<()> {
         let mut lines = Vec::new();
-        for entry in lock(&self.state).entries() {
+        for entry in hold(&self.state).entries() {
             push_line(&mut lines, &entry)?;
         }
         let new = self.folder.join(NEW_NAME);
@@ -290,7 +296,8 @@ mod tests {
     #[tokio::test]
     async fn what_was_written_is_there_again_and_the_file_stays_small() {
         let folder = tempfile::tempdir().unwrap();
-        let (journal, thread) = Journal::open(folder.path(), false).unwrap();
+        let lock = Arc::new(FolderLock::take(folder.path()).unwrap());
+        let (journal, thread) = Journal::open(folder.path(), false, &lock).unwrap();
         journal.write(vec![topic()]).await.unwrap();
         for i in 0..2_000 {
             journal
@@ -302,7 +309,7 @@ mod tests {
         drop(journal);
         thread.join().unwrap();
         assert!(fs::metadata(folder.path().join(NAME)).unwrap().len() < 2 * COMPACT_FROM);
-        let (journal, _) = Journal::open(folder.path(), false).unwrap();
+        let (journal, _) = Journal::open(folder.path(), false, &lock).unwrap();
         assert_eq!(journal.look(State::clone), before);
         assert_eq!(before.offsets["g"][&("t".to_owned(), 0)].offset, 39_999);
     }
@@ -310,8 +317,9 @@ mod tests {
     #[tokio::test]
     async fn a_torn_end_is_cut_at_every_byte_and_damage_before_it_is_refused() {
         let folder = tempfile::tempdir().unwrap();
+        let lock = Arc::new(FolderLock::take(folder.path()).unwrap());
         let path = folder.path().join(NAME);
-        let (journal, thread) = Journal::open(folder.path(), false).unwrap();
+        let (journal, thread) = Journal::open(folder.path(), false, &lock).unwrap();
         journal.write(vec![topic(), offset(1)]).await.unwrap();
         drop(journal);
         thread.join().unwrap();

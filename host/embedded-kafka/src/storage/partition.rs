@@ -177,7 +177,7 @@ impl Partition {
         };
         self.syncs.fetch_add(1, Ordering::Relaxed);
         if let Err(error) = synced {
-            self.go_offline("flush", &error);
+            self.go_offline(&mut lock(&self.log), &error);
             return Err(ResponseError::KafkaStorageError);
         }
         self.high_watermark.fetch_max(end, Ordering::AcqRel);
@@ -346,7 +346,12 @@ impl Partition {
             {
                 return Ok(());
             }
-            Some(active) if self.settings.fsync => active.file()?.sync_data()?,
+            Some(active) if self.settings.fsync => {
+                if let Err(error) = active.file().and_then(|file| file.sync_data()) {
+                    self.go_offline(log, &error);
+                    return Err(error);
+                }
+            }
             Some(_) => {}
             None => {
                 fs::create_dir_all(&self.folder)?;
@@ -367,13 +372,15 @@ impl Partition {
         Ok(())
     }
 
-    fn go_offline(&self, doing: &str, error: &io::Error) {
+    /// After a flush that failed nobody knows what is on the disk, and a second one that succeeds says nothing about
+    /// what the first one lost.
+    fn go_offline(&self, log: &mut Log, error: &io::Error) {
         error!(
             partition = self.name,
             %error,
-            "could not {doing} the partition: it takes no more records until the broker is started again"
+            "could not flush the partition: it takes no more records until the broker is started again"
         );
-        lock(&self.log).state = State::Offline;
+        log.state = State::Offline;
     }
 
     fn readable(&self, file: io::Result<Arc<File>>) -> Result<Arc<File>, ResponseError> {

@@ -306,7 +306,7 @@ impl Topics {
                 }
             }
         }
-        Ok(())
+        sync_folder(&self.folder).map_err(StartError::io("flush", &self.folder))
     }
 
     fn check_count(&self, count: i32, already: usize) -> Result<(), Refused> {

@@ -10,6 +10,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::batch::Header;
 use super::partition::{Appended, Partition};
+use crate::folder::FolderLock;
 
 /// A partition always has the same writer, so its records keep their order. Several, because flushes of different
 /// files can go on at once.
@@ -38,17 +39,23 @@ pub(crate) struct Writers {
 }
 
 impl Writers {
-    /// Starts the threads.
-    pub(crate) fn start() -> std::io::Result<(Self, Vec<thread::JoinHandle<()>>)> {
+    /// Starts the threads, which hold the folder until they end.
+    pub(crate) fn start(
+        lock: &Arc<FolderLock>,
+    ) -> std::io::Result<(Self, Vec<thread::JoinHandle<()>>)> {
         let mut queues = Vec::with_capacity(WRITERS);
         let mut threads = Vec::with_capacity(WRITERS);
         for i in 0..WRITERS {
             let (queue, appends) = mpsc::channel(QUEUE);
             queues.push(queue);
+            let lock = lock.clone();
             threads.push(
                 thread::Builder::new()
                     .name(format!("kafka-writer-{i}"))
-                    .spawn(|| write(appends))?,
+                    .spawn(move || {
+                        write(appends);
+                        drop(lock);
+                    })?,
             );
         }
         Ok((Self { queues }, threads))

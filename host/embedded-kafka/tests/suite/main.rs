@@ -38,6 +38,7 @@ on_both! {
         the_ends_of_a_partition_are_told;
     groups:
         members_share_partitions_and_take_over
+        a_member_that_dies_is_replaced
         static_members_keep_their_partitions
         an_instance_id_belongs_to_the_last_who_took_it
         committed_offsets_are_where_a_group_goes_on

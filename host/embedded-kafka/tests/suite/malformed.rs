@@ -6,8 +6,13 @@ use proptest::test_runner::{Config, TestRunner};
 use crate::cluster::Cluster;
 use crate::raw::{Connection, framed, request};
 
-/// The requests that the broker takes, and some that it does not.
+/// The requests that the broker takes, and those that it does not.
 const KEYS: std::ops::Range<i16> = -1..75;
+/// The requests that the broker takes.
+const TAKEN: [i16; 21] = [
+    0, 1, 2, 3, 8, 9, 10, 11, 12, 13, 14, 15, 16, 18, 19, 20, 21, 22, 32, 37, 42,
+];
+const API_VERSIONS: i16 = 18;
 
 #[test]
 fn a_length_that_cannot_be_closes_the_connection() {
@@ -32,11 +37,18 @@ fn an_array_that_cannot_be_takes_no_memory() {
     let memory = peak_memory();
     let huge = i32::MAX.to_be_bytes();
     for key in KEYS {
-        for version in 0..12 {
-            for zeros in 0..40 {
+        for version in 0..9 {
+            for zeros in 0..36 {
                 let body = [&vec![0; zeros], &huge[..], &[0; 64]].concat();
                 let mut connection = Connection::open(cluster.address());
-                connection.send(&request(key, version, 1, &body)).unwrap();
+                // Not every request has an answer, so one that has follows. The broker may close before it is sent.
+                let _ = connection.send(&request(key, version, 1, &body));
+                let _ = connection.send(&request(API_VERSIONS, 0, 2, &[]));
+                let closed = connection.is_closed();
+                assert!(TAKEN.contains(&key) || closed, "request {key}");
+                if closed && !TAKEN.contains(&key) {
+                    break;
+                }
             }
         }
     }
@@ -49,9 +61,9 @@ fn an_array_that_cannot_be_takes_no_memory() {
 #[test]
 fn a_newer_client_is_told_which_versions_there_are() {
     let cluster = Cluster::embedded();
-    let answer = Connection::open(cluster.address()).call(18, 99, &[1, 2, 3]);
+    let answer = Connection::open(cluster.address()).call(API_VERSIONS, 99, &[1, 2, 3]);
     assert_eq!(answer[..2], [0, 35], "UNSUPPORTED_VERSION");
-    assert_eq!(answer[2..6], 21i32.to_be_bytes());
+    assert_eq!(answer[2..6], (TAKEN.len() as i32).to_be_bytes());
 }
 
 #[test]

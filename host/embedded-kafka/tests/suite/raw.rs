@@ -3,11 +3,12 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 
-use crate::cluster::PATIENCE;
+use crate::cluster::{PATIENCE, eventually};
 
 const PRODUCE: i16 = 0;
 const INIT_PRODUCER_ID: i16 = 22;
 const API_VERSIONS: i16 = 18;
+const COORDINATOR_LOAD_IN_PROGRESS: i16 = 14;
 const PRODUCE_VERSION: i16 = 7;
 /// `acks=all`, and a timeout in milliseconds.
 const ALL: [u8; 6] = [0xff, 0xff, 0, 0, 0x75, 0x30];
@@ -76,7 +77,12 @@ impl Connection {
 
     /// A new producer id, with epoch 0.
     pub(crate) fn producer_id(&mut self) -> i64 {
-        let answer = self.call(INIT_PRODUCER_ID, 0, &[0xff, 0xff, 0, 0, 0, 0]);
+        let mut answer = Vec::new();
+        // Apache Kafka fetches its first ids in the background.
+        eventually("there are producer ids", || {
+            answer = self.call(INIT_PRODUCER_ID, 0, &[0xff, 0xff, 0, 0, 0, 0]);
+            answer[4..6] != COORDINATOR_LOAD_IN_PROGRESS.to_be_bytes()
+        });
         assert_eq!(answer[4..6], [0, 0], "an error");
         i64::from_be_bytes(answer[6..14].try_into().expect("8 bytes"))
     }

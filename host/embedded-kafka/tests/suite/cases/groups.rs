@@ -1,5 +1,6 @@
 //! Consumer groups.
 
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
@@ -50,6 +51,33 @@ pub(crate) fn members_share_partitions_and_take_over(cluster: &Cluster) {
     });
     cluster.produce(&topic, 3, &["c"]);
     assert_eq!(text(read(&first, 1).remove(0).value), "c");
+}
+
+pub(crate) fn a_member_that_dies_is_replaced(cluster: &Cluster) {
+    let (topic, group) = (cluster.topic(4), unique("g"));
+    let first = cluster.member(&group, &topic, &[]);
+    let strategy = ["-X", "partition.assignment.strategy=cooperative-sticky"];
+    let mut other = Command::new("kcat")
+        .args([
+            "-b",
+            &cluster.brokers,
+            "-G",
+            &group,
+            "-X",
+            "session.timeout.ms=6000",
+        ])
+        .args(strategy)
+        .arg(&topic)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("kcat is installed: run `make test`, which sees to it");
+    poll_until(&[&first], "they share", || assigned(&first).len() == 2);
+    other.kill().expect("a process");
+    other.wait().expect("an end");
+    poll_until(&[&first], "the first has all", || {
+        assigned(&first).len() == 4
+    });
 }
 
 pub(crate) fn static_members_keep_their_partitions(cluster: &Cluster) {

@@ -6,6 +6,14 @@ use rdkafka::producer::{BaseRecord, FutureRecord, Producer};
 
 use crate::cluster::{Cluster, PATIENCE, Seen, unique};
 
+/// Key, value, headers and timestamp.
+type Given<'a> = (
+    Option<&'a [u8]>,
+    Option<&'a [u8]>,
+    &'a [(&'a str, Option<&'a [u8]>)],
+    i64,
+);
+
 pub(crate) fn bytes_stay_as_they_are(cluster: &Cluster) {
     let headers: &[(&str, Option<&[u8]>)] = &[
         ("trace", Some(b"1")),
@@ -14,7 +22,7 @@ pub(crate) fn bytes_stay_as_they_are(cluster: &Cluster) {
         ("empty", Some(b"")),
     ];
     let all_bytes: Vec<u8> = (0..=255).collect();
-    let records: &[(Option<&[u8]>, Option<&[u8]>, &[(&str, Option<&[u8]>)], i64)] = &[
+    let records: &[Given<'_>] = &[
         (None, None, &[], 1),
         (Some(b""), Some(b""), &[], 1_700_000_000_000),
         (Some(b"key"), None, headers, 1_700_000_000_001),
@@ -27,7 +35,6 @@ pub(crate) fn bytes_stay_as_they_are(cluster: &Cluster) {
         ),
     ];
     let topic = cluster.topic(1);
-    // Apache Kafka refuses times that are too far from its clock only above, so old ones are fine.
     let producer = cluster.producer(&[]);
     for (key, value, headers, timestamp) in records {
         let mut record = BaseRecord::<[u8], [u8]>::to(&topic)
