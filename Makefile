@@ -21,7 +21,7 @@ stages: ## compile the stages to WebAssembly: target/stages/<name>.wasm
 
 test: stages ## run all tests, on real servers that are started for them (or KAFKA_BROKERS, DATABASE_URL, REDIS_URL)
 	@scripts/install-deps test
-	STAGES_DIR=$(STAGES) scripts/with-servers cargo test --workspace
+	STAGES_DIR=$(STAGES) scripts/with-servers cargo test --workspace --no-fail-fast
 
 lint: ## check format, clippy and the dependencies
 	@scripts/install-deps build
