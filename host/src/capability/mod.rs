@@ -6,6 +6,7 @@ pub mod redis;
 pub mod sql;
 
 use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
 
 use crate::pipeline;
 
@@ -18,6 +19,31 @@ pub enum StoreError {
     /// It answered with an error, and would again.
     #[error("{0}")]
     Refused(String),
+}
+
+/// The store that an instance waits for, so that a call whose time is up while it does is put down to the store
+/// and not to the guest.
+#[derive(Default)]
+pub struct Pending(Mutex<Option<String>>);
+
+impl Pending {
+    /// Awaits a call to the store. A call that is dropped half-way leaves the store's name behind.
+    pub async fn during<T>(&self, store: impl Into<String>, call: impl Future<Output = T>) -> T {
+        self.replace(Some(store.into()));
+        let answer = call.await;
+        self.replace(None);
+        answer
+    }
+
+    /// The store that was waited for, such as ``SQL store `posts` ``, since this was last asked.
+    pub fn take(&self) -> Option<String> {
+        self.replace(None)
+    }
+
+    fn replace(&self, store: Option<String>) -> Option<String> {
+        let mut pending = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::replace(&mut *pending, store)
+    }
 }
 
 /// All stores of a pipeline, open, by their names.
@@ -48,5 +74,25 @@ impl Stores {
             Some((name.clone(), (store.clone(), grant.clone())))
         });
         redis::RedisGrants::new(granted.collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::{pending, ready};
+
+    use futures::FutureExt;
+
+    use super::Pending;
+
+    #[tokio::test]
+    async fn only_a_call_that_is_given_up_leaves_its_store() {
+        let waiting = Pending::default();
+        assert_eq!(waiting.during("SQL store `posts`", ready(1)).await, 1);
+        assert_eq!(waiting.take(), None);
+        let given_up = waiting.during("SQL store `posts`", pending::<()>());
+        assert_eq!(given_up.now_or_never(), None);
+        assert_eq!(waiting.take().as_deref(), Some("SQL store `posts`"));
+        assert_eq!(waiting.take(), None);
     }
 }

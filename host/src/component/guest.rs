@@ -8,6 +8,7 @@ use wasmtime::component::ResourceTable;
 use wasmtime_wasi::{WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView};
 use wasmtime_wasi_config::WasiConfigVariables;
 
+use crate::capability::Pending;
 use crate::capability::logging::LogCtx;
 use crate::capability::producer::{ProducerCtx, ProducerGrant};
 use crate::capability::redis::{RedisCtx, RedisGrants};
@@ -41,6 +42,8 @@ pub(super) struct Guest {
     pub(super) producer: ProducerCtx,
     pub(super) sql: SqlCtx,
     pub(super) redis: RedisCtx,
+    /// The store that it waits for.
+    pub(super) pending: Arc<Pending>,
     pub(super) log: LogCtx,
     pub(super) limiter: Limiter,
 }
@@ -50,13 +53,15 @@ impl Guest {
         let log = LogCtx::new(grants.stage.clone());
         let mut table = ResourceTable::new();
         table.set_max_capacity(MAX_RESOURCES);
+        let pending = Arc::<Pending>::default();
         Self {
             wasi: sandbox(&log),
             table,
             config: grants.config.clone(),
             producer: ProducerCtx::new(grants.producer.clone()),
-            sql: SqlCtx::new(grants.sql.clone()),
-            redis: RedisCtx::new(grants.redis.clone()),
+            sql: SqlCtx::new(grants.sql.clone(), pending.clone()),
+            redis: RedisCtx::new(grants.redis.clone(), pending.clone()),
+            pending,
             log,
             limiter: Limiter {
                 max_memory: grants.memory,

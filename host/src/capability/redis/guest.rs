@@ -8,6 +8,7 @@ use wasmtime::component::{HasData, Linker, Resource, ResourceTable};
 use super::{
     HOST_PREFIX, MAX_KEY_BYTES, MAX_KEYS, MAX_REQUEST_BYTES, MAX_VALUE_BYTES, Set, Store, commands,
 };
+use crate::capability::Pending;
 use crate::pipeline::RedisGrant;
 use bindings::{Error, Reply, SetOptions};
 
@@ -41,7 +42,11 @@ impl RedisGrants {
     /// Grants these stores.
     pub fn new(stores: BTreeMap<String, (Store, RedisGrant)>) -> Self {
         let granted = stores.into_iter().map(|(name, (store, grant))| {
-            let granted = Granted { store, grant };
+            let granted = Granted {
+                name: name.clone(),
+                store,
+                grant,
+            };
             (name, Arc::new(granted))
         });
         Self(granted.collect())
@@ -51,16 +56,23 @@ impl RedisGrants {
 /// What one instance has of this interface.
 pub struct RedisCtx {
     grants: Arc<RedisGrants>,
+    pending: Arc<Pending>,
     denied: Option<String>,
 }
 
 impl RedisCtx {
-    /// For an instance of the stage that has these grants.
-    pub fn new(grants: Arc<RedisGrants>) -> Self {
+    /// For an instance of the stage that has these grants. What it waits for is noted in `pending`.
+    pub fn new(grants: Arc<RedisGrants>, pending: Arc<Pending>) -> Self {
         Self {
             grants,
+            pending,
             denied: None,
         }
+    }
+
+    /// Where it is noted which store the instance waits for.
+    pub fn waiting_for(&self) -> Arc<Pending> {
+        self.pending.clone()
     }
 
     /// The first thing that was denied since this was last asked.
@@ -117,6 +129,7 @@ pub struct Connection {
 
 /// A store as one stage may use it.
 struct Granted {
+    name: String,
     store: Store,
     grant: RedisGrant,
 }
@@ -239,8 +252,16 @@ fn check_count(count: usize) -> Result<(), Error> {
 }
 
 impl RedisView<'_> {
-    fn granted(&self, handle: &Resource<Connection>) -> wasmtime::Result<Arc<Granted>> {
-        Ok(self.table.get(handle)?.granted.clone())
+    /// Runs a call on a handle's store, notes for how long the instance waits for it, and remembers a denial.
+    async fn call<T>(
+        &mut self,
+        handle: &Resource<Connection>,
+        call: impl AsyncFnOnce(Arc<Granted>) -> Result<T, Error>,
+    ) -> wasmtime::Result<Result<T, Error>> {
+        let granted = self.table.get(handle)?.granted.clone();
+        let store = format!("Redis store `{}`", granted.name);
+        let answer = self.ctx.pending.during(store, call(granted)).await;
+        Ok(self.ctx.note(answer))
     }
 }
 
@@ -262,8 +283,8 @@ impl redis::HostConnection for RedisView<'_> {
         handle: Resource<Connection>,
         key: String,
     ) -> wasmtime::Result<Result<Option<Vec<u8>>, Error>> {
-        let answer = self.granted(&handle)?.get(key).await;
-        Ok(self.ctx.note(answer))
+        self.call(&handle, async |granted| granted.get(key).await)
+            .await
     }
 
     async fn get_many(
@@ -271,8 +292,8 @@ impl redis::HostConnection for RedisView<'_> {
         handle: Resource<Connection>,
         keys: Vec<String>,
     ) -> wasmtime::Result<Result<Vec<Option<Vec<u8>>>, Error>> {
-        let answer = self.granted(&handle)?.get_many(keys).await;
-        Ok(self.ctx.note(answer))
+        self.call(&handle, async |granted| granted.get_many(keys).await)
+            .await
     }
 
     async fn set(
@@ -282,12 +303,11 @@ impl redis::HostConnection for RedisView<'_> {
         value: Vec<u8>,
         options: Option<SetOptions>,
     ) -> wasmtime::Result<Result<bool, Error>> {
-        let answer = self
-            .granted(&handle)?
-            .set(vec![(key, value)], options)
-            .await;
-        let answer = answer.map(|written| written == [true]);
-        Ok(self.ctx.note(answer))
+        self.call(&handle, async |granted| {
+            let written = granted.set(vec![(key, value)], options).await?;
+            Ok(written == [true])
+        })
+        .await
     }
 
     async fn set_many(
@@ -296,8 +316,10 @@ impl redis::HostConnection for RedisView<'_> {
         entries: Vec<(String, Vec<u8>)>,
         options: Option<SetOptions>,
     ) -> wasmtime::Result<Result<(), Error>> {
-        let answer = self.granted(&handle)?.set(entries, options).await;
-        Ok(self.ctx.note(answer.map(drop)))
+        self.call(&handle, async |granted| {
+            granted.set(entries, options).await.map(drop)
+        })
+        .await
     }
 
     async fn delete(
@@ -305,8 +327,8 @@ impl redis::HostConnection for RedisView<'_> {
         handle: Resource<Connection>,
         keys: Vec<String>,
     ) -> wasmtime::Result<Result<u64, Error>> {
-        let answer = self.granted(&handle)?.delete(keys).await;
-        Ok(self.ctx.note(answer))
+        self.call(&handle, async |granted| granted.delete(keys).await)
+            .await
     }
 
     async fn increment(
@@ -315,8 +337,8 @@ impl redis::HostConnection for RedisView<'_> {
         key: String,
         delta: i64,
     ) -> wasmtime::Result<Result<i64, Error>> {
-        let answer = self.granted(&handle)?.increment(key, delta).await;
-        Ok(self.ctx.note(answer))
+        self.call(&handle, async |granted| granted.increment(key, delta).await)
+            .await
     }
 
     async fn execute(
@@ -325,8 +347,10 @@ impl redis::HostConnection for RedisView<'_> {
         command: String,
         arguments: Vec<Vec<u8>>,
     ) -> wasmtime::Result<Result<Reply, Error>> {
-        let answer = self.granted(&handle)?.execute(&command, arguments).await;
-        Ok(self.ctx.note(answer))
+        self.call(&handle, async |granted| {
+            granted.execute(&command, arguments).await
+        })
+        .await
     }
 
     async fn drop(&mut self, handle: Resource<Connection>) -> wasmtime::Result<()> {
@@ -344,6 +368,7 @@ mod tests {
     async fn granted() -> Granted {
         let store = Store::connect(&RedisUrl::Memory, system_clock()).await;
         Granted {
+            name: "cache".to_owned(),
             store: store.expect("a store in memory"),
             grant: RedisGrant {
                 prefix: "post:".to_owned(),
@@ -431,7 +456,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_first_denial_is_remembered_once() {
-        let mut ctx = RedisCtx::new(Arc::new(RedisGrants::new(BTreeMap::new())));
+        let mut ctx = RedisCtx::new(Arc::new(RedisGrants::new(BTreeMap::new())), Arc::default());
         assert!(ctx.open("cache").is_err());
         assert!(ctx.open("other").is_err());
         let denied = ctx.take_denied().expect("a denial");

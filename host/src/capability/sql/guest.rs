@@ -6,6 +6,7 @@ use std::sync::Arc;
 use wasmtime::component::{HasData, Linker, Resource, ResourceTable};
 
 use super::Database;
+use crate::capability::Pending;
 use bindings::{Error, Rows, Value};
 
 mod generated {
@@ -44,16 +45,23 @@ impl SqlGrants {
 /// What one instance has of this interface.
 pub struct SqlCtx {
     grants: Arc<SqlGrants>,
+    pending: Arc<Pending>,
     denied: Option<String>,
 }
 
 impl SqlCtx {
-    /// For an instance of the stage that has these grants.
-    pub fn new(grants: Arc<SqlGrants>) -> Self {
+    /// For an instance of the stage that has these grants. What it waits for is noted in `pending`.
+    pub fn new(grants: Arc<SqlGrants>, pending: Arc<Pending>) -> Self {
         Self {
             grants,
+            pending,
             denied: None,
         }
+    }
+
+    /// Where it is noted which database the instance waits for.
+    pub fn waiting_for(&self) -> Arc<Pending> {
+        self.pending.clone()
     }
 
     /// The first thing that was denied since this was last asked.
@@ -86,13 +94,22 @@ impl HasData for HasSql {
 
 /// A guest's handle. It owns no connection: a statement borrows one of the pool's.
 #[allow(unreachable_pub, reason = "the generated bindings re-export it")]
+#[derive(Clone)]
 pub struct Connection {
+    name: Arc<str>,
     database: Database,
 }
 
 impl SqlView<'_> {
-    fn database(&self, handle: &Resource<Connection>) -> wasmtime::Result<Database> {
-        Ok(self.table.get(handle)?.database.clone())
+    /// Runs a call on a handle's database, and notes for how long the instance waits for it.
+    async fn call<T>(
+        &mut self,
+        handle: &Resource<Connection>,
+        call: impl AsyncFnOnce(Database) -> Result<T, Error>,
+    ) -> wasmtime::Result<Result<T, Error>> {
+        let Connection { name, database } = self.table.get(handle)?.clone();
+        let store = format!("SQL store `{name}`");
+        Ok(self.ctx.pending.during(store, call(database)).await)
     }
 }
 
@@ -109,7 +126,8 @@ impl sql::HostConnection for SqlView<'_> {
             self.ctx.denied.get_or_insert_with(|| denied.clone());
             return Ok(Err(Error::Denied(denied)));
         };
-        Ok(Ok(self.table.push(Connection { database })?))
+        let name = name.into();
+        Ok(Ok(self.table.push(Connection { name, database })?))
     }
 
     async fn query(
@@ -118,8 +136,8 @@ impl sql::HostConnection for SqlView<'_> {
         statement: String,
         params: Vec<Value>,
     ) -> wasmtime::Result<Result<Rows, Error>> {
-        let database = self.database(&handle)?;
-        Ok(database.query(&statement, &params).await)
+        self.call(&handle, async |db| db.query(&statement, &params).await)
+            .await
     }
 
     async fn execute(
@@ -128,8 +146,8 @@ impl sql::HostConnection for SqlView<'_> {
         statement: String,
         params: Vec<Value>,
     ) -> wasmtime::Result<Result<u64, Error>> {
-        let database = self.database(&handle)?;
-        Ok(database.execute(&statement, &params).await)
+        self.call(&handle, async |db| db.execute(&statement, &params).await)
+            .await
     }
 
     async fn execute_many(
@@ -138,8 +156,10 @@ impl sql::HostConnection for SqlView<'_> {
         statement: String,
         params: Vec<Vec<Value>>,
     ) -> wasmtime::Result<Result<u64, Error>> {
-        let database = self.database(&handle)?;
-        Ok(database.execute_many(&statement, &params).await)
+        self.call(&handle, async |db| {
+            db.execute_many(&statement, &params).await
+        })
+        .await
     }
 
     async fn drop(&mut self, handle: Resource<Connection>) -> wasmtime::Result<()> {
