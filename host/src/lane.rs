@@ -5,13 +5,14 @@
 //! delivery will differ in [`Lane::settle`] alone: there, effects, outputs and progress become
 //! durable together.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 
-use crate::delivery::dead_letter::DeadLetters;
+use crate::delivery::dead_letter::{self, DeadLetters};
 use crate::delivery::retry::backoff;
 use crate::delivery::{Cause, Delivery, Fault, Handler, Invocation};
 use crate::log::{BatchLimits, LogError, Sink, Source, Unsent};
@@ -63,9 +64,9 @@ struct Batch {
     since: Instant,
 }
 
-/// An output, and the index of the record that caused it (of a batch call, the first).
+/// An output, and the records of the call that it came from: in a batch call nobody can tell which.
 struct Held {
-    origin: usize,
+    origin: Range<usize>,
     output: Outgoing,
     is_dead_letter: bool,
 }
@@ -146,7 +147,7 @@ impl<S: Source, K: Sink, H: Handler> Lane<S, K, H> {
             Err(fault) => vec![Err(fault)],
             Ok(outcomes) => outcomes,
         };
-        batch.hold(start, invocation.outputs);
+        batch.hold(start..end, invocation.outputs);
         for outcome in outcomes {
             if let Err(fault) = outcome {
                 self.redeliver(batch, fault).await?;
@@ -187,7 +188,7 @@ impl<S: Source, K: Sink, H: Handler> Lane<S, K, H> {
             };
             match outcome {
                 Ok(()) => {
-                    batch.hold(at, invocation.outputs);
+                    batch.hold(at..at + 1, invocation.outputs);
                     self.metrics.messages("done", 1);
                     return Ok(());
                 }
@@ -214,7 +215,7 @@ impl<S: Source, K: Sink, H: Handler> Lane<S, K, H> {
         );
         self.metrics.messages("dead-letter", 1);
         self.metrics.dead_letter(fault.cause.label());
-        batch.hold_one(index, letter, true);
+        batch.hold_one(index..index + 1, letter, true);
     }
 
     async fn invoke(&self, records: &[Record], attempt: u32) -> Invocation {
@@ -266,30 +267,39 @@ impl<S: Source, K: Sink, H: Handler> Lane<S, K, H> {
         }
     }
 
-    /// What the log refuses, it would refuse again: the message that caused it is given up on. A dead
-    /// letter has nowhere to go, so it is kept and tried again. Answers whether all were refused outputs.
+    /// What the log refuses, it would refuse again: the messages of the call that caused it are given up
+    /// on. A dead letter has nowhere else to go, so it is kept, with fewer words, and tried again.
+    /// Answers whether there is nothing to wait for.
     fn refusals(&self, batch: &mut Batch, errors: Vec<LogError>) -> bool {
         let mut all_handled = true;
         let held = std::mem::take(&mut batch.held);
         batch.held_bytes = 0;
-        for (held, error) in held.into_iter().zip(errors) {
+        for (mut held, error) in held.into_iter().zip(errors) {
             match error {
-                LogError::Refused(_) | LogError::TooLarge(_) if batch.is_given_up(held.origin) => {}
                 LogError::Refused(why) | LogError::TooLarge(why) if !held.is_dead_letter => {
                     let why = format!("the log refused a record for {}: {why}", held.output.topic);
-                    self.give_up(batch, held.origin, 1, &Fault::new(Cause::Reject, why));
+                    self.give_up_call(batch, held.origin, &Fault::new(Cause::Reject, why));
                 }
                 error => {
-                    error!(
-                        topic = &*held.output.topic,
-                        "cannot produce, trying again: {error}"
-                    );
+                    let topic = &*held.output.topic;
+                    error!(topic, "cannot produce, trying again: {error}");
                     all_handled = false;
+                    if held.is_dead_letter && matches!(error, LogError::TooLarge(_)) {
+                        dead_letter::shorten(&mut held.output);
+                    }
                     batch.hold_one(held.origin, held.output, held.is_dead_letter);
                 }
             }
         }
         all_handled
+    }
+
+    fn give_up_call(&self, batch: &mut Batch, call: Range<usize>, fault: &Fault) {
+        for index in call {
+            if !batch.is_given_up(index) {
+                self.give_up(batch, index, 1, fault);
+            }
+        }
     }
 
     /// Records the time from each record's timestamp to now.
@@ -324,13 +334,13 @@ impl Batch {
         }
     }
 
-    fn hold(&mut self, origin: usize, outputs: Vec<Outgoing>) {
+    fn hold(&mut self, origin: Range<usize>, outputs: Vec<Outgoing>) {
         for output in outputs {
-            self.hold_one(origin, output, false);
+            self.hold_one(origin.clone(), output, false);
         }
     }
 
-    fn hold_one(&mut self, origin: usize, output: Outgoing, is_dead_letter: bool) {
+    fn hold_one(&mut self, origin: Range<usize>, output: Outgoing, is_dead_letter: bool) {
         self.held_bytes += output.size();
         self.held.push(Held {
             origin,
@@ -339,10 +349,10 @@ impl Batch {
         });
     }
 
-    fn is_given_up(&self, origin: usize) -> bool {
+    fn is_given_up(&self, index: usize) -> bool {
         self.held
             .iter()
-            .any(|h| h.is_dead_letter && h.origin == origin)
+            .any(|h| h.is_dead_letter && h.origin.start == index)
     }
 
     fn release_all(&mut self) {

@@ -1,6 +1,5 @@
 //! `host produce`: appends records to a topic.
 
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -111,7 +110,7 @@ async fn find_topic(topic: &str, log: &mut OpenLog) -> anyhow::Result<()> {
     let admin = Admin::new(&log.settings)?;
     log.topics.retain(|name, _| name == topic);
     if !log.topics.is_empty() {
-        admin.ensure(&log.topics, &BTreeSet::new()).await?;
+        admin.ensure(&log.topics).await?;
         return Ok(());
     }
     let there = admin.partitions().await?;

@@ -11,9 +11,9 @@ use wasmtime::{Engine, Store};
 
 use super::guest::{Grants, Guest};
 use super::plain;
-use crate::capability::Stores;
 use crate::capability::logging::Place;
 use crate::capability::producer::ProducerGrant;
+use crate::capability::{Pending, Stores};
 use crate::delivery::{Cause, Delivery, Fault, Handler, Invocation};
 use crate::pipeline::{self, Instances};
 use crate::record::Record;
@@ -113,6 +113,11 @@ impl StageComponent {
         })
     }
 
+    fn late(&self) -> String {
+        let deadline = humantime::format_duration(self.deadline);
+        format!("the call took longer than its deadline of {deadline}")
+    }
+
     fn take_idle(&self) -> Option<Instance> {
         self.idle
             .lock()
@@ -143,19 +148,45 @@ impl StageComponent {
         Ok(Instance { store, exports })
     }
 
-    /// One call, without its deadline. An instance that failed is dropped.
-    async fn invoke(&self, deliveries: &[Delivery<'_>]) -> Invocation {
-        let instance = match self.take_idle() {
-            Some(instance) => Ok(instance),
-            None => self.instantiate().await,
-        };
-        let mut instance = match instance {
-            Ok(instance) => instance,
-            Err(error) => {
-                let why = format!("the component could not be instantiated: {}", words(&error));
-                return failed(Fault::new(Cause::Trap, why));
+    /// Makes a first instance, so that a component that cannot be instantiated is found at start.
+    pub async fn warm_up(&self) -> anyhow::Result<()> {
+        let instance = timeout(self.deadline, self.instantiate())
+            .await
+            .with_context(|| self.late())?
+            .map_err(plain)
+            .context("the component cannot be instantiated")?;
+        self.keep(instance);
+        Ok(())
+    }
+
+    /// One call, without its deadline. What an instance was left with by earlier calls (memory that it
+    /// leaked, say) must not cost this message, so a call that failed on a used one is made again on a new one.
+    async fn invoke(&self, deliveries: &[Delivery<'_>], waits: &Waits) -> Invocation {
+        if let Some(instance) = self.take_idle() {
+            waits.of(&instance);
+            let invocation = self.call_on(instance, deliveries).await;
+            match &invocation.outcomes {
+                Err(fault) if matches!(fault.cause, Cause::Trap | Cause::Memory) => {
+                    debug!("once more on a new instance: {}", fault.message);
+                }
+                _ => return invocation,
             }
-        };
+        }
+        match self.instantiate().await {
+            Ok(instance) => {
+                waits.of(&instance);
+                self.call_on(instance, deliveries).await
+            }
+            // It could at start, so the host is short of something, which is not the message's fault.
+            Err(error) => failed(Fault::new(
+                Cause::Retry,
+                format!("the component could not be instantiated: {}", words(&error)),
+            )),
+        }
+    }
+
+    /// One call on an instance, which is dropped if the call fails.
+    async fn call_on(&self, mut instance: Instance, deliveries: &[Delivery<'_>]) -> Invocation {
         let called = instance.call(deliveries).await;
         let guest = instance.store.data_mut();
         let outputs = guest.producer.take_outputs();
@@ -163,10 +194,27 @@ impl StageComponent {
         match called {
             Ok(outcomes) => {
                 self.keep(instance);
-                answered(outcomes, outputs, denied)
+                // In a larger call nobody can tell which message a denial belongs to.
+                answered(outcomes, outputs, denied.filter(|_| deliveries.len() == 1))
             }
             Err(error) => failed(trap(&error, guest.limiter.refused_memory, denied)),
         }
+    }
+}
+
+/// What the instance of a call waits for; it outlives the call's future, and the instance with it.
+#[derive(Default)]
+struct Waits(Mutex<Option<Arc<Pending>>>);
+
+impl Waits {
+    fn of(&self, instance: &Instance) {
+        let pending = instance.store.data().pending.clone();
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(pending);
+    }
+
+    fn store(&self) -> Option<String> {
+        let pending = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        pending.as_ref()?.take()
     }
 }
 
@@ -177,16 +225,18 @@ impl Handler for StageComponent {
 
     async fn call(&self, deliveries: &[Delivery<'_>]) -> Invocation {
         // On expiry the future is dropped, and with it the instance: wasmtime unwinds its stack.
-        match timeout(self.deadline, self.invoke(deliveries)).await {
-            Ok(invocation) => invocation,
-            Err(_) => failed(Fault::new(
-                Cause::Deadline,
-                format!(
-                    "the call took longer than its deadline of {}",
-                    humantime::format_duration(self.deadline)
-                ),
-            )),
+        let waits = Waits::default();
+        if let Ok(invocation) = timeout(self.deadline, self.invoke(deliveries, &waits)).await {
+            return invocation;
         }
+        // A store that does not answer is no fault of the guest's, and may answer the next time.
+        failed(match waits.store() {
+            Some(store) => Fault::new(
+                Cause::Retry,
+                format!("{store} did not answer; {}", self.late()),
+            ),
+            None => Fault::new(Cause::Deadline, self.late()),
+        })
     }
 }
 

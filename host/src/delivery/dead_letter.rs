@@ -7,6 +7,10 @@ use crate::record::{Header, Outgoing, Record};
 
 /// Bytes of the fault's words in a header; what is longer is cut.
 const MAX_MESSAGE: usize = 8 << 10;
+/// The same where the letter is too large for its topic.
+const SHORT_MESSAGE: usize = 200;
+/// The header that has them.
+const ERROR_MESSAGE: &str = "__dlq.errors.message";
 
 /// What the dead letters of one stage carry beside the record and the fault.
 #[derive(Clone, Debug)]
@@ -32,7 +36,7 @@ impl DeadLetters {
             ("__dlq.errors.offset", record.offset.to_string()),
             ("__dlq.errors.group", self.group.to_string()),
             ("__dlq.errors.delivery.count", attempts.to_string()),
-            ("__dlq.errors.message", message.to_string()),
+            (ERROR_MESSAGE, message.to_string()),
             ("stagehost-stage", self.stage.to_string()),
             ("stagehost-component", self.component.to_string()),
             ("stagehost-cause", fault.cause.label().to_string()),
@@ -56,6 +60,21 @@ impl DeadLetters {
         match &self.topic {
             Some(topic) => topic.clone(),
             None => Arc::from(default_topic(&record.topic)),
+        }
+    }
+}
+
+/// Cuts the fault's words of a dead letter that is too large for its topic.
+pub fn shorten(letter: &mut Outgoing) {
+    for header in &mut letter.headers {
+        if header.name == ERROR_MESSAGE
+            && let Some(words) = &mut header.value
+        {
+            words.truncate(SHORT_MESSAGE);
+            // It was UTF-8 before it was cut.
+            while std::str::from_utf8(words).is_err() {
+                words.pop();
+            }
         }
     }
 }

@@ -56,7 +56,7 @@ pub enum Brokers {
 }
 
 /// A topic that is created if it is missing.
-#[derive(Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Topic {
     /// `None`: one where it is created, as many as there are where it exists.
     pub(crate) partitions: Option<i32>,

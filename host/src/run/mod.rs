@@ -2,9 +2,9 @@
 
 mod banner;
 mod stage;
+mod topics;
 mod wait;
 
-use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,7 +19,6 @@ use self::wait::{GatedSink, LogWatch, Waiting};
 use crate::admin::{self, Readiness};
 use crate::capability::{Stores, redis, sql};
 use crate::component::Runtime;
-use crate::delivery::dead_letter::default_topic;
 use crate::ingress::{self, Ingress};
 use crate::log::kafka::ClientSettings;
 use crate::log::kafka::consumer::StopHandle;
@@ -161,7 +160,7 @@ impl Host {
         http: Option<TcpListener>,
     ) -> anyhow::Result<Option<Self>> {
         let admin = Admin::new(settings)?;
-        let Some(()) = prepare_topics(pipeline, &admin, waiting, &settings.brokers).await? else {
+        let Some(()) = topics::prepare(pipeline, &admin, waiting, &settings.brokers).await? else {
             return Ok(None);
         };
         let watch = LogWatch::start(admin, settings.brokers.clone(), waiting.readiness.clone());
@@ -180,10 +179,13 @@ impl Host {
             _runtime: runtime.clone(),
         };
         let producer = Arc::new(Producer::new(settings, Patience::Endless)?);
+        let mut loaded = Vec::with_capacity(pipeline.stages.len());
         for stage in &pipeline.stages {
-            let loaded = stage::load(stage, &runtime, &host.stores).await?;
-            let running = loaded.start(settings, producer.clone(), metrics, &mut host.ended)?;
-            host.stages.push(running);
+            loaded.push((stage, stage::load(stage, &runtime, &host.stores).await?));
+        }
+        for (stage, loaded) in loaded {
+            let stop = loaded.start(settings, producer.clone(), metrics, &mut host.ended)?;
+            host.stages.push(stop);
             waiting.readiness.ready(&wait::stage(&stage.name));
         }
         if let (Some(config), Some(listener)) = (&pipeline.http, http) {
@@ -221,76 +223,40 @@ impl Host {
             humantime::format_duration(timeout)
         );
         self.ingress_stop.cancel();
-        if let Some(ingress) = &mut self.ingress
-            && tokio::time::timeout(left(), &mut *ingress).await.is_err()
-        {
-            warn!("HTTP requests were cut off at the end of the shutdown-timeout");
-            ingress.abort();
-        }
         for stage in &self.stages {
             stage.stop(left().saturating_sub(CLOSING_TIME));
         }
+        let requests = async {
+            if let Some(ingress) = &mut self.ingress
+                && tokio::time::timeout(left(), &mut *ingress).await.is_err()
+            {
+                warn!("HTTP requests were cut off at the end of the shutdown-timeout");
+                ingress.abort();
+            }
+        };
         let ended = async { while self.ended.join_next().await.is_some() {} };
-        if tokio::time::timeout(left().max(CLOSING_TIME), ended)
+        let stages = async {
+            if tokio::time::timeout(left(), ended).await.is_err() {
+                warn!(
+                    "stages were cut off at the end of the shutdown-timeout; their records will be delivered again"
+                );
+            }
+        };
+        tokio::join!(requests, stages);
+        self.watch.stop();
+        let close = async {
+            for database in self.stores.sql.values() {
+                database.close().await;
+            }
+        };
+        if tokio::time::timeout(left().max(CLOSING_TIME), close)
             .await
             .is_err()
         {
-            warn!(
-                "stages were cut off at the end of the shutdown-timeout; their records will be delivered again"
-            );
-        }
-        self.watch.stop();
-        for database in self.stores.sql.values() {
-            database.close().await;
+            warn!("databases were left with statements running");
         }
         info!("drained in {:.1?}", began.elapsed());
     }
-}
-
-/// Waits for the log, and has the topics ready. `None` when told to shut down meanwhile.
-async fn prepare_topics(
-    pipeline: &Pipeline,
-    admin: &Admin,
-    waiting: &Waiting<'_>,
-    brokers: &str,
-) -> anyhow::Result<Option<()>> {
-    let dead_letters = dead_letter_topics(pipeline);
-    info!("connecting to the log at {brokers}");
-    let ensured = waiting
-        .until_available(wait::LOG, &format!("the log at {brokers}"), || {
-            admin.ensure(&pipeline.topics, &dead_letters)
-        })
-        .await?;
-    if ensured.is_none() {
-        return Ok(None);
-    }
-    let there = admin.partitions().await?;
-    let missing: Vec<_> = used_topics(pipeline)
-        .filter(|(_, topic)| !there.contains_key(*topic))
-        .map(|(stage, topic)| {
-            format!("topic `{topic}` of stage `{stage}` does not exist: declare it as [topics.\"{topic}\"] to have it created")
-        })
-        .collect();
-    if !missing.is_empty() {
-        bail!(missing.join("\n"));
-    }
-    Ok(Some(()))
-}
-
-fn used_topics(pipeline: &Pipeline) -> impl Iterator<Item = (&str, &String)> {
-    pipeline.stages.iter().flat_map(|stage| {
-        let topics = stage.input.iter().chain(&stage.output);
-        topics.map(|topic| (stage.name.as_str(), topic))
-    })
-}
-
-/// Dead-letter topics that are not declared are created all the same: nothing may be lost for want of one.
-fn dead_letter_topics(pipeline: &Pipeline) -> BTreeSet<String> {
-    let of_stage = |stage: &crate::pipeline::Stage| match &stage.dead_letter {
-        Some(topic) => vec![topic.clone()],
-        None => stage.input.iter().map(|t| default_topic(t)).collect(),
-    };
-    pipeline.stages.iter().flat_map(of_stage).collect()
 }
 
 /// `None` when told to shut down meanwhile.

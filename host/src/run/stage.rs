@@ -48,6 +48,10 @@ pub(super) async fn load(
     let component = runtime
         .bind(stage, &compiled, stores)
         .with_context(|| format!("{} cannot be linked", stage.component.display()))?;
+    component
+        .warm_up()
+        .await
+        .with_context(|| format!("stage {}", stage.name))?;
     info!(
         stage = stage.name,
         sha256 = &hash[..12],

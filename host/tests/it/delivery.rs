@@ -1,5 +1,11 @@
 //! What becomes of a message: outputs, retries, dead letters and limits, on Apache Kafka.
 
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
 use serde_json::{Value, json};
 
 use crate::support::{Host, Log, Seen, component, server, unique};
@@ -15,6 +21,17 @@ struct Bench {
 
 impl Bench {
     fn start(guest: &str, partitions: u32, settings: &str) -> Self {
+        Self::with(guest, partitions, settings, "sqlite:db.sqlite", "")
+    }
+
+    /// `database` is the URL of the store `db`, `output_config` TOML of the output topic.
+    fn with(
+        guest: &str,
+        partitions: u32,
+        settings: &str,
+        database: &str,
+        output_config: &str,
+    ) -> Self {
         let (input, output, group) = (unique("in"), unique("out"), unique("group"));
         let brokers = server("KAFKA_BROKERS");
         let component = component(guest);
@@ -27,6 +44,7 @@ impl Bench {
             partitions = {partitions}
             [topics."{output}"]
             partitions = 1
+            {output_config}
             [redis.cache]
             url = "memory:"
             [stages.probe]
@@ -39,7 +57,7 @@ impl Bench {
             retry = {{ max-attempts = 3, initial = "10ms", max = "50ms" }}
             {settings}
             [sql.db]
-            url = "sqlite:db.sqlite"
+            url = "{database}"
             [admin]
             listen = "127.0.0.1:0"
             "#
@@ -310,6 +328,125 @@ async fn the_bad_ones_of_a_batch_are_found_and_the_rest_is_done_in_order() {
         .collect();
     let expected: Vec<_> = (0..60).filter(|n| ![7, 21, 33, 40].contains(n)).collect();
     assert_eq!(values, expected);
+}
+
+/// An output that the log refuses costs its message, and none of those that were sent with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_output_costs_its_message_alone() {
+    let small = "config = { \"max.message.bytes\" = \"2000\" }";
+    let bench = Bench::with("test-probe", 1, "", "sqlite:db.sqlite", small);
+    let messages: Vec<_> = (0..40)
+        .map(|n| match n {
+            20 => json!({ "do": "emit-huge", "topic": bench.output, "bytes": 5000 }),
+            n => json!({ "do": "emit", "topic": bench.output, "value": "x".repeat(200 + n) }),
+        })
+        .collect();
+    let (outputs, dead) = bench.deliver(&messages).await;
+    assert_eq!(outputs.len(), 39);
+    assert_eq!(dead.len(), 1);
+    assert_eq!(dead[0].header("__dlq.errors.offset"), Some("20"));
+    assert_eq!(dead[0].header("stagehost-cause"), Some("reject"));
+    let words = dead[0].header("__dlq.errors.message").unwrap_or_default();
+    assert!(words.contains("the log refused a record for"), "{words}");
+}
+
+/// In a batch call nobody can tell whose output it was: all of the call are put aside, and none is lost.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_output_of_a_batch_call_loses_nothing() {
+    let small = "config = { \"max.message.bytes\" = \"2000\" }";
+    let bench = Bench::with("test-batch", 1, "", "sqlite:db.sqlite", small);
+    let messages: Vec<_> = (0..9)
+        .map(|n| match n {
+            4 => json!({ "do": "emit-huge", "topic": bench.output, "bytes": 5000 }),
+            n => json!({ "do": "emit", "topic": bench.output, "value": n }),
+        })
+        .collect();
+    let (outputs, dead) = bench.deliver(&messages).await;
+    assert_eq!(outputs.len(), 8, "the others were taken");
+    let offsets: Vec<_> = dead
+        .iter()
+        .filter_map(|d| d.header("__dlq.errors.offset"))
+        .collect();
+    assert!(offsets.contains(&"4"), "{offsets:?}");
+}
+
+/// A record grows when it becomes a dead letter.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_largest_record_has_room_as_a_dead_letter() {
+    let bench = Bench::start("test-probe", 1, "");
+    let value = "x".repeat(1_048_000);
+    bench.log.produce(&bench.input, &[(None, &value)]).await;
+    bench.log.wait_committed(&bench.group, &bench.input);
+    let dead = bench.log.read(&format!("{}.dlq", bench.input));
+    assert_eq!(dead.len(), 1);
+    assert_eq!(dead[0].value.as_ref().map(String::len), Some(value.len()));
+}
+
+/// A store that hangs is worth a retry; a guest that does is not.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_does_not_answer_is_tried_again() {
+    let database = url::Url::parse(&server("DATABASE_URL")).expect("a URL");
+    let port = database.port().expect("a port");
+    let proxy = Proxy::start(port);
+    let mut through = database.clone();
+    through.set_port(Some(proxy.port)).expect("a port");
+    let settings = "limits = { deadline = \"1s\" }";
+    let bench = Bench::with("test-probe", 1, settings, through.as_str(), "");
+    let select = json!({ "do": "sql", "store": "db", "statement": "SELECT 1" });
+    let (_, dead) = bench.deliver(std::slice::from_ref(&select)).await;
+    assert_eq!(dead, [], "it answers at first");
+    proxy.stall();
+    let (_, dead) = bench.deliver(&[select]).await;
+    assert_eq!(dead.len(), 1);
+    assert_eq!(dead[0].header("stagehost-cause"), Some("retries-exhausted"));
+    assert_eq!(dead[0].header("__dlq.errors.delivery.count"), Some("3"));
+    let words = dead[0].header("__dlq.errors.message").unwrap_or_default();
+    assert!(words.contains("SQL store `db`"), "{words}");
+}
+
+/// Forwards TCP to a local port until it is told to hang.
+struct Proxy {
+    port: u16,
+    stalled: Arc<AtomicBool>,
+}
+
+impl Proxy {
+    fn start(to: u16) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let port = listener.local_addr().expect("its address").port();
+        let stalled = Arc::new(AtomicBool::new(false));
+        let stall = stalled.clone();
+        std::thread::spawn(move || {
+            for client in listener.incoming().map_while(Result::ok) {
+                let server = TcpStream::connect(("127.0.0.1", to)).expect("the server");
+                for (mut from, mut into) in [
+                    (
+                        client.try_clone().expect("a socket"),
+                        server.try_clone().expect("a socket"),
+                    ),
+                    (server, client),
+                ] {
+                    let stall = stall.clone();
+                    std::thread::spawn(move || {
+                        let mut bytes = [0; 4096];
+                        while let Ok(n @ 1..) = from.read(&mut bytes) {
+                            while stall.load(Ordering::Relaxed) {
+                                std::thread::sleep(Duration::from_millis(50));
+                            }
+                            if into.write_all(&bytes[..n]).is_err() {
+                                break;
+                            }
+                        }
+                    });
+                }
+            }
+        });
+        Self { port, stalled }
+    }
+
+    fn stall(&self) {
+        self.stalled.store(true, Ordering::Relaxed);
+    }
 }
 
 /// More than a partition's buffer holds, so that it is paused and resumed on the way.

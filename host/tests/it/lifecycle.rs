@@ -245,3 +245,44 @@ fn a_wrong_pipeline_exits_with_2_and_starts_nothing() {
     assert!(said.contains("nmae") && said.contains("name"), "{said}");
     assert!(!folder.path().join("data").exists());
 }
+
+#[test]
+fn a_component_that_cannot_be_instantiated_is_found_at_start() {
+    let echo = Echo::on("embedded", "");
+    let text = format!(
+        "{}\nlimits = {{ memory = \"1MiB\" }}",
+        echo.pipeline.trim_end()
+    );
+    let host = Host::spawn(Arc::new(tempfile::tempdir().expect("a folder")), &text, &[]);
+    let (status, said) = host.ended();
+    assert_eq!(status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("stage echo: the component cannot be instantiated"),
+        "{said}"
+    );
+}
+
+#[test]
+fn a_pipeline_for_a_cluster_runs_on_the_embedded_broker() {
+    let echo = Echo::on("embedded", "");
+    let cluster = "replication = 3\nconfig = { \"min.insync.replicas\" = \"2\" }";
+    let text = format!("{}\n[topics.more]\n{cluster}", echo.pipeline);
+    let host = Host::start(&text);
+    let (status, said) = host.stop();
+    assert!(status.success(), "{said}");
+    assert!(said.contains("leaves out `min.insync.replicas`"), "{said}");
+}
+
+/// KIP-848: the broker assigns the partitions.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_new_group_protocol_can_be_switched_on() {
+    let brokers = server("KAFKA_BROKERS");
+    let property = "kafka.properties.\"group.protocol\" = \"consumer\"";
+    let (log, echo) = (Log::new(&brokers), Echo::on(&brokers, property));
+    let host = Host::start(&echo.pipeline);
+    echo.send(&log, 0, 100).await;
+    log.wait_committed(&echo.group, &echo.input);
+    let (status, said) = host.stop();
+    assert!(status.success(), "{said}");
+    assert_eq!(log.read(&echo.output).len(), 100);
+}

@@ -6,6 +6,7 @@ use std::process::{Child, Command, Output, Stdio};
 
 use host::log::kafka::ClientSettings;
 use host::log::kafka::topics::Admin;
+use host::pipeline::Topic;
 use tempfile::TempDir;
 
 use crate::support::server;
@@ -171,7 +172,7 @@ fn create_topic() -> String {
     runtime.block_on(async {
         let admin = Admin::new(&settings).unwrap();
         admin
-            .ensure(&[].into(), &[topic.clone()].into())
+            .ensure(&[(topic.clone(), Topic::default())].into())
             .await
             .unwrap();
     });

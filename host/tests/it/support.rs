@@ -273,6 +273,7 @@ impl Log {
             .set("bootstrap.servers", brokers)
             .set("acks", "all")
             .set("partitioner", "murmur2_random")
+            .set("message.max.bytes", "2000000")
             .create()
             .expect("a producer");
         Self {

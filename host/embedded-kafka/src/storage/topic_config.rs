@@ -14,7 +14,8 @@ const RETENTION_BYTES: &str = "retention.bytes";
 const RETENTION_MS: &str = "retention.ms";
 const SEGMENT_BYTES: &str = "segment.bytes";
 
-const KEYS: [&str; 5] = [
+/// The topic configuration that the broker knows.
+pub const KEYS: [&str; 5] = [
     CLEANUP_POLICY,
     MAX_MESSAGE_BYTES,
     RETENTION_BYTES,

@@ -94,15 +94,24 @@ impl GroupConsumer {
         subscription: Subscription,
         metrics: Arc<Metrics>,
     ) -> Result<Self, LogError> {
+        let mut defaults = vec![
+            ("auto.offset.reset", "earliest"),
+            // librdkafka waits a whole second by default before it fetches again into a queue that was full.
+            ("fetch.queue.backoff.ms", "10"),
+            ("queued.max.messages.kbytes", "16384"),
+        ];
+        // With KIP-848's protocol the broker assigns, and librdkafka refuses the property.
+        if settings
+            .properties
+            .get("group.protocol")
+            .map(String::as_str)
+            != Some("consumer")
+        {
+            defaults.push(("partition.assignment.strategy", "cooperative-sticky"));
+        }
         let config = settings.client_config(
             Kind::Consumer,
-            &[
-                ("auto.offset.reset", "earliest"),
-                ("partition.assignment.strategy", "cooperative-sticky"),
-                // librdkafka waits a whole second by default before it fetches again into a queue that was full.
-                ("fetch.queue.backoff.ms", "10"),
-                ("queued.max.messages.kbytes", "16384"),
-            ],
+            &defaults,
             &[
                 ("group.id", &subscription.group),
                 ("enable.auto.commit", "false"),

@@ -8,7 +8,7 @@ use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Header as KafkaHeader, Message, OwnedHeaders};
 use rdkafka::producer::{
-    BaseRecord, DeliveryResult, Producer as _, ProducerContext, ThreadedProducer,
+    BaseRecord, DeliveryResult, Producer as _, ProducerContext, PurgeConfig, ThreadedProducer,
 };
 use tokio::sync::Notify;
 use tracing::{debug, warn};
@@ -20,11 +20,14 @@ use crate::record::Outgoing;
 /// How long to wait for room in librdkafka's queue before another try.
 const FULL_QUEUE_WAIT: Duration = Duration::from_millis(5);
 
+/// How often a flight that does not land looks whether its client has failed for good.
+const FATAL_CHECK: Duration = Duration::from_secs(1);
+
 /// What a full queue, an outage and a late acknowledgement mean to the caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Patience {
-    /// Waits as long as it takes. No record times out while a later one gets through, so what
-    /// arrives of a lane's records at a partition is always a prefix.
+    /// Waits as long as it takes: no record times out while a later one gets through. Only what the
+    /// log refuses leaves a gap.
     Endless,
     /// Gives up on a record after this time.
     Bounded(Duration),
@@ -80,13 +83,37 @@ impl Producer {
         let client = self.client();
         let flight = Flight::new(1);
         self.enqueue(&client, &flight, 0, record).await;
-        flight.landed().await;
-        self.replace_if_fatal(&client);
+        self.land(&client, &flight).await;
         let mut state = flight.lock();
         match state.unsent.pop() {
             Some(unsent) => Err(unsent.error),
             None => Ok(state.last),
         }
+    }
+
+    /// Waits until the flight is over. What a client that failed for good still has in its queue would
+    /// never come back by itself.
+    async fn land(&self, client: &Arc<Client>, flight: &Flight) {
+        while tokio::time::timeout(FATAL_CHECK, flight.landed())
+            .await
+            .is_err()
+        {
+            if client.client().fatal_error().is_some() {
+                client.purge(PurgeConfig::default().queue().inflight().non_blocking());
+            }
+        }
+        self.replace_if_fatal(client);
+    }
+
+    /// Appends the records and answers those that were not taken.
+    async fn fly(&self, records: &[Outgoing]) -> Vec<Unsent> {
+        let client = self.client();
+        let flight = Flight::new(records.len());
+        for (index, record) in records.iter().enumerate() {
+            self.enqueue(&client, &flight, index, record).await;
+        }
+        self.land(&client, &flight).await;
+        std::mem::take(&mut flight.lock().unsent)
     }
 
     async fn enqueue(
@@ -125,14 +152,19 @@ impl Sink for Producer {
         if records.is_empty() {
             return Ok(());
         }
-        let client = self.client();
-        let flight = Flight::new(records.len());
-        for (index, record) in records.iter().enumerate() {
-            self.enqueue(&client, &flight, index, record).await;
+        let mut unsent = Vec::new();
+        for mut failed in self.fly(records).await {
+            // The log judges a request as a whole, with whatever other records were packed into it:
+            // only what it refuses alone is at fault.
+            if records.len() > 1 && !matches!(failed.error, LogError::Unavailable(_)) {
+                let alone = &records[failed.index..=failed.index];
+                match self.fly(alone).await.pop() {
+                    Some(again) => failed.error = again.error,
+                    None => continue,
+                }
+            }
+            unsent.push(failed);
         }
-        flight.landed().await;
-        self.replace_if_fatal(&client);
-        let unsent = std::mem::take(&mut flight.lock().unsent);
         if unsent.is_empty() {
             Ok(())
         } else {
@@ -146,21 +178,23 @@ fn create(settings: &ClientSettings, patience: Patience) -> Result<Client, LogEr
         Patience::Endless => "0".to_string(),
         Patience::Bounded(time) => time.as_millis().max(1).to_string(),
     };
-    let gapless = match patience {
-        Patience::Endless => "true",
-        Patience::Bounded(_) => "false",
-    };
+    let mut defaults = vec![
+        // As Java's clients choose: the same key goes to the same partition whoever produces it.
+        ("partitioner", "murmur2_random"),
+        ("queue.buffering.max.kbytes", "65536"),
+    ];
+    if !settings.properties.contains_key("queue.buffering.max.ms") {
+        defaults.push(("linger.ms", "1"));
+    }
+    if patience == Patience::Endless {
+        // How large a record may be is the topic's to say; the dead letter of a large record is larger still.
+        defaults.push(("message.max.bytes", "1000000000"));
+    }
     let config = settings.client_config(
         Kind::Producer,
-        &[
-            // As Java's clients choose: the same key goes to the same partition whoever produces it.
-            ("partitioner", "murmur2_random"),
-            ("linger.ms", "1"),
-            ("queue.buffering.max.kbytes", "65536"),
-        ],
+        &defaults,
         &[
             ("enable.idempotence", "true"),
-            ("enable.gapless.guarantee", gapless),
             ("acks", "all"),
             ("message.timeout.ms", &timeout),
         ],

@@ -1,6 +1,6 @@
 //! Topics: waited for, created where they are missing, never silently changed. And whether the log is there.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -104,28 +104,20 @@ impl Admin {
             .collect())
     }
 
-    /// Creates the declared topics that are missing, and `others` with one partition; checks the
-    /// partitions of those that are there.
+    /// Creates the topics that are missing, and checks the partitions of those that are there. Answers
+    /// how many partitions each topic of the log has.
     pub async fn ensure(
         &self,
-        declared: &BTreeMap<String, Topic>,
-        others: &BTreeSet<String>,
-    ) -> Result<(), LogError> {
+        wanted: &BTreeMap<String, Topic>,
+    ) -> Result<BTreeMap<String, usize>, LogError> {
         let there = self.partitions().await?;
-        check_partitions(declared, &there)?;
-        let one = Topic {
-            partitions: Some(1),
-            replication: None,
-            config: BTreeMap::new(),
-        };
-        let others = others.iter().map(|name| (name, &one));
-        let missing: Vec<_> = declared
+        check_partitions(wanted, &there)?;
+        let missing: Vec<_> = wanted
             .iter()
-            .chain(others)
             .filter(|(name, _)| !there.contains_key(*name))
             .collect();
         if missing.is_empty() {
-            return Ok(());
+            return Ok(there);
         }
         self.create(&missing).await?;
         self.appeared(&missing).await
@@ -157,6 +149,9 @@ impl Admin {
                 ),
                 // Another host was faster.
                 Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
+                Err((_, code)) if is_passing(code) => {
+                    return Err(LogError::Unavailable(format!("creating {name}: {code}")));
+                }
                 Err((_, code)) => {
                     return Err(LogError::Refused(format!(
                         "topic `{name}` cannot be created: {code}"
@@ -168,13 +163,16 @@ impl Admin {
     }
 
     /// Brokers learn of a new topic one after another.
-    async fn appeared(&self, missing: &[(&String, &Topic)]) -> Result<(), LogError> {
+    async fn appeared(
+        &self,
+        missing: &[(&String, &Topic)],
+    ) -> Result<BTreeMap<String, usize>, LogError> {
         for _ in 0..APPEAR_TRIES {
             let there = self.partitions().await?;
             if missing.iter().all(|(name, topic)| {
                 there.get(*name).copied().unwrap_or(0) >= partitions_wanted(topic)
             }) {
-                return Ok(());
+                return Ok(there);
             }
             tokio::time::sleep(APPEAR_WAIT).await;
         }
@@ -182,6 +180,18 @@ impl Admin {
             "topics were created and do not appear".into(),
         ))
     }
+}
+
+/// While brokers start, or elect a controller.
+fn is_passing(code: RDKafkaErrorCode) -> bool {
+    matches!(
+        code,
+        RDKafkaErrorCode::BrokerNotAvailable
+            | RDKafkaErrorCode::LeaderNotAvailable
+            | RDKafkaErrorCode::NotController
+            | RDKafkaErrorCode::OperationTimedOut
+            | RDKafkaErrorCode::RequestTimedOut
+    )
 }
 
 fn partitions_wanted(topic: &Topic) -> usize {

@@ -15,7 +15,7 @@ use host::log::kafka::tail::{Event, Start, Tail};
 use host::log::kafka::topics::Admin;
 use host::log::{LogError, Sink, Unsent};
 use host::metrics::Metrics;
-use host::pipeline::{Pipeline, Probe};
+use host::pipeline::{self, Pipeline, Probe};
 use host::record::{Outgoing, Record};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
@@ -228,7 +228,7 @@ impl Topic {
         };
         let admin = Admin::new(&settings).unwrap();
         admin
-            .ensure(&BTreeMap::new(), &[name.clone()].into())
+            .ensure(&[(name.clone(), pipeline::Topic::default())].into())
             .await
             .unwrap();
         Self { name, settings }

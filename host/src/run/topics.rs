@@ -1,0 +1,89 @@
+//! The topics that a pipeline needs: those it declares, and those of its dead letters.
+
+use std::collections::BTreeMap;
+
+use anyhow::bail;
+use tracing::{info, warn};
+
+use super::wait::{LOG, Waiting};
+use crate::delivery::dead_letter::default_topic;
+use crate::log::kafka::topics::Admin;
+use crate::pipeline::{Brokers, Pipeline, Stage, Topic};
+
+/// Bytes of a dead letter, in topics that the host creates for them: a record's headers grow when it becomes one.
+const MAX_DEAD_LETTER: &str = "16777216";
+
+/// Waits for the log, creates what is missing, and checks the rest. `None` when told to shut down meanwhile.
+pub(super) async fn prepare(
+    pipeline: &Pipeline,
+    admin: &Admin,
+    waiting: &Waiting<'_>,
+    brokers: &str,
+) -> anyhow::Result<Option<()>> {
+    let wanted = wanted(pipeline);
+    info!("connecting to the log at {brokers}");
+    let what = format!("the log at {brokers}");
+    let ensured = waiting.until_available(LOG, &what, || admin.ensure(&wanted));
+    let Some(there) = ensured.await? else {
+        return Ok(None);
+    };
+    let missing: Vec<_> = used(pipeline)
+        .filter(|(_, topic)| !there.contains_key(*topic))
+        .map(|(stage, topic)| {
+            format!(
+                "topic `{topic}` of stage `{stage}` does not exist: \
+                 declare it as [topics.\"{topic}\"] to have it created"
+            )
+        })
+        .collect();
+    if !missing.is_empty() {
+        bail!(missing.join("\n"));
+    }
+    Ok(Some(()))
+}
+
+fn wanted(pipeline: &Pipeline) -> BTreeMap<String, Topic> {
+    let mut wanted = pipeline.topics.clone();
+    // Nothing may be lost for want of a topic for dead letters.
+    for name in pipeline.stages.iter().flat_map(dead_letters) {
+        wanted.entry(name).or_insert_with(|| Topic {
+            partitions: None,
+            replication: None,
+            config: BTreeMap::from([("max.message.bytes".into(), MAX_DEAD_LETTER.into())]),
+        });
+    }
+    if let Brokers::Embedded { .. } = pipeline.kafka.brokers {
+        for (name, topic) in &mut wanted {
+            fit_embedded(name, topic);
+        }
+    }
+    wanted
+}
+
+/// A pipeline for a cluster runs on the embedded broker too: what one node for development cannot do is left out.
+fn fit_embedded(name: &str, topic: &mut Topic) {
+    topic.replication = None;
+    topic.config.retain(|key, value| {
+        let known = embedded_kafka::TOPIC_CONFIGS.contains(&key.as_str());
+        let kept = known && (key != "cleanup.policy" || value == "delete");
+        if !kept {
+            warn!("topic {name}: the embedded broker leaves out `{key}` = `{value}`");
+        }
+        kept
+    });
+}
+
+fn dead_letters(stage: &Stage) -> Vec<String> {
+    match &stage.dead_letter {
+        Some(topic) => vec![topic.clone()],
+        None => stage.input.iter().map(|t| default_topic(t)).collect(),
+    }
+}
+
+/// Each stage's name with each of its topics.
+fn used(pipeline: &Pipeline) -> impl Iterator<Item = (&str, &String)> {
+    pipeline.stages.iter().flat_map(|stage| {
+        let topics = stage.input.iter().chain(&stage.output);
+        topics.map(|topic| (stage.name.as_str(), topic))
+    })
+}
