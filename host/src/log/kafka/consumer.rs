@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rdkafka::client::ClientContext;
-use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
+use rdkafka::config::{ClientConfig, FromClientConfigAndContext, RDKafkaLogLevel};
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext, Rebalance};
 use rdkafka::error::{KafkaError, KafkaResult};
 use rdkafka::message::{BorrowedMessage, Headers, Message};
@@ -88,13 +88,9 @@ impl StopHandle {
 }
 
 impl GroupConsumer {
-    /// Joins the group.
-    pub fn start(
-        settings: &ClientSettings,
-        subscription: Subscription,
-        metrics: Arc<Metrics>,
-    ) -> Result<Self, LogError> {
-        let config = settings.client_config(
+    /// A member's configuration.
+    pub(super) fn config(settings: &ClientSettings, group: &str) -> ClientConfig {
+        settings.client_config(
             Kind::Consumer,
             &[
                 ("auto.offset.reset", "earliest"),
@@ -104,12 +100,21 @@ impl GroupConsumer {
                 ("queued.max.messages.kbytes", "16384"),
             ],
             &[
-                ("group.id", &subscription.group),
+                ("group.id", group),
                 ("enable.auto.commit", "false"),
                 ("enable.auto.offset.store", "false"),
                 ("statistics.interval.ms", STATISTICS_MS),
             ],
-        );
+        )
+    }
+
+    /// Joins the group.
+    pub fn start(
+        settings: &ClientSettings,
+        subscription: Subscription,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, LogError> {
+        let config = Self::config(settings, &subscription.group);
         let (assigned, sources) = mpsc::unbounded_channel();
         let context = Context(Mutex::new(State {
             partitions: HashMap::new(),
