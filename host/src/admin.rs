@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use hyper::body::Incoming;
 use hyper::header::{AUTHORIZATION, HeaderMap, HeaderValue, WWW_AUTHENTICATE};
@@ -17,6 +18,8 @@ use crate::pipeline::Secret;
 
 /// Operators and scrapers are few.
 const MAX_CONNECTIONS: usize = 64;
+/// How long requests may take once the host stops: it has done all else by then, and no answer here takes long.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Serves `/healthz`, `/readyz` and `/metrics` until `shutdown`; to those who carry the token, where there is one.
 pub async fn serve(
@@ -28,10 +31,12 @@ pub async fn serve(
 ) {
     let limits = http::Limits {
         connections: MAX_CONNECTIONS,
+        drain_timeout: DRAIN_TIMEOUT,
         ..http::Limits::default()
     };
     let admin = Admin {
-        token: token.map(|token| digest(token.0.as_bytes())),
+        // A token that is read from a file ends with a newline, which no header can carry.
+        token: token.map(|token| digest(token.0.trim_ascii().as_bytes())),
         readiness,
         metrics,
     };

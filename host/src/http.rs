@@ -19,6 +19,7 @@ use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_io_timeout::TimeoutStream;
@@ -29,6 +30,10 @@ use tokio_util::sync::CancellationToken;
 const MAX_CONNECTIONS: usize = 768;
 /// Connections beyond those served, that are told so; further ones wait in the kernel's backlog.
 const MAX_REFUSED_CONNECTIONS: usize = 64;
+/// Bytes of the bodies that are read or worked on at once.
+const MAX_BODY_BYTES: usize = 256 * 1024 * 1024;
+/// Bodies of the largest size for which there is room in any case.
+const MIN_BODIES: usize = 4;
 /// How long a request's head may take. hyper starts this clock when it begins to wait for a request,
 /// so it is how long a connection may idle, too.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
@@ -52,6 +57,9 @@ const RETRY_AFTER_SECONDS: HeaderValue = HeaderValue::from_static("1");
 pub struct Limits {
     /// Connections served at once; those beyond are answered 503.
     pub connections: usize,
+    /// Bytes of the bodies that are read or worked on at once, or those of a few of the largest if that
+    /// is more; a request whose body has no room is answered 503.
+    pub body_bytes: usize,
     /// How long a request's head may take, idling before it included.
     pub header_timeout: Duration,
     /// How long a request's body may take.
@@ -66,6 +74,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             connections: MAX_CONNECTIONS,
+            body_bytes: MAX_BODY_BYTES,
             header_timeout: HEADER_TIMEOUT,
             body_timeout: BODY_TIMEOUT,
             write_timeout: WRITE_TIMEOUT,
@@ -199,35 +208,68 @@ async fn answer<H: Handler>(
     }))
 }
 
-/// The whole body, or the answer that says why not: 413 above `max` bytes, 408, 400.
-pub(crate) async fn read_body(
-    body: Incoming,
-    max: usize,
-    limits: &Limits,
-) -> Result<Bytes, Answer> {
-    let too_large = || {
-        closing(text(
-            StatusCode::PAYLOAD_TOO_LARGE,
-            format!("the body is larger than {max} bytes"),
-        ))
-    };
-    if body.size_hint().lower() > max as u64 {
-        return Err(too_large());
-    }
-    match timeout(limits.body_timeout, Limited::new(body, max).collect()).await {
-        Ok(Ok(whole)) => Ok(whole.to_bytes()),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
-        Ok(Err(error)) => {
-            let why = error
-                .source()
-                .map_or_else(|| error.to_string(), ToString::to_string);
-            let line = format!("the body could not be read: {why}");
-            Err(closing(text(StatusCode::BAD_REQUEST, line)))
+/// Room in memory that the bodies of a server's requests share.
+pub(crate) struct BodyRoom {
+    bytes: Semaphore,
+    /// Bytes of one body.
+    max: u32,
+    timeout: Duration,
+}
+
+/// A body, which keeps its room until it is dropped.
+pub(crate) struct HeldBody<'a> {
+    pub(crate) bytes: Bytes,
+    _room: SemaphorePermit<'a>,
+}
+
+impl BodyRoom {
+    /// For bodies of `max` bytes at most.
+    pub(crate) fn new(max: usize, limits: &Limits) -> Self {
+        let max = u32::try_from(max).unwrap_or(u32::MAX);
+        let all = limits.body_bytes.max(MIN_BODIES * max as usize);
+        Self {
+            bytes: Semaphore::new(all.min(Semaphore::MAX_PERMITS)),
+            max,
+            timeout: limits.body_timeout,
         }
-        Err(_) => Err(closing(text(
-            StatusCode::REQUEST_TIMEOUT,
-            "the body took too long",
-        ))),
+    }
+
+    /// The whole body, or the answer that says why not: 413 above `max` bytes, 503 without room, 408, 400.
+    pub(crate) async fn read(&self, body: Incoming) -> Result<HeldBody<'_>, Answer> {
+        let size = body.size_hint();
+        if size.lower() > u64::from(self.max) {
+            return Err(self.too_large());
+        }
+        // What has no length may become as large as any.
+        let needed = size.upper().and_then(|size| u32::try_from(size).ok());
+        let room = self
+            .bytes
+            .try_acquire_many(needed.unwrap_or(self.max).min(self.max))
+            .map_err(|_| closing(busy("too many requests send their bodies")))?;
+        let whole = Limited::new(body, self.max as usize).collect();
+        match timeout(self.timeout, whole).await {
+            Ok(Ok(whole)) => Ok(HeldBody {
+                bytes: whole.to_bytes(),
+                _room: room,
+            }),
+            Ok(Err(error)) if error.is::<LengthLimitError>() => Err(self.too_large()),
+            Ok(Err(error)) => {
+                let why = error
+                    .source()
+                    .map_or_else(|| error.to_string(), ToString::to_string);
+                let line = format!("the body could not be read: {why}");
+                Err(closing(text(StatusCode::BAD_REQUEST, line)))
+            }
+            Err(_) => Err(closing(text(
+                StatusCode::REQUEST_TIMEOUT,
+                "the body took too long",
+            ))),
+        }
+    }
+
+    fn too_large(&self) -> Answer {
+        let line = format!("the body is larger than {} bytes", self.max);
+        closing(text(StatusCode::PAYLOAD_TOO_LARGE, line))
     }
 }
 

@@ -23,7 +23,7 @@ use uuid::Uuid;
 use self::read::Read;
 use self::router::{Found, Router};
 use crate::capability::redis::Store;
-use crate::http::{self, Answer, Handler, busy, method_not_allowed, not_found, read_body, text};
+use crate::http::{self, Answer, BodyRoom, Handler, busy, method_not_allowed, not_found, text};
 use crate::log::{LogError, Sink, Unsent};
 use crate::metrics::Metrics;
 use crate::pipeline::{Action, Http, Route};
@@ -63,7 +63,7 @@ impl Default for Limits {
 /// The routes with what they act on, ready to be served.
 pub struct Ingress<S> {
     router: Router<Endpoint>,
-    max_body: usize,
+    bodies: BodyRoom,
     log: Arc<S>,
     metrics: Arc<Metrics>,
     limits: Limits,
@@ -90,7 +90,7 @@ impl<S: Sink + 'static> Ingress<S> {
         }
         Ok(Self {
             router,
-            max_body: http.max_body,
+            bodies: BodyRoom::new(http.max_body, &limits.http),
             log,
             metrics,
             limits,
@@ -189,9 +189,9 @@ impl<S: Sink + 'static> Ingress<S> {
         let (head, body) = request.into_parts();
         let kind = body::kind(&head.headers)
             .map_err(|why| text(StatusCode::UNSUPPORTED_MEDIA_TYPE, why))?;
-        let body = read_body(body, self.max_body, &self.limits.http).await?;
+        let body = self.bodies.read(body).await?;
         let declared = &route.names[route.generated.len()..];
-        let sent = body::fields(kind, &body, declared)
+        let sent = body::fields(kind, &body.bytes, declared)
             .map_err(|why| text(StatusCode::BAD_REQUEST, why))?;
         let generated: Vec<String> = route.generated.iter().map(|_| new_id()).collect();
         let headers = trace::parent(&head.headers).map(|parent| Header::new("traceparent", parent));

@@ -65,6 +65,14 @@ const RESERVED: &[(&str, &str)] = &[
         "without it, an output could be lost while a later one arrives",
     ),
     (
+        "message.timeout.ms",
+        "a record that gave up while a later one got through would be lost, or out of order",
+    ),
+    (
+        "delivery.timeout.ms",
+        "a record that gave up while a later one got through would be lost, or out of order",
+    ),
+    (
         "transactional.id",
         "the host does not use Kafka's transactions",
     ),
@@ -84,11 +92,44 @@ pub(super) fn kafka(checks: &Checks<'_>, section: &KafkaSection) -> Option<Kafka
         .iter()
         .map(|(name, value)| property(checks, name, value))
         .collect();
+    let good = good.iter().all(|good| *good) && together(checks, section);
     let brokers = brokers(checks, section);
-    good.iter().all(|good| *good).then_some(Kafka {
+    good.then_some(Kafka {
         brokers: brokers?,
         properties: text_map(&section.properties),
     })
+}
+
+/// Whether properties that are good by themselves suit each other and what the host sets.
+fn together(checks: &Checks<'_>, section: &KafkaSection) -> bool {
+    let settings = &section.properties;
+    let Some((first, _)) = settings.first() else {
+        return true;
+    };
+    let Err(conflict) = properties::check_together(&text_map(settings)) else {
+        return true;
+    };
+    // Librdkafka's words may repeat a value, and values may be secrets.
+    let why = settings
+        .iter()
+        .filter(|(_, value)| value.shown() != value.value && !value.value.is_empty())
+        .fold(conflict.why, |why, (_, value)| {
+            why.replace(&value.value, value.shown())
+        });
+    let name = settings
+        .iter()
+        .map(|(name, _)| name)
+        .find(|name| conflict.property.as_ref() == Some(&name.value))
+        .unwrap_or(first);
+    checks.report(
+        Problem::at(
+            &name.span,
+            "these properties don't go together, or not with what the host sets",
+        )
+        .label(format!("librdkafka says: {why}"))
+        .help("the host sets `enable.idempotence` = true and `acks` = all; change or leave out the property"),
+    );
+    false
 }
 
 fn property(checks: &Checks<'_>, name: &Text, value: &Text) -> bool {

@@ -162,7 +162,8 @@ async fn metrics_are_there_to_scrape() {
 
 #[tokio::test]
 async fn a_token_is_asked_for_where_there_is_one() {
-    let server = Server::start(Some(Secret::new("s3cret"))).await;
+    // As a file has it.
+    let server = Server::start(Some(Secret::new(" s3cret\n"))).await;
     for path in ["/healthz", "/readyz", "/metrics"] {
         for wrong in [
             "x: y",

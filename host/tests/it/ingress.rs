@@ -250,6 +250,37 @@ async fn requests_beyond_those_that_may_wait_are_sent_away() {
 }
 
 #[tokio::test]
+async fn a_body_without_room_is_worth_another_try() {
+    let (log, asked, permits) = Fault::slow();
+    let mut narrow = limits();
+    // Less than four of the largest bodies, which is what there is room for in any case.
+    narrow.http.body_bytes = 0;
+    let server = Server::start(log, narrow).await;
+    let largest = format!("{GOOD}{}", "x".repeat(1024 - GOOD.len()));
+    let mut clients = Vec::new();
+    for _ in 0..4 {
+        let mut client = Client::connect(server.address).await;
+        client.send(post(&largest)).await;
+        clients.push(client);
+    }
+    asked.acquire_many(4).await.unwrap().forget();
+    let no_room = "503 [retry-after: 1] too many requests send their bodies";
+    server.check(&post(GOOD), no_room).await;
+    let chunked = request(
+        &["POST /post HTTP/1.1", FORM, "transfer-encoding: chunked"],
+        "",
+    );
+    server.check(&chunked, no_room).await;
+    permits.add_permits(5);
+    for mut client in clients {
+        assert!(client.rest().await.starts_with("HTTP/1.1 201"));
+    }
+    let answer = exchange(server.address, &post(GOOD)).await;
+    assert!(answer.starts_with("HTTP/1.1 201"), "{answer}");
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn connections_beyond_those_served_are_sent_away() {
     let mut few = limits();
     few.http.connections = 1;

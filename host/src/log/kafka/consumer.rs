@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rdkafka::client::ClientContext;
-use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
+use rdkafka::config::{ClientConfig, FromClientConfigAndContext, RDKafkaLogLevel};
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext, Rebalance};
 use rdkafka::error::{KafkaError, KafkaResult};
 use rdkafka::message::{BorrowedMessage, Headers, Message};
@@ -88,12 +88,8 @@ impl StopHandle {
 }
 
 impl GroupConsumer {
-    /// Joins the group.
-    pub fn start(
-        settings: &ClientSettings,
-        subscription: Subscription,
-        metrics: Arc<Metrics>,
-    ) -> Result<Self, LogError> {
+    /// A member's configuration.
+    pub(super) fn config(settings: &ClientSettings, group: &str) -> ClientConfig {
         let mut defaults = vec![
             ("auto.offset.reset", "earliest"),
             // librdkafka waits a whole second by default before it fetches again into a queue that was full.
@@ -101,24 +97,29 @@ impl GroupConsumer {
             ("queued.max.messages.kbytes", "16384"),
         ];
         // With KIP-848's protocol the broker assigns, and librdkafka refuses the property.
-        if settings
-            .properties
-            .get("group.protocol")
-            .map(String::as_str)
-            != Some("consumer")
-        {
+        let protocol = settings.properties.get("group.protocol");
+        if protocol.map(String::as_str) != Some("consumer") {
             defaults.push(("partition.assignment.strategy", "cooperative-sticky"));
         }
-        let config = settings.client_config(
+        settings.client_config(
             Kind::Consumer,
             &defaults,
             &[
-                ("group.id", &subscription.group),
+                ("group.id", group),
                 ("enable.auto.commit", "false"),
                 ("enable.auto.offset.store", "false"),
                 ("statistics.interval.ms", STATISTICS_MS),
             ],
-        );
+        )
+    }
+
+    /// Joins the group.
+    pub fn start(
+        settings: &ClientSettings,
+        subscription: Subscription,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, LogError> {
+        let config = Self::config(settings, &subscription.group);
         let (assigned, sources) = mpsc::unbounded_channel();
         let context = Context(Mutex::new(State {
             partitions: HashMap::new(),

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use rdkafka::ClientContext;
-use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
+use rdkafka::config::{ClientConfig, FromClientConfigAndContext, RDKafkaLogLevel};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Header as KafkaHeader, Message, OwnedHeaders};
 use rdkafka::producer::{
@@ -173,7 +173,8 @@ impl Sink for Producer {
     }
 }
 
-fn create(settings: &ClientSettings, patience: Patience) -> Result<Client, LogError> {
+/// A producer's configuration.
+pub(super) fn config(settings: &ClientSettings, patience: Patience) -> ClientConfig {
     let timeout = match patience {
         Patience::Endless => "0".to_string(),
         Patience::Bounded(time) => time.as_millis().max(1).to_string(),
@@ -190,7 +191,7 @@ fn create(settings: &ClientSettings, patience: Patience) -> Result<Client, LogEr
         // How large a record may be is the topic's to say; the dead letter of a large record is larger still.
         defaults.push(("message.max.bytes", "1000000000"));
     }
-    let config = settings.client_config(
+    settings.client_config(
         Kind::Producer,
         &defaults,
         &[
@@ -198,7 +199,11 @@ fn create(settings: &ClientSettings, patience: Patience) -> Result<Client, LogEr
             ("acks", "all"),
             ("message.timeout.ms", &timeout),
         ],
-    );
+    )
+}
+
+fn create(settings: &ClientSettings, patience: Patience) -> Result<Client, LogError> {
+    let config = config(settings, patience);
     Client::from_config_and_context(&config, Context)
         .map_err(|error| LogError::Refused(format!("cannot make a producer: {error}")))
 }

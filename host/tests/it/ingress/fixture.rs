@@ -75,6 +75,7 @@ pub(crate) fn limits() -> Limits {
     Limits {
         http: http::Limits {
             connections: 100,
+            body_bytes: 1 << 20,
             header_timeout: far,
             body_timeout: far,
             write_timeout: far,
