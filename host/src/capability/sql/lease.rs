@@ -8,7 +8,8 @@ use super::{Error, transport_error};
 
 /// Goes back into the pool when [`Lease::finish`] says that its work came to an end, and is closed
 /// otherwise: a call that was given up, by its deadline or by a limit, leaves a statement running and
-/// an answer half read, and neither may reach the next user.
+/// an answer half read, and neither may reach the next user. Its place in the pool is free at once, and the
+/// database soon sees that nobody waits for the statement.
 pub(super) struct Lease<D: sqlx::Database>(Option<PoolConnection<D>>);
 
 impl<D: sqlx::Database> Lease<D> {
@@ -21,11 +22,16 @@ impl<D: sqlx::Database> Lease<D> {
 
     /// Gives the connection back, or closes it where the outcome says that it is not at rest.
     pub(super) fn finish<T>(mut self, outcome: Result<T, Error>) -> Result<T, Error> {
-        if matches!(outcome, Ok(_) | Err(Error::Database(_) | Error::Denied(_))) {
+        if is_at_rest(&outcome) {
             drop(self.0.take());
         }
         outcome
     }
+}
+
+/// Whether a connection has done all that it was asked, after a call with this outcome.
+pub(super) fn is_at_rest<T>(outcome: &Result<T, Error>) -> bool {
+    matches!(outcome, Ok(_) | Err(Error::Database(_) | Error::Denied(_)))
 }
 
 impl<D: sqlx::Database> Drop for Lease<D> {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use sqlx::Connection;
 use sqlx::migrate::{MigrateError, Migrator};
@@ -9,6 +10,9 @@ use sqlx::postgres::{PgConnection, PgDatabaseError, PgErrorPosition};
 use sqlx::sqlite::SqliteConnection;
 
 use super::StoreError;
+
+/// How long all migrations may take together, waiting for another host that runs them included.
+const TIMEOUT: Duration = Duration::from_secs(600);
 
 /// The migrations of one folder.
 pub(super) struct Migrations {
@@ -36,7 +40,7 @@ impl Migrations {
         &self,
         connection: &mut PgConnection,
     ) -> Result<(), StoreError> {
-        let outcome = self.migrator.run(connection).await;
+        let outcome = self.in_time(TIMEOUT, self.migrator.run(connection)).await?;
         outcome.map_err(|error| self.explain(error))
     }
 
@@ -46,6 +50,10 @@ impl Migrations {
         &self,
         connection: &mut SqliteConnection,
     ) -> Result<(), StoreError> {
+        self.in_time(TIMEOUT, self.run_in_one(connection)).await?
+    }
+
+    async fn run_in_one(&self, connection: &mut SqliteConnection) -> Result<(), StoreError> {
         if self.migrator.iter().any(|migration| migration.no_tx) {
             let outcome = self.migrator.run(connection).await;
             return outcome.map_err(|error| self.explain(error));
@@ -56,6 +64,22 @@ impl Migrations {
         outcome.map_err(|error| self.explain(error))?;
         let committed = transaction.commit().await;
         committed.map_err(|error| self.explain(error.into()))
+    }
+
+    async fn in_time<T>(
+        &self,
+        limit: Duration,
+        work: impl Future<Output = T>,
+    ) -> Result<T, StoreError> {
+        let outcome = tokio::time::timeout(limit, work).await;
+        outcome.map_err(|_| {
+            StoreError::Unavailable(format!(
+                "migrations of {} did not end within {} s: another host may be running them, or something \
+                 keeps a table locked",
+                self.folder.display(),
+                limit.as_secs()
+            ))
+        })
     }
 
     fn explain(&self, error: MigrateError) -> StoreError {
@@ -146,4 +170,24 @@ async fn files(folder: &Path) -> Result<BTreeMap<i64, PathBuf>, StoreError> {
         }
     }
     Ok(files)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn migrations_that_do_not_end_are_given_up() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let migrations = Migrations::load(folder.path()).await;
+        let migrations = migrations.expect("no migrations");
+        let endless = migrations.in_time(Duration::ZERO, std::future::pending::<()>());
+        match endless.await {
+            Err(StoreError::Unavailable(why)) => {
+                let folder = folder.path().display().to_string();
+                assert!(why.contains(&folder) && why.contains("locked"), "{why}");
+            }
+            other => panic!("{other:?}"),
+        }
+    }
 }

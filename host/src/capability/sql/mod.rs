@@ -24,6 +24,8 @@ use crate::pipeline::{SqlStore, SqlUrl};
 pub const MAX_STATEMENT_BYTES: usize = 1024 * 1024;
 /// Parameters of one statement; SQLite's own limit.
 pub const MAX_PARAMETERS: usize = 32_766;
+/// Lists of parameters of one call.
+pub const MAX_PARAMETER_LISTS: usize = 100_000;
 /// Rows of one answer.
 pub const MAX_ANSWER_ROWS: usize = 100_000;
 /// Bytes of one answer: its values' bytes, and 16 for each value.

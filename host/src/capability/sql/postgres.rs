@@ -1,7 +1,7 @@
 //! The `sql` capability on PostgreSQL.
 
-use std::fmt::Write as _;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::TryStreamExt;
@@ -10,7 +10,7 @@ use sqlx::postgres::{
 };
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, Row, SqlSafeStr, Statement as _};
 
-use super::lease::Lease;
+use super::lease::{Lease, is_at_rest};
 use super::migrate::Migrations;
 use super::statement::{self, Dialect};
 use super::{
@@ -24,6 +24,8 @@ mod value;
 const PING_AFTER_IDLE: Duration = Duration::from_secs(5);
 /// How much longer than [`STATEMENT_TIMEOUT`] the host waits: the server's answer says more.
 const GRACE: Duration = Duration::from_secs(2);
+/// How often the server sees whether somebody still waits for a statement that runs.
+const DEPARTURE_CHECK: Duration = Duration::from_secs(1);
 /// Prepared statements that a connection keeps.
 const STATEMENT_CACHE: usize = 256;
 
@@ -55,6 +57,8 @@ pub(super) async fn open(
         })?
         .map_err(|error| open_error(&place, &error))?;
     if let Some(migrations) = migrations {
+        let noticed = notice_departures(&mut connection).await;
+        noticed.map_err(|error| open_error(&place, &error))?;
         migrations
             .run_on_postgres(&mut connection)
             .await
@@ -78,7 +82,7 @@ pub(super) async fn open(
                 Ok(true)
             })
         })
-        .after_connect(|connection, _| Box::pin(limit_statements(connection)))
+        .after_connect(|connection, _| Box::pin(set_up(connection)))
         .connect_lazy_with(options);
     Ok(Postgres { pool })
 }
@@ -89,29 +93,29 @@ impl Postgres {
     }
 
     pub(super) async fn query(&self, text: &str, params: &[Value]) -> Result<Rows, Error> {
-        statement::check(Dialect::Postgres, text, params.len())?;
-        let statement = || Prepared::new(text, params);
-        let first = statement()?;
+        let keyword = statement::check(Dialect::Postgres, text, params.len())?;
+        let mut statement = Statement::new(text);
+        let first = statement.with(params)?;
         let mut connection = Lease::take(&self.pool).await?;
         let mut answer = in_time(query(&mut connection, first)).await;
         if is_stale(&answer, params) {
             forget_plans(&mut connection).await?;
-            answer = in_time(query(&mut connection, statement()?)).await;
+            answer = in_time(query(&mut connection, statement.with(params)?)).await;
         }
-        connection.finish(answer)
+        finish(connection, &keyword, text, answer).await
     }
 
     pub(super) async fn execute(&self, text: &str, params: &[Value]) -> Result<u64, Error> {
-        statement::check(Dialect::Postgres, text, params.len())?;
-        let statement = || Prepared::new(text, params);
-        let first = statement()?;
+        let keyword = statement::check(Dialect::Postgres, text, params.len())?;
+        let mut statement = Statement::new(text);
+        let first = statement.with(params)?;
         let mut connection = Lease::take(&self.pool).await?;
         let mut answer = in_time(execute(&mut connection, first)).await;
         if is_stale(&answer, params) {
             forget_plans(&mut connection).await?;
-            answer = in_time(execute(&mut connection, statement()?)).await;
+            answer = in_time(execute(&mut connection, statement.with(params)?)).await;
         }
-        connection.finish(answer)
+        finish(connection, &keyword, text, answer).await
     }
 
     pub(super) async fn execute_many(
@@ -119,42 +123,72 @@ impl Postgres {
         text: &str,
         params: &[Vec<Value>],
     ) -> Result<u64, Error> {
-        let longest = params.iter().map(Vec::len).max().unwrap_or(0);
-        statement::check(Dialect::Postgres, text, longest)?;
-        let statements = params
-            .iter()
-            .map(|params| Prepared::new(text, params))
-            .collect::<Result<Vec<_>, _>>()?;
+        let keyword = statement::check_many(Dialect::Postgres, text, params)?;
         let mut connection = Lease::take(&self.pool).await?;
-        let answer = execute_many(&mut connection, statements).await;
-        connection.finish(answer)
+        let answer = execute_many(&mut connection, text, params).await;
+        finish(connection, &keyword, text, answer).await
     }
+}
+
+/// A statement's text as it is sent.
+struct Statement<'a> {
+    text: &'a str,
+    signature: String,
+    signed: Arc<str>,
 }
 
 /// A statement with its parameters encoded.
 struct Prepared {
-    text: String,
+    text: Arc<str>,
     arguments: PgArguments,
 }
 
-impl Prepared {
-    fn new(text: &str, params: &[Value]) -> Result<Self, Error> {
+impl<'a> Statement<'a> {
+    fn new(text: &'a str) -> Self {
+        Self {
+            text,
+            signature: String::new(),
+            signed: text.into(),
+        }
+    }
+
+    /// Lists of the same types share one text.
+    fn with(&mut self, params: &[Value]) -> Result<Prepared, Error> {
         let mut arguments = PgArguments::default();
         // The driver finds a prepared statement by its text, but what the server prepared depends on the
         // parameters' types too: a NULL is inferred, and an int8 is no int4. So they become part of the text.
-        let mut signature = String::with_capacity(params.len() + 8);
+        let mut signature = String::with_capacity(params.len());
         for param in params {
             signature.push(value::bind(&mut arguments, param)?);
         }
-        let mut text = text.to_owned();
-        if !params.is_empty() {
-            // Infallible: it writes into a string. The new line ends a comment of the statement's own.
-            let _ = write!(text, "\n/* {signature} */");
+        if signature != self.signature {
+            // The new line ends a comment of the statement's own.
+            self.signed = format!("{}\n/* {signature} */", self.text).into();
+            self.signature = signature;
         }
-        Ok(Self { text, arguments })
+        Ok(Prepared {
+            text: self.signed.clone(),
+            arguments,
+        })
     }
 }
 
+/// Gives the connection back as it was, or closes it where that can't be done.
+async fn finish<T>(
+    mut connection: Lease<sqlx::Postgres>,
+    keyword: &str,
+    text: &str,
+    answer: Result<T, Error>,
+) -> Result<T, Error> {
+    let traces = is_at_rest(&answer) && statement::may_leave_traces(keyword, text);
+    if traces && in_time(reset(&mut connection)).await.is_err() {
+        return answer;
+    }
+    connection.finish(answer)
+}
+
+/// A row arrives whole, whatever its size, before it can be counted: the protocol has no way to ask for less. So
+/// an answer takes at most [`super::MAX_ANSWER_BYTES`] and one row, which PostgreSQL keeps below a gigabyte.
 async fn query(connection: &mut PgConnection, statement: Prepared) -> Result<Rows, Error> {
     let Prepared { text, arguments } = statement;
     let mut answer = Answer::default();
@@ -189,33 +223,41 @@ async fn execute(connection: &mut PgConnection, statement: Prepared) -> Result<u
 /// All or none, in a transaction; what is not committed is rolled back.
 async fn execute_many(
     connection: &mut PgConnection,
-    statements: Vec<Prepared>,
+    text: &str,
+    params: &[Vec<Value>],
 ) -> Result<u64, Error> {
-    let mut transaction = in_time(async {
-        connection
-            .begin()
-            .await
-            .map_err(|error| transport_error(&error))
-    })
-    .await?;
-    let mut affected = 0;
-    for statement in statements {
-        match in_time(execute(&mut transaction, statement)).await {
-            Ok(rows) => affected += rows,
-            Err(error) => {
-                in_time(async {
-                    transaction
-                        .rollback()
-                        .await
-                        .map_err(|e| transport_error(&e))
-                })
-                .await?;
-                return Err(error);
-            }
+    let begun = in_time(async {
+        let begun = connection.begin().await;
+        begun.map_err(|error| transport_error(&error))
+    });
+    let mut transaction = begun.await?;
+    match execute_all(&mut transaction, text, params).await {
+        Ok(affected) => {
+            // A deferred constraint speaks up only here.
+            in_time(async { transaction.commit().await.map_err(|error| error_of(&error)) }).await?;
+            Ok(affected)
+        }
+        Err(error) => {
+            let rolled_back = in_time(async {
+                let rolled_back = transaction.rollback().await;
+                rolled_back.map_err(|error| transport_error(&error))
+            });
+            rolled_back.await?;
+            Err(error)
         }
     }
-    // A deferred constraint speaks up only here.
-    in_time(async { transaction.commit().await.map_err(|error| error_of(&error)) }).await?;
+}
+
+async fn execute_all(
+    connection: &mut PgConnection,
+    text: &str,
+    params: &[Vec<Value>],
+) -> Result<u64, Error> {
+    let mut statement = Statement::new(text);
+    let mut affected = 0;
+    for params in params {
+        affected += in_time(execute(connection, statement.with(params)?)).await?;
+    }
     Ok(affected)
 }
 
@@ -318,14 +360,40 @@ fn place(options: &PgConnectOptions) -> String {
     }
 }
 
-/// Has the server give up on statements in time, unless the database, the role or the URL says otherwise.
-async fn limit_statements(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
-    let set = "SELECT set_config('statement_timeout', $1, false) \
-               WHERE current_setting('statement_timeout') = '0'";
-    sqlx::query(set)
-        .bind(format!("{}ms", STATEMENT_TIMEOUT.as_millis()))
-        .persistent(false)
-        .execute(connection)
-        .await?;
-    Ok(())
+/// Undoes what a statement may have left for the connection's next user. It is DISCARD ALL without the plans,
+/// which stay good.
+async fn reset(connection: &mut PgConnection) -> Result<(), Error> {
+    const RESET: &str = "SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *; \
+                         SELECT pg_advisory_unlock_all(); DISCARD TEMP; DISCARD SEQUENCES";
+    let done = sqlx::raw_sql(RESET).execute(&mut *connection).await;
+    done.map_err(|error| error_of(&error))?;
+    set_up(connection).await.map_err(|error| error_of(&error))
+}
+
+/// Has the server give up on statements in time, unless the database, the role or the URL says otherwise, and when
+/// nobody waits for them. Not as parameters of the connection: a pooler between may refuse those.
+async fn set_up(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    let limit = format!(
+        "SELECT set_config('statement_timeout', '{}ms', false) \
+         WHERE current_setting('statement_timeout') = '0'",
+        STATEMENT_TIMEOUT.as_millis()
+    );
+    let limited = sqlx::raw_sql(AssertSqlSafe(limit));
+    limited.execute(&mut *connection).await?;
+    notice_departures(connection).await
+}
+
+/// Since PostgreSQL 14.
+async fn notice_departures(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    const NAME: &str = "client_connection_check_interval";
+    let notice = format!(
+        "SELECT set_config('{NAME}', '{}ms', false) WHERE current_setting('{NAME}', true) = '0'",
+        DEPARTURE_CHECK.as_millis()
+    );
+    let noticed = sqlx::raw_sql(AssertSqlSafe(notice));
+    match noticed.execute(connection).await {
+        // There are systems on which PostgreSQL can't see it.
+        Ok(_) | Err(sqlx::Error::Database(_)) => Ok(()),
+        Err(other) => Err(other),
+    }
 }

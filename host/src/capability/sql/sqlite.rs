@@ -18,8 +18,8 @@ use super::lease::Lease;
 use super::migrate::Migrations;
 use super::statement::{self, Dialect};
 use super::{
-    ACQUIRE_TIMEOUT, Answer, DatabaseError, Error, Rows, STATEMENT_TIMEOUT, StoreError, Value,
-    out_of_time, transport_error,
+    ACQUIRE_TIMEOUT, Answer, DatabaseError, Error, MAX_ANSWER_BYTES, Rows, STATEMENT_TIMEOUT,
+    StoreError, Value, out_of_time, transport_error,
 };
 
 mod value;
@@ -30,6 +30,8 @@ use value::DeclaredTypes;
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Prepared statements that a connection keeps.
 const STATEMENT_CACHE: usize = 256;
+/// Rows that the database's thread reads ahead. Each may have as many bytes as [`limit_values`] allows.
+const ROWS_AHEAD: usize = 4;
 /// Instructions of SQLite's machine between two looks at the clock: some tens of microseconds.
 const INSTRUCTIONS_PER_LOOK: i32 = 10_000;
 
@@ -82,6 +84,7 @@ pub(super) async fn open(
         .foreign_keys(true)
         .busy_timeout(BUSY_TIMEOUT)
         .statement_cache_capacity(STATEMENT_CACHE)
+        .row_buffer_size(ROWS_AHEAD)
         .disable_statement_logging();
     let mut connection = options
         .connect()
@@ -109,6 +112,7 @@ pub(super) async fn open(
         .max_connections(max_connections)
         .acquire_timeout(ACQUIRE_TIMEOUT)
         .test_before_acquire(false)
+        .after_connect(|connection, _| Box::pin(limit_values(connection)))
         .before_acquire({
             let altered = altered.clone();
             move |_, metadata| {
@@ -131,33 +135,43 @@ impl Sqlite {
     }
 
     pub(super) async fn query(&self, text: &str, params: &[Value]) -> Result<Rows, Error> {
-        let statement = Prepared::new(text, params)?;
+        let statement = Statement::new(text, params.len())?;
+        let query = statement.with(params)?;
         let _writing = self.writing(&statement).await?;
         let mut connection = Lease::take(&self.pool).await?;
-        let alters = statement.alters_tables();
-        let mut answer = self.fetch(&mut connection, statement).await;
-        if alters && answer.is_ok() {
-            let noted = self.note_altered(&mut connection).await;
+        let mut answer = self.fetch(&mut connection, &statement, query).await;
+        if answer.is_ok() {
+            let noted = self.note_altered(&mut connection, &statement).await;
             answer = answer.and_then(|rows| noted.map(|()| rows));
         }
-        connection.finish(answer)
+        finish(connection, &statement, answer)
     }
 
     pub(super) async fn execute(&self, text: &str, params: &[Value]) -> Result<u64, Error> {
-        let statement = Prepared::new(text, params)?;
+        let statement = Statement::new(text, params.len())?;
+        let query = statement.with(params)?;
         let _writing = self.writing(&statement).await?;
         let mut connection = Lease::take(&self.pool).await?;
-        let alters = statement.alters_tables();
-        let mut answer = execute(&mut connection, statement).await;
-        if alters && answer.is_ok() {
-            let noted = self.note_altered(&mut connection).await;
+        let running = Running::default();
+        let mut answer = execute(&mut connection, &running, &statement, query).await;
+        if answer.is_ok() {
+            let noted = self.note_altered(&mut connection, &statement).await;
             answer = answer.and_then(|rows| noted.map(|()| rows));
         }
-        connection.finish(answer)
+        finish(connection, &statement, answer)
     }
 
-    async fn note_altered(&self, connection: &mut SqliteConnection) -> Result<(), Error> {
+    async fn note_altered(
+        &self,
+        connection: &mut SqliteConnection,
+        statement: &Statement,
+    ) -> Result<(), Error> {
+        if !statement.alters_tables() {
+            return Ok(());
+        }
         self.altered.note();
+        let running = Running::default();
+        running.limit(connection).await?;
         let read = self.declared.read(connection).await;
         read.map_err(|error| error_of(&error))
     }
@@ -167,21 +181,19 @@ impl Sqlite {
         text: &str,
         params: &[Vec<Value>],
     ) -> Result<u64, Error> {
-        let statements = params
-            .iter()
-            .map(|params| Prepared::new(text, params))
-            .collect::<Result<Vec<_>, _>>()?;
-        if statements.is_empty() {
-            statement::check(Dialect::Sqlite, text, super::MAX_PARAMETERS)?;
+        let keyword = statement::check_many(Dialect::Sqlite, text, params)?;
+        if params.is_empty() {
             return Ok(0);
         }
+        let text = text.into();
+        let statement = Statement { keyword, text };
         let _writing = self.write().await?;
         let mut connection = Lease::take(&self.pool).await?;
-        let answer = execute_many(&mut connection, statements).await;
-        connection.finish(answer)
+        let answer = execute_many(&mut connection, &statement, params).await;
+        finish(connection, &statement, answer)
     }
 
-    async fn writing(&self, statement: &Prepared) -> Result<Option<MutexGuard<'_, ()>>, Error> {
+    async fn writing(&self, statement: &Statement) -> Result<Option<MutexGuard<'_, ()>>, Error> {
         if statement.only_reads() {
             return Ok(None);
         }
@@ -199,13 +211,14 @@ impl Sqlite {
     async fn fetch(
         &self,
         connection: &mut SqliteConnection,
-        statement: Prepared,
+        statement: &Statement,
+        query: Query,
     ) -> Result<Rows, Error> {
-        limit(connection, Instant::now() + STATEMENT_TIMEOUT).await?;
+        let running = Running::default();
+        running.limit(connection).await?;
         let mut answer = Answer::default();
-        let text = statement.text.clone();
         {
-            let mut stream = statement.query().fetch(&mut *connection);
+            let mut stream = query.fetch(&mut *connection);
             while let Some(row) = stream.try_next().await.map_err(|e| error_of(&e))? {
                 if answer.columns.is_empty() {
                     answer.columns = value::names(sqlx::Row::columns(&row));
@@ -215,39 +228,40 @@ impl Sqlite {
         }
         if answer.rows.is_empty() {
             // The names come with the rows, so an empty answer has to ask for them.
-            let statement = (&mut *connection)
-                .prepare(AssertSqlSafe(text).into_sql_str())
-                .await
-                .map_err(|error| error_of(&error))?;
-            answer.columns = value::names(statement.columns());
+            let text = AssertSqlSafe(statement.text.clone()).into_sql_str();
+            let prepared = (&mut *connection).prepare(text).await;
+            let prepared = prepared.map_err(|error| error_of(&error))?;
+            answer.columns = value::names(prepared.columns());
         }
         Ok(answer.finish())
     }
 }
 
-/// A statement with its parameters encoded.
-struct Prepared {
+/// A statement that may be sent.
+struct Statement {
     keyword: String,
-    text: String,
-    arguments: SqliteArguments,
+    text: Arc<str>,
 }
 
-impl Prepared {
-    fn new(text: &str, params: &[Value]) -> Result<Self, Error> {
-        let keyword = statement::check(Dialect::Sqlite, text, params.len())?;
+/// It and its parameters.
+type Query = sqlx::query::Query<'static, sqlx::Sqlite, SqliteArguments>;
+
+impl Statement {
+    fn new(text: &str, params: usize) -> Result<Self, Error> {
+        let keyword = statement::check(Dialect::Sqlite, text, params)?;
+        let text = text.into();
+        Ok(Self { keyword, text })
+    }
+
+    fn with(&self, params: &[Value]) -> Result<Query, Error> {
         let mut arguments = SqliteArguments::default();
         for param in params {
             value::bind(&mut arguments, param)?;
         }
-        Ok(Self {
-            keyword,
-            text: text.to_owned(),
+        Ok(sqlx::query_with(
+            AssertSqlSafe(self.text.clone()),
             arguments,
-        })
-    }
-
-    fn query(self) -> sqlx::query::Query<'static, sqlx::Sqlite, SqliteArguments> {
-        sqlx::query_with(AssertSqlSafe(self.text), self.arguments)
+        ))
     }
 
     fn only_reads(&self) -> bool {
@@ -257,63 +271,141 @@ impl Prepared {
     fn alters_tables(&self) -> bool {
         matches!(self.keyword.as_str(), "CREATE" | "ALTER" | "DROP")
     }
+}
 
-    /// Whether SQLite's count of changed rows is about this statement: others leave the last one's.
-    fn changes_rows(&self) -> bool {
-        matches!(
-            self.keyword.as_str(),
-            "INSERT" | "UPDATE" | "DELETE" | "REPLACE" | "WITH"
-        )
+/// Gives the connection back, or closes it where something temporary may be in it.
+fn finish<T>(
+    connection: Lease<sqlx::Sqlite>,
+    statement: &Statement,
+    answer: Result<T, Error>,
+) -> Result<T, Error> {
+    if statement::may_be_temporary(&statement.keyword, &statement.text) {
+        return answer;
     }
+    connection.finish(answer)
 }
 
 /// How many rows were changed or, as PostgreSQL counts, answered.
-async fn execute(connection: &mut SqliteConnection, statement: Prepared) -> Result<u64, Error> {
-    limit(connection, Instant::now() + STATEMENT_TIMEOUT).await?;
-    let changes_rows = statement.changes_rows();
+async fn execute(
+    connection: &mut SqliteConnection,
+    running: &Running,
+    statement: &Statement,
+    query: Query,
+) -> Result<u64, Error> {
+    running.limit(connection).await?;
+    // SQLite's count of changed rows is about the last statement that may have changed some.
+    let earlier = match statement.keyword.as_str() {
+        "WITH" => Some(total_changes(connection).await?),
+        _ => None,
+    };
     let (mut answered, mut changed) = (0, 0);
-    let mut stream = connection.fetch_many(statement.query());
-    while let Some(item) = stream.try_next().await.map_err(|error| error_of(&error))? {
-        match item {
-            Either::Left(done) => changed += done.rows_affected(),
-            Either::Right(_) => answered += 1,
+    {
+        let mut stream = connection.fetch_many(query);
+        while let Some(item) = stream.try_next().await.map_err(|error| error_of(&error))? {
+            match item {
+                Either::Left(done) => changed += done.rows_affected(),
+                Either::Right(_) => answered += 1,
+            }
         }
     }
+    let changes_rows = match statement.keyword.as_str() {
+        "INSERT" | "UPDATE" | "DELETE" | "REPLACE" => true,
+        "WITH" => earlier != Some(total_changes(connection).await?),
+        _ => false,
+    };
     Ok(match answered {
         0 if changes_rows => changed,
         answered => answered,
     })
 }
 
+async fn total_changes(connection: &mut SqliteConnection) -> Result<i64, Error> {
+    let count = sqlx::query_scalar("SELECT total_changes()").fetch_one(connection);
+    count.await.map_err(|error| error_of(&error))
+}
+
 /// All or none, in a transaction; what is not committed is rolled back.
 async fn execute_many(
     connection: &mut SqliteConnection,
-    statements: Vec<Prepared>,
+    statement: &Statement,
+    params: &[Vec<Value>],
 ) -> Result<u64, Error> {
+    let running = Running::default();
+    running.limit(connection).await?;
     let begun = connection.begin_with("BEGIN IMMEDIATE").await;
     let mut transaction = begun.map_err(|error| error_of(&error))?;
-    let mut affected = 0;
-    for statement in statements {
-        match execute(&mut transaction, statement).await {
-            Ok(rows) => affected += rows,
-            Err(error) => {
-                let rolled_back = transaction.rollback().await;
-                return Err(rolled_back.map_or_else(|error| error_of(&error), |()| error));
-            }
+    match execute_all(&mut transaction, &running, statement, params).await {
+        Ok(affected) => {
+            let committed = transaction.commit().await;
+            committed.map_err(|error| error_of(&error))?;
+            Ok(affected)
+        }
+        Err(error) => {
+            let rolled_back = transaction.rollback().await;
+            Err(rolled_back.map_or_else(|error| error_of(&error), |()| error))
         }
     }
-    let committed = transaction.commit().await;
-    committed.map_err(|error| error_of(&error))?;
+}
+
+async fn execute_all(
+    connection: &mut SqliteConnection,
+    running: &Running,
+    statement: &Statement,
+    params: &[Vec<Value>],
+) -> Result<u64, Error> {
+    let mut affected = 0;
+    for params in params {
+        let query = statement.with(params)?;
+        affected += execute(connection, running, statement, query).await?;
+    }
     Ok(affected)
 }
 
-/// Has SQLite give up on the next statement in time.
-async fn limit(connection: &mut SqliteConnection, ends: Instant) -> Result<(), Error> {
-    let mut handle = connection
-        .lock_handle()
-        .await
-        .map_err(|error| error_of(&error))?;
-    handle.set_progress_handler(INSTRUCTIONS_PER_LOOK, move || Instant::now() < ends);
+/// A call that waits for SQLite. Dropped with the call, and SQLite sees it.
+#[derive(Default)]
+struct Running(Arc<()>);
+
+impl Running {
+    /// Has SQLite give up on the next statement in time, and when nobody waits for it any more.
+    async fn limit(&self, connection: &mut SqliteConnection) -> Result<(), Error> {
+        self.limit_to(connection, Instant::now() + STATEMENT_TIMEOUT)
+            .await
+    }
+
+    async fn limit_to(
+        &self,
+        connection: &mut SqliteConnection,
+        ends: Instant,
+    ) -> Result<(), Error> {
+        let mut handle = connection
+            .lock_handle()
+            .await
+            .map_err(|error| error_of(&error))?;
+        let running = Arc::downgrade(&self.0);
+        handle.set_progress_handler(INSTRUCTIONS_PER_LOOK, move || {
+            running.strong_count() > 0 && Instant::now() < ends
+        });
+        Ok(())
+    }
+}
+
+/// Has SQLite refuse values and rows that no answer could carry, before it makes them.
+#[allow(
+    unsafe_code,
+    reason = "neither the driver nor any statement sets this limit"
+)]
+async fn limit_values(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
+    let mut handle = connection.lock_handle().await?;
+    let bytes = i32::try_from(MAX_ANSWER_BYTES).unwrap_or(i32::MAX);
+    // SAFETY: the pointer is the connection's own, open and ours alone for as long as `handle` is locked, and the
+    // call keeps nothing of it.
+    unsafe {
+        libsqlite3_sys::sqlite3_limit(
+            handle.as_raw_handle().as_ptr(),
+            libsqlite3_sys::SQLITE_LIMIT_LENGTH,
+            bytes,
+        );
+    }
     Ok(())
 }
 
@@ -404,9 +496,9 @@ mod tests {
     async fn a_statement_that_does_not_end_is_interrupted() {
         let options = SqliteConnectOptions::new().in_memory(true);
         let mut connection = options.connect().await.expect("a database in memory");
-        limit(&mut connection, Instant::now())
-            .await
-            .expect("a connection");
+        let running = Running::default();
+        let limited = running.limit_to(&mut connection, Instant::now()).await;
+        limited.expect("a connection");
         let endless = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) \
                        SELECT count(*) FROM n";
         let answer = sqlx::query(endless).fetch_all(&mut connection).await;

@@ -4,7 +4,9 @@
 //! several statements in one call and binds what is missing as NULL, the end of the statement and
 //! its placeholders.
 
-use super::{Error, MAX_PARAMETERS, MAX_STATEMENT_BYTES, database_error};
+use super::{
+    Error, MAX_PARAMETER_LISTS, MAX_PARAMETERS, MAX_STATEMENT_BYTES, Value, database_error,
+};
 
 const SYNTAX_ERROR: &str = "42601";
 const NOT_SUPPORTED: &str = "0A000";
@@ -43,6 +45,10 @@ const REFUSED_BY_POSTGRES: &[(&str, &str)] = &[
     ("DEALLOCATE", SESSION),
     ("DECLARE", SESSION),
     ("DISCARD", SESSION),
+    (
+        "DO",
+        "a stage sends SQL, and functions are made by migrations",
+    ),
     ("EXECUTE", "the host prepares the statements"),
     ("LISTEN", SESSION),
     ("LOAD", SESSION),
@@ -73,23 +79,107 @@ pub(super) fn check(dialect: Dialect, text: &str, params: usize) -> Result<Strin
         return Err(database_error(SYNTAX_ERROR, message));
     }
     let start = skip_blank(dialect, text.as_bytes(), 0);
-    let keyword = word(&text.as_bytes()[start..]);
-    if start == text.len() {
+    let text = &text.as_bytes()[start..];
+    if text.is_empty() {
         return Err(database_error(SYNTAX_ERROR, "the statement is empty"));
     }
+    let mut words = Words { dialect, text };
+    let keyword = words.next();
+    check_word(dialect, &keyword)?;
+    match keyword.as_str() {
+        // What it explains is prepared, and SQLite does much of what a PRAGMA says while it prepares it.
+        "EXPLAIN" if dialect == Dialect::Sqlite => {
+            let explained = words.after(&["QUERY", "PLAN"]);
+            check_word(dialect, &explained)?;
+        }
+        "CREATE" => {
+            let created = words.after(&["OR", "REPLACE", "GLOBAL", "LOCAL"]);
+            if matches!(created.as_str(), "TEMP" | "TEMPORARY") {
+                return Err(refusal("CREATE TEMP", SESSION));
+            }
+        }
+        _ => {}
+    }
+    if dialect == Dialect::Sqlite {
+        check_sqlite(text, params)?;
+    }
+    Ok(keyword)
+}
+
+/// As [`check`], of a statement that is run once for every list of parameters.
+pub(super) fn check_many(
+    dialect: Dialect,
+    text: &str,
+    lists: &[Vec<Value>],
+) -> Result<String, Error> {
+    if lists.len() > MAX_PARAMETER_LISTS {
+        let message = format!("a call takes at most {MAX_PARAMETER_LISTS} lists of parameters");
+        return Err(database_error(LIMIT_EXCEEDED, message));
+    }
+    let lengths = || lists.iter().map(Vec::len);
+    check(dialect, text, lengths().max().unwrap_or(MAX_PARAMETERS))?;
+    check(dialect, text, lengths().min().unwrap_or(MAX_PARAMETERS))
+}
+
+/// Whether a statement that PostgreSQL ran may have left something in the session. Plain ones have not, as far as
+/// their text tells: what a function of the database does is up to who made it.
+pub(super) fn may_leave_traces(keyword: &str, text: &str) -> bool {
+    const PLAIN: &[&str] = &[
+        "DELETE", "INSERT", "MERGE", "SELECT", "UPDATE", "VALUES", "WITH",
+    ];
+    // Settings, advisory locks, temporary tables; statements in a string; names written in codes.
+    const SUSPECT: &[&str] = &["set_config", "advisory", "temp", "to_xml", "u&\""];
+    if !PLAIN.contains(&keyword) {
+        return true;
+    }
+    let text = text.to_ascii_lowercase();
+    SUSPECT.iter().any(|suspect| text.contains(suspect))
+}
+
+/// Whether a statement may have made something that SQLite keeps with the connection: `CREATE TABLE temp.t` does.
+pub(super) fn may_be_temporary(keyword: &str, text: &str) -> bool {
+    keyword == "CREATE" && text.to_ascii_lowercase().contains("temp")
+}
+
+fn check_word(dialect: Dialect, word: &str) -> Result<(), Error> {
     let own = match dialect {
         Dialect::Postgres => REFUSED_BY_POSTGRES,
         Dialect::Sqlite => REFUSED_BY_SQLITE,
     };
     let mut refused = REFUSED_BY_BOTH.iter().chain(own);
-    if let Some((_, why)) = refused.find(|(word, _)| *word == keyword) {
-        let message = format!("{keyword} is not for stages: {why}");
-        return Err(database_error(NOT_SUPPORTED, message));
+    match refused.find(|(refused, _)| *refused == word) {
+        Some((_, why)) => Err(refusal(word, why)),
+        None => Ok(()),
     }
-    if dialect == Dialect::Sqlite {
-        check_sqlite(&text.as_bytes()[start..], params)?;
+}
+
+fn refusal(what: &str, why: &str) -> Error {
+    database_error(NOT_SUPPORTED, format!("{what} is not for stages: {why}"))
+}
+
+/// The words at the beginning of a statement, in upper case; empty from where there is something else.
+struct Words<'a> {
+    dialect: Dialect,
+    text: &'a [u8],
+}
+
+impl Words<'_> {
+    fn next(&mut self) -> String {
+        let start = skip_blank(self.dialect, self.text, 0);
+        let (word, rest) = self.text[start..].split_at(word_len(&self.text[start..]));
+        self.text = rest;
+        String::from_utf8_lossy(word).to_ascii_uppercase()
     }
-    Ok(keyword)
+
+    /// The next word that is none of these.
+    fn after(&mut self, skipped: &[&str]) -> String {
+        loop {
+            let word = self.next();
+            if !skipped.contains(&word.as_str()) {
+                return word;
+            }
+        }
+    }
 }
 
 /// One statement, and placeholders `$1` to `$params` only.
@@ -200,10 +290,6 @@ fn skip_quoted(text: &[u8], at: usize, end: u8) -> usize {
     length.map_or(text.len(), |length| at + 1 + length + 1)
 }
 
-fn word(text: &[u8]) -> String {
-    String::from_utf8_lossy(&text[..word_len(text)]).to_ascii_uppercase()
-}
-
 fn word_len(text: &[u8]) -> usize {
     text.iter().take_while(|byte| is_word(**byte)).count()
 }
@@ -287,6 +373,64 @@ mod tests {
         );
         check(Dialect::Sqlite, "attach '/etc/x' as x", 0, Err("no files"));
         check(Dialect::Sqlite, "vacuum into '/tmp/x'", 0, Err("no files"));
+    }
+
+    #[test]
+    fn connections_stay_as_they_are() {
+        let sqlite = Dialect::Sqlite;
+        for text in [
+            "explain pragma hard_heap_limit(1)",
+            "EXPLAIN /* a */ QUERY -- b\n PLAN\tPragma foreign_keys = 0",
+            "explain query plan query plan pragma foreign_keys = 0",
+            "explain \u{feff}pragma foreign_keys = 0",
+        ] {
+            check(sqlite, text, 0, Err("PRAGMA is not for stages"));
+        }
+        check(sqlite, "explain query plan select 1", 0, Ok("EXPLAIN"));
+        let postgres = Dialect::Postgres;
+        check(postgres, "explain select 1", 0, Ok("EXPLAIN"));
+        check(postgres, "do $$ begin end $$", 0, Err("migrations"));
+        check(postgres, "listen posts", 0, Err("connections are shared"));
+        for dialect in [postgres, sqlite] {
+            for text in [
+                "create temp table t (a int)",
+                "create temporary view v as select 1",
+                "create or replace local temp view v as select 1",
+            ] {
+                check(dialect, text, 0, Err("CREATE TEMP is not for stages"));
+            }
+            check(
+                dialect,
+                "create table temperatures (a int)",
+                0,
+                Ok("CREATE"),
+            );
+        }
+    }
+
+    #[test]
+    fn plain_statements_leave_no_traces() {
+        for (keyword, text, expected) in [
+            ("INSERT", "insert into posts values ($1)", false),
+            ("SELECT", "select id from posts", false),
+            ("CREATE", "create table posts (id int)", true),
+            ("", "(select 1)", true),
+            ("SELECT", "select SET_CONFIG('a.b', 'c', false)", true),
+            (
+                "WITH",
+                "with l as (select pg_Advisory_lock(1)) select 1",
+                true,
+            ),
+            ("SELECT", "select 1 into temp t", true),
+            ("SELECT", "select query_to_xml($1, true, true, '')", true),
+            (
+                "SELECT",
+                r#"select U&"set\005fconfig"('a.b', 'c', false)"#,
+                true,
+            ),
+        ] {
+            assert_eq!(may_leave_traces(keyword, text), expected, "{text}");
+        }
     }
 
     #[test]

@@ -14,6 +14,7 @@ use tempfile::TempDir;
 use crate::support::server;
 
 mod lifecycle;
+mod sessions;
 mod statements;
 mod values;
 

@@ -1,7 +1,8 @@
 //! Statements: what they answer, how they fail, how far they go.
 
 use host::capability::sql::{
-    DatabaseError, Error, MAX_ANSWER_BYTES, MAX_ANSWER_ROWS, MAX_PARAMETERS, MAX_STATEMENT_BYTES,
+    DatabaseError, Error, MAX_ANSWER_BYTES, MAX_ANSWER_ROWS, MAX_PARAMETER_LISTS, MAX_PARAMETERS,
+    MAX_STATEMENT_BYTES,
 };
 
 use super::Value::{self, Int64, Null, Uuid};
@@ -43,6 +44,7 @@ async fn rows_are_counted() {
             ("CREATE TABLE t (id INTEGER PRIMARY KEY, v INTEGER)", 0),
             ("INSERT INTO t VALUES (1, 0), (2, 0), (3, 0)", 3),
             ("UPDATE t SET v = 1 WHERE id > 1", 2),
+            ("WITH none AS (SELECT 1) SELECT * FROM none WHERE 1 = 0", 0),
             ("SELECT * FROM t", 3),
             ("SELECT * FROM t WHERE id > 5", 0),
             ("INSERT INTO t VALUES (1, 5) ON CONFLICT (id) DO NOTHING", 0),
@@ -174,6 +176,18 @@ async fn many_executions_are_all_done_or_none() {
             matches!(error, Err(Error::Unsupported(_))),
             "{kind:?}: {error:?}"
         );
+        // A list is looked at when it is its turn.
+        let both = [vec![Int64(1), Null], vec![Int64(5), Uuid("no".into())]];
+        let error = database.execute_many(insert, &both).await;
+        assert!(
+            matches!(error, Err(Error::Database(_))),
+            "{kind:?}: {error:?}"
+        );
+        let many = vec![vec![]; MAX_PARAMETER_LISTS + 1];
+        match database.execute_many("DELETE FROM t", &many).await {
+            Err(Error::Database(error)) => assert_eq!(error.sqlstate.as_deref(), Some("54000")),
+            other => panic!("{kind:?}: {other:?}"),
+        }
         let refused = database.execute_many("COMMIT", &[vec![], vec![]]).await;
         assert!(
             matches!(refused, Err(Error::Database(_))),
