@@ -120,17 +120,9 @@ impl ResourceLimiter for Limiter {
         desired: usize,
         maximum: Option<usize>,
     ) -> wasmtime::Result<bool> {
-        // wasmtime asks first, and refuses by the memory's own maximum afterwards: that is not growth.
-        if maximum.is_some_and(|most| desired > most) {
-            return Ok(false);
-        }
-        let total = self.memory.saturating_add(desired.saturating_sub(current));
-        if total > self.max_memory {
-            self.refused_memory = true;
-            return Ok(false);
-        }
-        self.memory = total;
-        Ok(true)
+        let grown = grow(&mut self.memory, self.max_memory, current, desired, maximum);
+        self.refused_memory |= grown == Growth::OverLimit;
+        Ok(grown == Growth::Granted)
     }
 
     fn table_growing(
@@ -139,17 +131,9 @@ impl ResourceLimiter for Limiter {
         desired: usize,
         maximum: Option<usize>,
     ) -> wasmtime::Result<bool> {
-        if maximum.is_some_and(|most| desired > most) {
-            return Ok(false);
-        }
-        let total = self
-            .table_elements
-            .saturating_add(desired.saturating_sub(current));
-        if total > MAX_TABLE_ELEMENTS {
-            return Ok(false);
-        }
-        self.table_elements = total;
-        Ok(true)
+        let total = &mut self.table_elements;
+        let grown = grow(total, MAX_TABLE_ELEMENTS, current, desired, maximum);
+        Ok(grown == Growth::Granted)
     }
 
     fn instances(&self) -> usize {
@@ -163,4 +147,31 @@ impl ResourceLimiter for Limiter {
     fn memories(&self) -> usize {
         MAX_PARTS
     }
+}
+
+#[derive(PartialEq, Eq)]
+enum Growth {
+    Granted,
+    /// Beyond what the memory or table itself declares. wasmtime asks first, and refuses by that afterwards.
+    OverDeclared,
+    OverLimit,
+}
+
+/// Adds a growth to what all memories or tables of the instance have together.
+fn grow(
+    total: &mut usize,
+    limit: usize,
+    current: usize,
+    desired: usize,
+    declared: Option<usize>,
+) -> Growth {
+    if declared.is_some_and(|most| desired > most) {
+        return Growth::OverDeclared;
+    }
+    let after = total.saturating_add(desired.saturating_sub(current));
+    if after > limit {
+        return Growth::OverLimit;
+    }
+    *total = after;
+    Growth::Granted
 }
