@@ -9,6 +9,7 @@ use url::Url;
 
 use super::load::{Checks, describe_io};
 use super::{RedisStore, RedisUrl, SqlStore, SqlUrl};
+use crate::capability::{redis as redis_store, sql as sql_store};
 use crate::diagnostics::Problem;
 use crate::manifest::{RedisSection, SqlSection, Text};
 
@@ -116,7 +117,7 @@ fn migrations(checks: &Checks<'_>, text: &Text) -> Option<PathBuf> {
     None
 }
 
-/// What is wrong with the names in a folder of migrations; sqlx would pass over most of it in silence.
+/// What is wrong with the names in a folder of migrations, as the store that runs them sees it.
 fn migrations_fault(mut names: Vec<String>) -> Option<String> {
     names.retain(|name| name.ends_with(".sql"));
     names.sort();
@@ -127,11 +128,12 @@ fn migrations_fault(mut names: Vec<String>) -> Option<String> {
     for name in &names {
         let number = name
             .split_once('_')
-            .and_then(|(number, _)| number.parse().ok());
-        let Some(number) = number else {
+            .and_then(|(number, _)| number.parse::<i64>().ok());
+        let undoes = name.ends_with(".down.sql");
+        let Some(number) = number.filter(|number| undoes || *number > 0) else {
             return Some(format!("`{name}` is not the name of a migration"));
         };
-        if name.ends_with(".down.sql") {
+        if undoes {
             continue;
         }
         if let Some(other) = seen.insert(number, name) {
@@ -163,10 +165,14 @@ fn sql_url(checks: &Checks<'_>, text: &Text) -> Option<SqlUrl> {
         }
         Ok(url) => {
             let socket = url.query_pairs().any(|(name, _)| name == "host");
-            if socket || url.host_str().is_some_and(|host| !host.is_empty()) {
-                return Some(SqlUrl::Postgres(text.value.clone()));
+            if !socket && url.host_str().is_none_or(str::is_empty) {
+                bad("there is no host", SQL_HELP);
+                return None;
             }
-            bad("there is no host", SQL_HELP);
+            match sql_store::check_postgres_url(&text.value) {
+                Ok(()) => return Some(SqlUrl::Postgres(text.value.clone())),
+                Err(why) => bad(&why, SQL_HELP),
+            }
         }
     }
     None
@@ -216,7 +222,10 @@ fn redis_url(checks: &Checks<'_>, text: &Text) -> Option<RedisUrl> {
     if !database.is_empty() && database.parse::<u32>().is_err() {
         return bad("the path is the database's number");
     }
-    Some(RedisUrl::Remote(text.value.clone()))
+    match redis_store::check_url(&text.value) {
+        Ok(()) => Some(RedisUrl::Remote(text.value.clone())),
+        Err(why) => bad(&why),
+    }
 }
 
 fn url_fault(error: url::ParseError) -> String {
@@ -297,11 +306,13 @@ mod tests {
         for names in good {
             assert_eq!(fault(names), None, "{names:?}");
         }
-        let bad: [&[&str]; 4] = [
+        let bad: [&[&str]; 6] = [
             &[],
             &["posts.txt"],
             &["posts.sql"],
             &["01_a.sql", "1_b.sql"],
+            &["0_a.sql"],
+            &["-1_a.sql"],
         ];
         for names in bad {
             assert!(fault(names).is_some(), "{names:?}");

@@ -3,9 +3,11 @@
 //! One thread writes. It takes all that waits, runs it in one transaction, makes that durable, and
 //! answers; so many callers share one fsync, and none is answered before it. Reads go straight to
 //! the database, on the runtime's threads for blocking work.
+//!
+//! After an error of the disk, redb refuses all else until it is opened again, which the writer does.
 
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use redb::backends::InMemoryBackend;
@@ -18,7 +20,7 @@ use super::{Clock, Error, MAX_ANSWER_BYTES, Reply, Set, StoreError};
 
 mod keyspace;
 
-use keyspace::{Answer, Keyspace, Operation};
+use keyspace::{Answer, Keyspace, Operation, SWEEP_LIMIT};
 
 /// The file in the store's folder.
 const FILE: &str = "store.redb";
@@ -35,9 +37,19 @@ const CACHE_BYTES: usize = 64 * 1024 * 1024;
 #[derive(Clone)]
 pub(super) struct Embedded {
     writer: mpsc::Sender<Message>,
-    /// None once it is closed.
-    database: Arc<Mutex<Option<Arc<Database>>>>,
+    shared: Shared,
     clock: Clock,
+}
+
+/// The database as readers find it.
+#[derive(Clone)]
+struct Shared(Arc<Mutex<State>>);
+
+enum State {
+    Open(Arc<Database>),
+    /// Until the writer has opened it again.
+    Broken,
+    Closed,
 }
 
 enum Message {
@@ -48,25 +60,61 @@ enum Message {
 /// Opens the store of a folder, or one in memory.
 pub(super) async fn open(folder: Option<&Path>, clock: Clock) -> Result<Embedded, StoreError> {
     let folder = folder.map(Path::to_owned);
-    let opened = tokio::task::spawn_blocking(move || open_database(folder.as_deref()));
-    let database = opened
+    start(move || open_database(folder.as_deref()), clock).await
+}
+
+async fn start(
+    open: impl Fn() -> Result<Database, StoreError> + Send + 'static,
+    clock: Clock,
+) -> Result<Embedded, StoreError> {
+    let opened = tokio::task::spawn_blocking(move || open().map(|database| (database, open)));
+    let (database, open) = opened
         .await
         .map_err(|error| StoreError::Unavailable(error.to_string()))??;
     let database = Arc::new(database);
-    let (writer, messages) = mpsc::channel(QUEUE);
+    let shared = Shared(Arc::new(Mutex::new(State::Open(database.clone()))));
+    let (sender, messages) = mpsc::channel(QUEUE);
+    let writer = Writer {
+        database: Some(database),
+        shared: shared.clone(),
+        open,
+        clock: clock.clone(),
+    };
     let thread = std::thread::Builder::new().name("embedded-redis".to_owned());
     thread
-        .spawn({
-            let (database, clock) = (database.clone(), clock.clone());
-            move || write_all(database, messages, &clock)
-        })
+        .spawn(move || writer.run(messages))
         .map_err(|error| StoreError::Unavailable(error.to_string()))?;
-    tokio::spawn(sweep(writer.downgrade()));
+    tokio::spawn(sweep(sender.downgrade()));
     Ok(Embedded {
-        writer,
-        database: Arc::new(Mutex::new(Some(database))),
+        writer: sender,
+        shared,
         clock,
     })
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn database(&self) -> Result<Arc<Database>, Error> {
+        match &*self.state() {
+            State::Open(database) => Ok(database.clone()),
+            State::Broken => Err(Error::Unavailable(
+                "the embedded store is being opened again after an error of its disk".to_owned(),
+            )),
+            State::Closed => Err(closed()),
+        }
+    }
+
+    /// Has the writer open the database again where an error says that redb gave it up.
+    fn note(&self, error: &redb::Error) {
+        let mut state = self.state();
+        let broken = matches!(error, redb::Error::Io(_) | redb::Error::PreviousIo);
+        if broken && matches!(*state, State::Open(_)) {
+            *state = State::Broken;
+        }
+    }
 }
 
 fn open_database(folder: Option<&Path>) -> Result<Database, StoreError> {
@@ -103,8 +151,7 @@ impl Embedded {
 
     /// Waits for the writes that were begun, and closes the file.
     pub(super) async fn close(&self) {
-        let database = self.database.lock();
-        drop(database.unwrap_or_else(PoisonError::into_inner).take());
+        *self.shared.state() = State::Closed;
         let (closed, wait) = oneshot::channel();
         if self.writer.send(Message::Close(closed)).await.is_ok() {
             // An error says that the writer is gone, which is what is waited for.
@@ -184,19 +231,17 @@ impl Embedded {
         &self,
         work: impl FnOnce(&keyspace::Entries, u64) -> Result<T, redb::Error> + Send + 'static,
     ) -> Result<T, Error> {
-        let database = self.database().ok_or_else(closed)?;
+        let database = self.shared.database()?;
         let now = (self.clock)();
         let reading = tokio::task::spawn_blocking(move || {
             let transaction = database.begin_read()?;
             work(&keyspace::Entries::open(&transaction)?, now)
         });
         let answer = reading.await.map_err(|_| closed())?;
-        answer.map_err(|error| unavailable(&error))
-    }
-
-    fn database(&self) -> Option<Arc<Database>> {
-        let database = self.database.lock();
-        database.unwrap_or_else(PoisonError::into_inner).clone()
+        answer.map_err(|error| {
+            self.shared.note(&error);
+            unavailable(&error)
+        })
     }
 
     async fn write(&self, operation: Operation) -> Result<Answer, Error> {
@@ -207,36 +252,75 @@ impl Embedded {
     }
 }
 
-/// The writer's thread, until it is told to close or nobody is left to ask for anything.
-fn write_all(database: Arc<Database>, mut messages: mpsc::Receiver<Message>, clock: &Clock) {
-    while let Some(first) = messages.blocking_recv() {
-        let mut operations = Vec::new();
-        let mut waiting = Vec::new();
-        let mut closing = None;
-        let mut next = Some(first);
-        while let Some(message) = next {
-            match message {
-                Message::Do(operation, answer) => {
-                    operations.push(operation);
-                    waiting.push(answer);
+/// What the writer's thread has.
+struct Writer<O> {
+    /// None while it is broken.
+    database: Option<Arc<Database>>,
+    shared: Shared,
+    open: O,
+    clock: Clock,
+}
+
+impl<O: Fn() -> Result<Database, StoreError>> Writer<O> {
+    /// Writes until it is told to close or nobody is left to ask for anything.
+    fn run(mut self, mut messages: mpsc::Receiver<Message>) {
+        while let Some(first) = messages.blocking_recv() {
+            let mut operations = Vec::new();
+            let mut waiting = Vec::new();
+            let mut closing = None;
+            let mut next = Some(first);
+            while let Some(message) = next {
+                match message {
+                    Message::Do(operation, answer) => {
+                        operations.push(operation);
+                        waiting.push(answer);
+                    }
+                    Message::Close(closed) => {
+                        closing = Some(closed);
+                        break;
+                    }
                 }
-                Message::Close(closed) => {
-                    closing = Some(closed);
-                    break;
-                }
+                next = (operations.len() < BATCH)
+                    .then(|| messages.try_recv().ok())
+                    .flatten();
             }
-            next = (operations.len() < BATCH)
-                .then(|| messages.try_recv().ok())
-                .flatten();
+            if !operations.is_empty() {
+                answer_all(self.write(operations), waiting);
+            }
+            if let Some(closed) = closing {
+                drop(self);
+                // Nobody may be waiting any more.
+                let _ = closed.send(());
+                return;
+            }
         }
-        let outcome = write(&database, operations, clock());
-        answer_all(outcome, waiting);
-        if let Some(closed) = closing {
-            drop(database);
-            // Nobody may be waiting any more.
-            let _ = closed.send(());
-            return;
+    }
+
+    fn write(&mut self, operations: Vec<Operation>) -> Result<Vec<Result<Answer, Error>>, Error> {
+        let database = self.database()?;
+        write(&database, operations, (self.clock)()).map_err(|error| {
+            self.shared.note(&error);
+            unavailable(&error)
+        })
+    }
+
+    /// The database, opened again where it is broken. That fails while a reader has the old one; the next write tries
+    /// once more, at the latest the next sweep.
+    fn database(&mut self) -> Result<Arc<Database>, Error> {
+        if matches!(*self.shared.state(), State::Broken) {
+            self.database = None;
         }
+        if let Some(database) = &self.database {
+            return Ok(database.clone());
+        }
+        let opened = (self.open)().map_err(|error| Error::Unavailable(error.to_string()))?;
+        let opened = Arc::new(opened);
+        self.database = Some(opened.clone());
+        let mut state = self.shared.state();
+        if matches!(*state, State::Broken) {
+            *state = State::Open(opened.clone());
+        }
+        Ok(opened)
     }
 }
 
@@ -264,7 +348,7 @@ fn write(
 }
 
 fn answer_all(
-    outcome: Result<Vec<Result<Answer, Error>>, redb::Error>,
+    outcome: Result<Vec<Result<Answer, Error>>, Error>,
     waiting: Vec<oneshot::Sender<Result<Answer, Error>>>,
 ) {
     match outcome {
@@ -277,7 +361,7 @@ fn answer_all(
         Err(error) => {
             tracing::error!(%error, "the embedded key-value store could not write");
             for waiting in waiting {
-                let _ = waiting.send(Err(unavailable(&error)));
+                let _ = waiting.send(Err(error.clone()));
             }
         }
     }
@@ -287,20 +371,25 @@ fn answer_all(
 async fn sweep(writer: mpsc::WeakSender<Message>) {
     loop {
         tokio::time::sleep(SWEEP_INTERVAL).await;
-        let Some(writer) = writer.upgrade() else {
-            return;
-        };
-        let (answer, wait) = oneshot::channel();
-        if writer
-            .send(Message::Do(Operation::Sweep, answer))
-            .await
-            .is_err()
-        {
+        if sweep_all(&writer).await.is_none() {
             return;
         }
+    }
+}
+
+/// Until none is left that has expired. `None` once the store is closed.
+async fn sweep_all(writer: &mpsc::WeakSender<Message>) -> Option<()> {
+    loop {
+        let writer = writer.upgrade()?;
+        let (answer, wait) = oneshot::channel();
+        let sent = writer.send(Message::Do(Operation::Sweep, answer)).await;
         drop(writer);
-        // What went wrong has been logged.
-        let _ = wait.await;
+        sent.ok()?;
+        match wait.await {
+            Ok(Ok(Answer::Swept(count))) if count == SWEEP_LIMIT => {}
+            // What went wrong has been logged.
+            _ => return Some(()),
+        }
     }
 }
 
@@ -314,4 +403,115 @@ fn unavailable(error: &redb::Error) -> Error {
 
 fn mismatch(answer: &Answer) -> Error {
     Error::Server(format!("the embedded store answered {answer:?}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io;
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+    use redb::backends::FileBackend;
+    use redb::{ReadableTableMetadata, StorageBackend, TableDefinition};
+
+    use super::*;
+    use crate::capability::redis::system_clock;
+
+    /// A disk that fails once it is told to.
+    #[derive(Debug)]
+    struct Disk {
+        file: FileBackend,
+        fails: Arc<AtomicBool>,
+    }
+
+    impl Disk {
+        fn check(&self) -> io::Result<()> {
+            match self.fails.swap(false, Ordering::SeqCst) {
+                true => Err(io::Error::other("no space left on device")),
+                false => Ok(()),
+            }
+        }
+    }
+
+    impl StorageBackend for Disk {
+        fn len(&self) -> io::Result<u64> {
+            self.file.len()
+        }
+
+        fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+            self.file.read(offset, out)
+        }
+
+        fn set_len(&self, len: u64) -> io::Result<()> {
+            self.file.set_len(len)
+        }
+
+        fn sync_data(&self) -> io::Result<()> {
+            self.check()?;
+            self.file.sync_data()
+        }
+
+        fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+            self.file.write(offset, data)
+        }
+    }
+
+    fn set(key: &str, ttl: Option<u64>) -> Set {
+        Set {
+            entries: vec![(key.into(), b"value".to_vec())],
+            ttl,
+            ..Set::default()
+        }
+    }
+
+    #[tokio::test]
+    async fn an_error_of_the_disk_passes() {
+        let file = tempfile::NamedTempFile::new().expect("a temporary file");
+        let path = file.path().to_owned();
+        let fails = Arc::new(AtomicBool::new(false));
+        let disk_fails = fails.clone();
+        let open = move || {
+            let file = File::options().read(true).write(true).open(&path);
+            let disk = Disk {
+                file: FileBackend::new(file.expect("the file")).expect("a backend"),
+                fails: disk_fails.clone(),
+            };
+            let database = Database::builder().create_with_backend(disk);
+            let database = database.map_err(|error| StoreError::Refused(error.to_string()))?;
+            keyspace::create(&database).expect("its tables");
+            Ok(database)
+        };
+        let store = start(open, system_clock()).await.expect("a new store");
+        assert_eq!(store.set(set("a", None)).await, Ok(vec![true]));
+        fails.store(true, Ordering::SeqCst);
+        let failed = store.set(set("b", None)).await;
+        assert!(matches!(failed, Err(Error::Unavailable(_))), "{failed:?}");
+        assert_eq!(store.set(set("c", None)).await, Ok(vec![true]));
+        // Whether what failed was written is open, as it is where a server does not answer.
+        for key in ["a", "c"] {
+            let value = store.get(key.as_bytes()).await;
+            assert_eq!(value, Ok(Some(b"value".to_vec())), "{key}");
+        }
+        store.close().await;
+        assert_eq!(store.get(b"a").await, Err(closed()));
+    }
+
+    #[tokio::test]
+    async fn what_has_expired_is_removed_at_once_however_much_it_is() {
+        const ENTRIES: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("entries");
+        let time = Arc::new(AtomicU64::new(0));
+        let clock = time.clone();
+        let clock: Clock = Arc::new(move || clock.load(Ordering::SeqCst));
+        let store = open(None, clock).await.expect("a new store");
+        let mut expiring = set("", Some(1));
+        let keys = (0..3 * SWEEP_LIMIT).map(|n| (n.to_string().into_bytes(), Vec::new()));
+        expiring.entries = keys.collect();
+        store.set(expiring).await.expect("a store that works");
+        time.store(2, Ordering::SeqCst);
+        assert!(sweep_all(&store.writer.downgrade()).await.is_some());
+        let database = store.shared.database().expect("an open store");
+        let transaction = database.begin_read().expect("a transaction");
+        let entries = transaction.open_table(ENTRIES).expect("the table");
+        assert_eq!(entries.len().expect("a length"), 0);
+    }
 }

@@ -47,6 +47,11 @@ pub fn system_clock() -> Clock {
     })
 }
 
+/// Why [`Store::open`] would refuse the URL of a Redis server, without any of it.
+pub fn check_url(url: &str) -> Result<(), String> {
+    remote::check_url(url)
+}
+
 /// An open store. Clones share it.
 #[derive(Clone)]
 pub struct Store(Kind);

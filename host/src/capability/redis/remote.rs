@@ -4,7 +4,12 @@ use std::sync::LazyLock;
 use std::time::Duration;
 
 use redis::aio::{ConnectionManager, ConnectionManagerConfig};
-use redis::{Client, Cmd, ErrorKind, FromRedisValue, RedisError, Script, Value, cmd, pipe};
+use redis::io::tcp::TcpSettings;
+use redis::io::tcp::socket2::TcpKeepalive;
+use redis::{
+    Client, Cmd, ErrorKind, FromRedisValue, IntoConnectionInfo, RedisError, Script, Value, cmd,
+    pipe,
+};
 
 use super::commands::Command;
 use super::{Condition, Error, MAX_ANSWER_BYTES, Reply, Set, StoreError, version_key};
@@ -19,10 +24,23 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(12);
 const RECONNECT_TRIES: usize = 2;
 const RECONNECT_MIN_DELAY: Duration = Duration::from_millis(50);
 const RECONNECT_MAX_DELAY: Duration = Duration::from_secs(1);
+/// How long what was sent may stay without the acknowledgement of the server's system. Then the connection is
+/// broken, and made again: a response that is late alone leaves it as it is.
+#[cfg(target_os = "linux")]
+const USER_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a connection may be silent before it is probed, how often, and how many probes may get no answer.
+const KEEPALIVE_TIME: Duration = Duration::from_secs(10);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
+const KEEPALIVE_PROBES: u32 = 3;
 /// Commands that may wait to be written; more wait for their turn.
 const PIPELINE_BUFFER: usize = 512;
 /// Keys that one MGET asks for, so that an answer is found too large before it all has come.
 const KEYS_PER_MGET: usize = 64;
+
+/// Why a URL can't be used, without any of it.
+pub(super) fn check_url(url: &str) -> Result<(), String> {
+    client(url).map(drop)
+}
 
 /// A Redis server.
 #[derive(Clone)]
@@ -31,8 +49,7 @@ pub(super) struct Remote {
 }
 
 pub(super) async fn open(url: &str) -> Result<Remote, StoreError> {
-    let client = Client::open(url)
-        .map_err(|error| StoreError::Refused(format!("the Redis URL: {error}")))?;
+    let client = client(url).map_err(|why| StoreError::Refused(format!("the Redis URL: {why}")))?;
     let place = format!("Redis at {}", client.get_connection_info().addr());
     let config = ConnectionManagerConfig::new()
         .set_connection_timeout(Some(CONNECT_TIMEOUT))
@@ -57,11 +74,39 @@ pub(super) async fn open(url: &str) -> Result<Remote, StoreError> {
     }
 }
 
+fn client(url: &str) -> Result<Client, String> {
+    let info = url.into_connection_info();
+    let client = info.and_then(|info| Client::open(info.set_tcp_settings(tcp_settings())));
+    client.map_err(|error| {
+        let why = error.to_string();
+        // What follows is the kind of the error, and a part of the URL.
+        why.split(" - ").next().unwrap_or_default().to_owned()
+    })
+}
+
+/// For a server that is gone without a word: without these, its connection would be taken for good for a quarter
+/// of an hour.
+fn tcp_settings() -> TcpSettings {
+    let keepalive = TcpKeepalive::new()
+        .with_time(KEEPALIVE_TIME)
+        .with_interval(KEEPALIVE_INTERVAL)
+        .with_retries(KEEPALIVE_PROBES);
+    let settings = TcpSettings::default()
+        .set_nodelay(true)
+        .set_keepalive(keepalive);
+    #[cfg(target_os = "linux")]
+    let settings = settings.set_user_timeout(USER_TIMEOUT);
+    settings
+}
+
 impl Remote {
     pub(super) async fn ping(&self) -> Result<(), Error> {
         self.run::<Value>(&cmd("PING")).await.map(drop)
     }
 
+    /// A value arrives whole, whatever its size, before it can be counted: Redis keeps it below 512 MB, and asking for
+    /// its length first would be another round trip. What stages set is at most [`super::MAX_VALUE_BYTES`]; the same
+    /// holds for `execute`, whose answers may be longer than any one value.
     pub(super) async fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, Error> {
         self.run(cmd("GET").arg(key)).await
     }
@@ -255,5 +300,36 @@ fn open_error(place: &str, error: &RedisError) -> StoreError {
             Error::Unavailable(why) => StoreError::Unavailable(format!("{place}: {why}")),
             other => StoreError::Refused(format!("{place}: {}", StoreError::from(other))),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_to_a_server_that_is_gone_break() {
+        let client = client("redis://127.0.0.1:1").expect("a URL");
+        let settings = client.get_connection_info().tcp_settings();
+        assert!(settings.nodelay() && settings.keepalive().is_some());
+        #[cfg(target_os = "linux")]
+        assert_eq!(settings.user_timeout(), Some(USER_TIMEOUT));
+    }
+
+    #[test]
+    fn urls_are_refused_without_their_words() {
+        for url in [
+            "redis://:geheim@127.0.0.1?protocol=geheim",
+            "redis://:geheim@127.0.0.1/geheim",
+            "rediss://:geheim@127.0.0.1#geheim",
+            "redis://:geheim@0.0.0.0",
+        ] {
+            let why = check_url(url).expect_err(url);
+            assert!(!why.is_empty() && !why.contains("geheim"), "{why}");
+        }
+        assert_eq!(
+            check_url("redis://:geheim@127.0.0.1?protocol=resp3"),
+            Ok(())
+        );
     }
 }

@@ -37,6 +37,11 @@ const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long one statement may run in the database.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// Why [`Database::open`] would refuse the URL of a PostgreSQL database, without any of it.
+pub fn check_postgres_url(url: &str) -> Result<(), String> {
+    postgres::check_url(url)
+}
+
 /// An open database: a bounded pool of connections. Clones share it.
 #[derive(Clone)]
 pub struct Database(Kind);

@@ -35,14 +35,33 @@ pub(super) struct Postgres {
     pool: PgPool,
 }
 
+/// Why a URL can't be used, without any of it.
+pub(super) fn check_url(url: &str) -> Result<(), String> {
+    parse(url).map(drop)
+}
+
+fn parse(url: &str) -> Result<PgConnectOptions, String> {
+    PgConnectOptions::from_str(url).map_err(|error| {
+        let mut why = error.to_string();
+        while let Some(rest) = why.strip_prefix("error with configuration: ") {
+            why = rest.to_owned();
+        }
+        // What it quotes is a part of the URL.
+        match (why.find('"'), why.rfind('"')) {
+            (Some(from), Some(to)) if from < to => format!("{}…{}", &why[..from], &why[to + 1..]),
+            _ => why,
+        }
+    })
+}
+
 /// Connects once to see that it can be done, runs the migrations, and makes the pool.
 pub(super) async fn open(
     url: &str,
     migrations: Option<&Migrations>,
     max_connections: u32,
 ) -> Result<Postgres, StoreError> {
-    let mut options = PgConnectOptions::from_str(url)
-        .map_err(|error| StoreError::Refused(format!("the PostgreSQL URL: {error}")))?
+    let mut options = parse(url)
+        .map_err(|why| StoreError::Refused(format!("the PostgreSQL URL: {why}")))?
         .statement_cache_capacity(STATEMENT_CACHE)
         .disable_statement_logging();
     if options.get_application_name().is_none() {
@@ -395,5 +414,27 @@ async fn notice_departures(connection: &mut PgConnection) -> Result<(), sqlx::Er
         // There are systems on which PostgreSQL can't see it.
         Ok(_) | Err(sqlx::Error::Database(_)) => Ok(()),
         Err(other) => Err(other),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn urls_are_refused_without_their_words() {
+        for url in [
+            "postgres://me:geheim@127.0.0.1/db?sslmode=geheim",
+            "postgres://me:geheim@127.0.0.1/db?hostaddr=geheim",
+            "postgres://me:geheim@127.0.0.1/db?port=geheim",
+            "postgres://me:%ff@127.0.0.1/db",
+        ] {
+            let why = check_url(url).expect_err(url);
+            assert!(!why.is_empty() && !why.contains("geheim"), "{why}");
+        }
+        assert_eq!(
+            check_url("postgres://me@127.0.0.1/db?sslmode=disable"),
+            Ok(())
+        );
     }
 }

@@ -47,6 +47,7 @@ pub(super) struct Sqlite {
 
 /// When a table was last altered. The driver keeps the columns of prepared statements, and a connection whose
 /// statement has other columns all of a sudden crashes; so connections from before are not used again.
+/// With them goes what a CREATE made in `temp`.
 #[derive(Clone, Default)]
 struct Altered(Arc<RwLock<Option<Instant>>>);
 
@@ -144,7 +145,7 @@ impl Sqlite {
             let noted = self.note_altered(&mut connection, &statement).await;
             answer = answer.and_then(|rows| noted.map(|()| rows));
         }
-        finish(connection, &statement, answer)
+        connection.finish(answer)
     }
 
     pub(super) async fn execute(&self, text: &str, params: &[Value]) -> Result<u64, Error> {
@@ -158,7 +159,7 @@ impl Sqlite {
             let noted = self.note_altered(&mut connection, &statement).await;
             answer = answer.and_then(|rows| noted.map(|()| rows));
         }
-        finish(connection, &statement, answer)
+        connection.finish(answer)
     }
 
     async fn note_altered(
@@ -190,7 +191,7 @@ impl Sqlite {
         let _writing = self.write().await?;
         let mut connection = Lease::take(&self.pool).await?;
         let answer = execute_many(&mut connection, &statement, params).await;
-        finish(connection, &statement, answer)
+        connection.finish(answer)
     }
 
     async fn writing(&self, statement: &Statement) -> Result<Option<MutexGuard<'_, ()>>, Error> {
@@ -271,18 +272,6 @@ impl Statement {
     fn alters_tables(&self) -> bool {
         matches!(self.keyword.as_str(), "CREATE" | "ALTER" | "DROP")
     }
-}
-
-/// Gives the connection back, or closes it where something temporary may be in it.
-fn finish<T>(
-    connection: Lease<sqlx::Sqlite>,
-    statement: &Statement,
-    answer: Result<T, Error>,
-) -> Result<T, Error> {
-    if statement::may_be_temporary(&statement.keyword, &statement.text) {
-        return answer;
-    }
-    connection.finish(answer)
 }
 
 /// How many rows were changed or, as PostgreSQL counts, answered.

@@ -136,11 +136,6 @@ pub(super) fn may_leave_traces(keyword: &str, text: &str) -> bool {
     SUSPECT.iter().any(|suspect| text.contains(suspect))
 }
 
-/// Whether a statement may have made something that SQLite keeps with the connection: `CREATE TABLE temp.t` does.
-pub(super) fn may_be_temporary(keyword: &str, text: &str) -> bool {
-    keyword == "CREATE" && text.to_ascii_lowercase().contains("temp")
-}
-
 fn check_word(dialect: Dialect, word: &str) -> Result<(), Error> {
     let own = match dialect {
         Dialect::Postgres => REFUSED_BY_POSTGRES,

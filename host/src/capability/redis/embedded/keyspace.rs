@@ -12,7 +12,7 @@ use super::super::{Condition, Error, Reply, Set, version_key};
 const ENTRIES: TableDefinition<&[u8], &[u8]> = TableDefinition::new("entries");
 const EXPIRIES: TableDefinition<(u64, &[u8]), ()> = TableDefinition::new("expiries");
 /// Entries that one sweep removes; the next one goes on.
-const SWEEP_LIMIT: usize = 1_000;
+pub(super) const SWEEP_LIMIT: usize = 1_000;
 
 /// What is asked of the writer.
 #[derive(Debug)]
@@ -29,7 +29,8 @@ pub(super) enum Answer {
     Written(Vec<bool>),
     Deleted(u64),
     Reply(Reply),
-    Swept,
+    /// How many entries were removed.
+    Swept(usize),
 }
 
 /// Makes the tables of a new database.
@@ -96,10 +97,7 @@ impl<'t> Keyspace<'t> {
             Operation::Execute(command, arguments) => {
                 self.execute(command, &arguments)?.map(Answer::Reply)
             }
-            Operation::Sweep => {
-                self.sweep()?;
-                Ok(Answer::Swept)
-            }
+            Operation::Sweep => Ok(Answer::Swept(self.sweep()?)),
         })
     }
 
@@ -191,17 +189,17 @@ impl<'t> Keyspace<'t> {
     }
 
     /// Removes expired entries, the oldest first.
-    fn sweep(&mut self) -> Result<(), redb::Error> {
+    fn sweep(&mut self) -> Result<usize, redb::Error> {
         let expired = self
             .expiries
             .range(..(self.now, [].as_slice()))?
             .take(SWEEP_LIMIT)
             .map(|item| item.map(|(key, _)| key.value().1.to_vec()))
             .collect::<Result<Vec<_>, _>>()?;
-        for key in expired {
-            self.remove(&key)?;
+        for key in &expired {
+            self.remove(key)?;
         }
-        Ok(())
+        Ok(expired.len())
     }
 
     fn put(&mut self, key: &[u8], entry: &Entry) -> Result<(), redb::Error> {
