@@ -10,6 +10,7 @@ mod delivery;
 mod ingress;
 mod lifecycle;
 mod produce_consume;
+mod scripts;
 mod security;
 mod stores;
 mod support;
