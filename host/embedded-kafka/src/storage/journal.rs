@@ -102,6 +102,15 @@ impl Journal {
             .map_err(|_| NotWritten)?;
         answer.await.map_err(|_| NotWritten)?
     }
+
+    /// [`Self::write`] for a thread that may block.
+    pub(crate) fn write_blocking(&self, entries: Vec<Entry>) -> Result<(), NotWritten> {
+        let (done, answer) = oneshot::channel();
+        self.queue
+            .blocking_send(Change { entries, done })
+            .map_err(|_| NotWritten)?;
+        answer.blocking_recv().map_err(|_| NotWritten)?
+    }
 }
 
 /// The file, and the thread's work.

@@ -14,6 +14,9 @@ const RETENTION_BYTES: &str = "retention.bytes";
 const RETENTION_MS: &str = "retention.ms";
 const SEGMENT_BYTES: &str = "segment.bytes";
 
+/// The configuration keys of a topic that the broker knows; a topic with others is refused.
+pub const TOPIC_CONFIGS: &[&str] = &KEYS;
+
 const KEYS: [&str; 5] = [
     CLEANUP_POLICY,
     MAX_MESSAGE_BYTES,

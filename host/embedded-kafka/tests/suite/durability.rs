@@ -498,11 +498,26 @@ fn create_topic(runtime: &tokio::runtime::Runtime, config: &ClientConfig) {
 }
 
 fn segments(folder: &Path, topic: &str) -> Vec<PathBuf> {
-    let folder = folder.join("topics").join(topic).join("0");
-    let mut files: Vec<PathBuf> = std::fs::read_dir(folder)
+    let mut files: Vec<PathBuf> = std::fs::read_dir(partition_folder(folder, topic))
         .unwrap()
         .map(|entry| entry.unwrap().path())
         .collect();
     files.sort();
     files
+}
+
+/// The folder of the topic's partition 0, which the journal knows.
+pub(crate) fn partition_folder(folder: &Path, topic: &str) -> PathBuf {
+    let journal = std::fs::read_to_string(folder.join("journal")).unwrap();
+    let entries = journal
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(&line[9..]).unwrap());
+    let created = entries
+        .filter(|entry| entry["entry"] == "topic" && entry["name"] == topic)
+        .last()
+        .expect("the topic");
+    folder
+        .join("topics")
+        .join(created["id"].as_str().unwrap())
+        .join("0")
 }
