@@ -15,8 +15,9 @@ use super::journal::Journal;
 use super::journal_state::{Entry, TopicState};
 use super::partition::Partition;
 use super::topic_config::{Overrides, Settings};
-use super::{now_ms, sync_folder};
+use super::{create_folder, now_ms, sync_folder};
 use crate::config::StartError;
+use crate::folder;
 
 /// Where the records are, in the folder of the broker: a folder for each topic, named by its id, so that no path is used
 /// by two topics one after the other.
@@ -36,6 +37,8 @@ pub(crate) type Refused = (ResponseError, String);
 pub(crate) struct Topics {
     folder: PathBuf,
     defaults: Settings,
+    /// Whether all in the folder is known to have been on the disk when the broker last ended.
+    intact: bool,
     by_name: RwLock<BTreeMap<String, Arc<Topic>>>,
     /// Held while topics are created, grown or deleted: one at a time.
     changing: tokio::sync::Mutex<()>,
@@ -61,6 +64,7 @@ impl Topics {
         let topics = Self {
             folder: folder.to_owned(),
             defaults,
+            intact: folder::is_flushed(folder),
             by_name: RwLock::default(),
             changing: tokio::sync::Mutex::default(),
         };
@@ -106,6 +110,14 @@ impl Topics {
             .ok()
             .and_then(|index| partitions?.get(index).cloned());
         found.ok_or(ResponseError::UnknownTopicOrPartition)
+    }
+
+    /// Whether all records are known to be on the disk.
+    pub(crate) fn are_flushed(&self) -> bool {
+        self.all()
+            .iter()
+            .flat_map(|topic| topic.partitions())
+            .all(|partition| partition.is_flushed())
     }
 
     /// What holds for a topic that says nothing.
@@ -310,16 +322,16 @@ impl Topics {
         settings: &Settings,
     ) -> Result<Partition, StartError> {
         let folder = self.folder.join(FOLDER).join(id).join(index.to_string());
-        Partition::open(format!("{topic}/{index}"), folder, start, settings.clone())
+        let name = format!("{topic}/{index}");
+        Partition::open(name, folder, start, settings.clone(), self.intact)
     }
 
     /// Removes what deletions left. A folder that the journal does not know is somebody's: it is left alone.
     fn clear_deleted(&self, known: &BTreeMap<String, TopicState>) -> Result<(), StartError> {
         let (topics, deleted) = (self.folder.join(FOLDER), self.folder.join(DELETED));
         for folder in [&topics, &deleted] {
-            fs::create_dir_all(folder).map_err(StartError::io("create the folder", folder))?;
+            create_folder(folder).map_err(StartError::io("create the folder", folder))?;
         }
-        sync_folder(&self.folder).map_err(StartError::io("flush", &self.folder))?;
         for path in entries(&deleted)? {
             if let Err(error) = fs::remove_dir_all(&path) {
                 warn!(folder = %path.display(), %error, "could not remove the files of a deleted topic");
