@@ -122,11 +122,12 @@ impl Broker {
         drop(shutdown);
         tasks.wait().await;
         let joined = tokio::task::spawn_blocking(move || {
-            // A writer that panicked has said so already.
-            let ended = threads
-                .into_iter()
-                .fold(true, |ended, thread| thread.join().is_ok() && ended);
-            stopping.finish(ended);
+            let mut ended_well = true;
+            for thread in threads {
+                // A writer that panicked has said so already.
+                ended_well &= thread.join().is_ok();
+            }
+            stopping.finish(ended_well);
         });
         let _ = joined.await;
         info!(%address, "the embedded Kafka broker stopped");
