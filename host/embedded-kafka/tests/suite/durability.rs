@@ -533,12 +533,11 @@ fn segments(folder: &Path, topic: &str) -> Vec<PathBuf> {
 /// The folder of the topic's partition 0, which the journal knows.
 pub(crate) fn partition_folder(folder: &Path, topic: &str) -> PathBuf {
     let journal = std::fs::read_to_string(folder.join("journal")).unwrap();
-    let entries = journal
+    let mut entries = journal
         .lines()
         .map(|line| serde_json::from_str::<serde_json::Value>(&line[9..]).unwrap());
     let created = entries
-        .filter(|entry| entry["entry"] == "topic" && entry["name"] == topic)
-        .last()
+        .rfind(|entry| entry["entry"] == "topic" && entry["name"] == topic)
         .expect("the topic");
     folder
         .join("topics")
