@@ -1,13 +1,14 @@
 //! Starts and stops a broker.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use tokio::net::TcpListener;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::config::{Config, StartError};
 use crate::folder::{self, FolderLock};
@@ -25,17 +26,28 @@ pub struct Broker {
     tasks: TaskTracker,
     /// They end when the node is dropped, which the tasks hold, and hold the folder's lock until then.
     threads: Vec<JoinHandle<()>>,
+    stopping: Stopping,
     shutdown: DropGuard,
+}
+
+/// What is looked at when all has ended, and the folder, held until then.
+#[derive(Debug)]
+struct Stopping {
+    folder: PathBuf,
+    fsync: bool,
+    topics: Arc<Topics>,
+    lock: Arc<FolderLock>,
 }
 
 /// What [`open`] makes, which takes the disk and so a thread that may block.
 struct Opened {
     listener: std::net::TcpListener,
     address: SocketAddr,
-    topics: Topics,
+    topics: Arc<Topics>,
     journal: Journal,
     writers: Writers,
     threads: Vec<JoinHandle<()>>,
+    lock: Arc<FolderLock>,
 }
 
 impl Broker {
@@ -50,6 +62,7 @@ impl Broker {
             journal,
             writers,
             threads,
+            lock,
         } = opened.map_err(|error| StartError::Io {
             what: "cannot open the folder".to_owned(),
             error: error.into(),
@@ -63,6 +76,12 @@ impl Broker {
             folder = %config.folder.display(),
             "the embedded Kafka broker listens: one node, for development"
         );
+        let stopping = Stopping {
+            folder: config.folder.clone(),
+            fsync: config.fsync,
+            topics: topics.clone(),
+            lock,
+        };
         let shutdown = CancellationToken::new();
         let node = Arc::new(Node::new(
             config,
@@ -81,6 +100,7 @@ impl Broker {
             address,
             tasks,
             threads,
+            stopping,
             shutdown: shutdown.drop_guard(),
         })
     }
@@ -96,18 +116,40 @@ impl Broker {
             address,
             tasks,
             threads,
+            stopping,
             shutdown,
         } = self;
         drop(shutdown);
         tasks.wait().await;
-        let joined = tokio::task::spawn_blocking(|| {
+        let joined = tokio::task::spawn_blocking(move || {
+            let mut ended_well = true;
             for thread in threads {
                 // A writer that panicked has said so already.
-                let _ = thread.join();
+                ended_well &= thread.join().is_ok();
             }
+            stopping.finish(ended_well);
         });
         let _ = joined.await;
         info!(%address, "the embedded Kafka broker stopped");
+    }
+}
+
+impl Stopping {
+    fn finish(self, ended_well: bool) {
+        let Self {
+            folder,
+            fsync,
+            topics,
+            lock,
+        } = self;
+        if fsync
+            && ended_well
+            && topics.are_flushed()
+            && let Err(error) = folder::set_flushed(&folder)
+        {
+            warn!(%error, "could not note that all is flushed; the next start takes this end for a crash");
+        }
+        drop(lock);
     }
 }
 
@@ -128,7 +170,8 @@ fn open(config: &Config) -> Result<Opened, StartError> {
     lock.announce(folder, address)?;
     let lock = Arc::new(lock);
     let (journal, thread) = Journal::open(folder, config.fsync, &lock)?;
-    let topics = Topics::open(folder, &journal, Settings::defaults(config))?;
+    let topics = Arc::new(Topics::open(folder, &journal, Settings::defaults(config))?);
+    folder::unset_flushed(folder).map_err(StartError::io("change", folder))?;
     let (writers, mut threads) =
         Writers::start(&lock).map_err(StartError::io("start the writers of", folder))?;
     threads.push(thread);
@@ -139,5 +182,6 @@ fn open(config: &Config) -> Result<Opened, StartError> {
         journal,
         writers,
         threads,
+        lock,
     })
 }

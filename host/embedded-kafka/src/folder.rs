@@ -1,6 +1,7 @@
 //! The folder of a broker: held by one process, and where that process listens.
 //!
-//! `lock` is locked while a broker runs and then holds its address; `port` is the port to take again.
+//! `lock` is locked while a broker runs and then holds its address; `port` is the port to take again; `flushed` is there
+//! while no broker runs and the last one ended with all that it had acknowledged on the disk.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
@@ -9,9 +10,11 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::config::StartError;
+use crate::storage::{create_folder, sync_folder};
 
 const LOCK: &str = "lock";
 const PORT: &str = "port";
+const FLUSHED: &str = "flushed";
 
 /// [`running`] holds the lock for a moment to see whether it is free, so a broker that starts asks more than once.
 const LOCK_ATTEMPTS: u32 = 5;
@@ -38,7 +41,7 @@ pub(crate) struct FolderLock {
 impl FolderLock {
     /// Creates the folder if need be, and takes it.
     pub(crate) fn take(folder: &Path) -> Result<Self, StartError> {
-        fs::create_dir_all(folder).map_err(StartError::io("create the folder", folder))?;
+        create_folder(folder).map_err(StartError::io("create the folder", folder))?;
         let path = folder.join(LOCK);
         let file = OpenOptions::new()
             .read(true)
@@ -83,6 +86,25 @@ impl FolderLock {
             .map_err(StartError::io("write", &path))?;
         let path = folder.join(PORT);
         fs::write(&path, format!("{}\n", address.port())).map_err(StartError::io("write", &path))
+    }
+}
+
+/// Whether the last broker said that all was on the disk. If so, what is bad is not from a crash.
+pub(crate) fn is_flushed(folder: &Path) -> bool {
+    folder.join(FLUSHED).exists()
+}
+
+/// Says that all is on the disk and nothing more will be written; the lock is held.
+pub(crate) fn set_flushed(folder: &Path) -> io::Result<()> {
+    fs::write(folder.join(FLUSHED), "")?;
+    sync_folder(folder)
+}
+
+/// Takes [`set_flushed`] back, before the first write that may be torn.
+pub(crate) fn unset_flushed(folder: &Path) -> io::Result<()> {
+    match fs::remove_file(folder.join(FLUSHED)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => sync_folder(folder),
     }
 }
 

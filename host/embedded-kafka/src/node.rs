@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::ops::Range;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use tokio_util::sync::CancellationToken;
 
@@ -26,7 +26,7 @@ pub(crate) struct Node {
     pub(crate) config: Config,
     pub(crate) address: SocketAddr,
     pub(crate) cluster: String,
-    pub(crate) topics: Topics,
+    pub(crate) topics: Arc<Topics>,
     pub(crate) journal: Journal,
     pub(crate) writers: Writers,
     pub(crate) groups: Groups,
@@ -41,7 +41,7 @@ impl Node {
     pub(crate) fn new(
         config: Config,
         address: SocketAddr,
-        topics: Topics,
+        topics: Arc<Topics>,
         journal: Journal,
         writers: Writers,
         shutdown: CancellationToken,

@@ -13,7 +13,7 @@ use tokio::time::timeout;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
-use crate::api::{self, Answer};
+use crate::api::{self, BadRequest, Begun};
 use crate::node::Node;
 
 /// Bytes of one request, as Kafka's `socket.request.max.bytes`.
@@ -55,8 +55,8 @@ struct Limits {
 
 /// An answer being worked on, and the room that its request takes.
 struct InFlight {
-    answer: Answer,
-    _room: OwnedSemaphorePermit,
+    begun: Begun,
+    room: OwnedSemaphorePermit,
 }
 
 /// Accepts connections until the node shuts down; each runs as a task of `tasks`.
@@ -83,15 +83,21 @@ pub(crate) async fn serve(node: Arc<Node>, listener: TcpListener, tasks: TaskTra
             warn!(%peer, limit = node.config.max_connections, "too many connections: closed the newest");
             continue;
         };
-        let (node, limits) = (node.clone(), limits.clone());
+        let (node, limits, of_connection) = (node.clone(), limits.clone(), tasks.clone());
         tasks.spawn(async move {
-            connection(&node, stream, peer, &limits).await;
+            connection(&node, stream, peer, &limits, &of_connection).await;
             drop(permit);
         });
     }
 }
 
-async fn connection(node: &Arc<Node>, stream: TcpStream, peer: SocketAddr, limits: &Limits) {
+async fn connection(
+    node: &Arc<Node>,
+    stream: TcpStream,
+    peer: SocketAddr,
+    limits: &Limits,
+    tasks: &TaskTracker,
+) {
     if let Err(error) = stream.set_nodelay(true) {
         debug!(%peer, %error, "a connection was gone at once");
         return;
@@ -102,7 +108,7 @@ async fn connection(node: &Arc<Node>, stream: TcpStream, peer: SocketAddr, limit
     // At shutdown, what was written but not answered is sent again by the client.
     let end = tokio::select! {
         end = read_requests(node, reader, peer, &limits.request_kib, answers) => end,
-        end = write_answers(writer, to_write) => end,
+        end = write_answers(writer, to_write, tasks) => end,
         () = node.shutdown.cancelled() => Ok(()),
     };
     match end {
@@ -141,15 +147,8 @@ async fn read_requests(
         let request = timeout(MAX_TRANSFER, read_request(&mut reader, len))
             .await
             .map_err(|_| Closed::Slow)??;
-        let answer = api::begin(node, peer, request).await?;
-        if answers
-            .send(InFlight {
-                answer,
-                _room: room,
-            })
-            .await
-            .is_err()
-        {
+        let begun = api::begin(node, peer, request).await?;
+        if answers.send(InFlight { begun, room }).await.is_err() {
             return Ok(());
         }
     }
@@ -174,13 +173,22 @@ async fn read_request(reader: &mut OwnedReadHalf, len: usize) -> std::io::Result
 async fn write_answers(
     mut writer: OwnedWriteHalf,
     mut answers: mpsc::Receiver<InFlight>,
+    tasks: &TaskTracker,
 ) -> Result<(), Closed> {
-    while let Some(in_flight) = answers.recv().await {
-        if let Some(answer) = in_flight.answer.await? {
+    while let Some(InFlight { begun, room }) = answers.recv().await {
+        let (answer, room) = if begun.must_finish {
+            // It goes on when this connection ends, and keeps its room, which bounds how many do.
+            let work = tasks.spawn(async move { (begun.answer.await, room) });
+            work.await.map_err(|_| BadRequest::Panicked)?
+        } else {
+            (begun.answer.await, room)
+        };
+        if let Some(answer) = answer? {
             timeout(MAX_TRANSFER, writer.write_all(&answer))
                 .await
                 .map_err(|_| Closed::Slow)??;
         }
+        drop(room);
     }
     // The reader is at its end too; it says why.
     std::future::pending().await

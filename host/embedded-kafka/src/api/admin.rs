@@ -17,8 +17,6 @@ use kafka_protocol::messages::{
 
 use super::{Call, code, text, wire};
 use crate::node::NODE_ID;
-use crate::storage::journal_state::Entry;
-use crate::storage::now_ms;
 use crate::storage::topic_config::Overrides;
 use crate::storage::topics::Refused;
 
@@ -31,7 +29,7 @@ pub(super) async fn create_topics(
 ) -> CreateTopicsResponse {
     let mut response = CreateTopicsResponse::default();
     let mut seen = HashSet::new();
-    for topic in request.topics {
+    for topic in until_shutdown(call, request.topics) {
         let created = if seen.insert(topic.name.clone()) {
             create(call, &topic, request.validate_only).await
         } else {
@@ -115,7 +113,7 @@ pub(super) async fn delete_topics(
     request: DeleteTopicsRequest,
 ) -> DeleteTopicsResponse {
     let mut response = DeleteTopicsResponse::default();
-    for name in request.topic_names {
+    for name in until_shutdown(call, request.topic_names) {
         let deleted = call.node.topics.delete(&call.node.journal, &name).await;
         let error = deleted.err().map_or(0, |(error, _)| error.code());
         response.responses.push(
@@ -132,7 +130,7 @@ pub(super) async fn create_partitions(
     request: CreatePartitionsRequest,
 ) -> CreatePartitionsResponse {
     let mut response = CreatePartitionsResponse::default();
-    for topic in request.topics {
+    for topic in until_shutdown(call, request.topics) {
         let grown = call
             .node
             .topics
@@ -161,9 +159,13 @@ pub(super) async fn delete_records(
     let mut response = DeleteRecordsResponse::default();
     for topic in request.topics {
         let mut result = DeleteRecordsTopicResult::default().with_name(topic.name.clone());
-        for partition in topic.partitions {
+        for partition in until_shutdown(call, topic.partitions) {
             let index = partition.partition_index;
-            let start = delete_before(call, &topic.name, index, partition.offset).await;
+            let start = call
+                .node
+                .topics
+                .delete_before(&call.node.journal, &topic.name, index, partition.offset)
+                .await;
             result.partitions.push(
                 DeleteRecordsPartitionResult::default()
                     .with_partition_index(index)
@@ -176,28 +178,10 @@ pub(super) async fn delete_records(
     response
 }
 
-async fn delete_before(
-    call: &Call,
-    topic: &str,
-    index: i32,
-    offset: i64,
-) -> Result<i64, ResponseError> {
-    let partition = call.node.topics.partition(topic, index)?;
-    let start = partition.start_from(offset)?;
-    let entry = Entry::Start {
-        topic: topic.to_owned(),
-        partition: index,
-        offset: start,
-    };
-    call.node
-        .journal
-        .write(vec![entry])
-        .await
-        .map_err(|_| ResponseError::KafkaStorageError)?;
-    partition.delete_before(start);
-    let removed = tokio::task::spawn_blocking(move || partition.retain(now_ms())).await;
-    if let Ok(Err(error)) = removed {
-        tracing::warn!(topic, index, %error, "could not remove the files of deleted records; retention tries again");
-    }
-    Ok(start)
+/// The parts of a request, up to the shutdown of the node: these requests are worked on to their end though nobody
+/// waits for the answer, and a shutdown waits for them.
+fn until_shutdown<T>(call: &Call, parts: Vec<T>) -> impl Iterator<Item = T> {
+    parts
+        .into_iter()
+        .take_while(|_| !call.node.shutdown.is_cancelled())
 }

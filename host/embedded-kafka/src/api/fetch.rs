@@ -1,10 +1,11 @@
 //! Fetch: records out, as soon as there are any.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use kafka_protocol::ResponseError;
-use kafka_protocol::messages::fetch_request::FetchPartition;
+use kafka_protocol::messages::fetch_request::{FetchPartition, FetchTopic};
 use kafka_protocol::messages::fetch_response::{FetchableTopicResponse, PartitionData};
 use kafka_protocol::messages::{FetchRequest, FetchResponse, TopicName};
 use tokio::sync::Notify;
@@ -39,18 +40,7 @@ pub(super) async fn fetch(call: &Call, request: FetchRequest) -> FetchResponse {
     let deadline =
         Instant::now() + Duration::from_millis(bound(request.max_wait_ms) as u64).min(MAX_WAIT);
     let max_bytes = bound(request.max_bytes).min(MAX_BYTES);
-    let wanted: Arc<[Topic]> = request
-        .topics
-        .into_iter()
-        .map(|topic| (topic.topic, topic.partitions))
-        .map(|(name, partitions)| {
-            let wanted = partitions
-                .iter()
-                .map(|partition| want(&call.node, &name, partition))
-                .collect();
-            (name, wanted)
-        })
-        .collect();
+    let wanted = all_wanted(&call.node, request.topics);
     let arrived = Arc::new(Notify::new());
     loop {
         // First wait, then look: what arrives in between is not missed.
@@ -127,9 +117,42 @@ impl Wanted {
     }
 }
 
-fn want(node: &Node, topic: &str, request: &FetchPartition) -> Wanted {
+fn all_wanted(node: &Node, topics: Vec<FetchTopic>) -> Arc<[Topic]> {
+    let mut seen = HashSet::new();
+    topics
+        .into_iter()
+        .map(
+            |FetchTopic {
+                 topic, partitions, ..
+             }| {
+                let wanted = partitions
+                    .iter()
+                    .map(|partition| want(node, &topic, partition, &mut seen))
+                    .collect();
+                (topic, wanted)
+            },
+        )
+        .collect()
+}
+
+/// `seen`: the partitions of this request so far. One named again is refused: there are no more to wait for than there
+/// are partitions.
+fn want(
+    node: &Node,
+    topic: &str,
+    request: &FetchPartition,
+    seen: &mut HashSet<*const Partition>,
+) -> Wanted {
+    let found = node.topics.partition(topic, request.partition);
+    let partition = found.and_then(|partition| {
+        if seen.insert(Arc::as_ptr(&partition)) {
+            Ok(partition)
+        } else {
+            Err(ResponseError::InvalidRequest)
+        }
+    });
     Wanted {
-        partition: node.topics.partition(topic, request.partition),
+        partition,
         index: request.partition,
         offset: request.fetch_offset,
         max_bytes: bound(request.partition_max_bytes),

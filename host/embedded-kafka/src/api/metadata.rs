@@ -89,7 +89,7 @@ async fn describe(call: &Call, name: &str, may_create: bool) -> Result<Arc<Topic
     if let Some(topic) = topics.get(name) {
         return Ok(topic);
     }
-    if !may_create {
+    if !may_create || call.node.shutdown.is_cancelled() {
         return Err(ResponseError::UnknownTopicOrPartition);
     }
     let partitions = call.node.config.default_partitions;

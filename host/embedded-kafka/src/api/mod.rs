@@ -85,6 +85,8 @@ pub(crate) enum BadRequest {
         version: i16,
         error: String,
     },
+    #[error("the work on a request ended before its end, which the log explains")]
+    Panicked,
     #[error("records produced without acknowledgement were refused: {0}")]
     Unacknowledged(ResponseError),
 }
@@ -100,18 +102,39 @@ struct Call {
     body: Bytes,
 }
 
+/// A request that is in its place among all others, and its answer.
+pub(crate) struct Begun {
+    pub(crate) answer: Answer,
+    /// Whether it changes topics. Such an answer must be awaited to its end once it was polled: half a deletion would
+    /// leave a topic that takes records and is gone with the next start.
+    pub(crate) must_finish: bool,
+}
+
 /// Begins to answer a request. Produced records are in their place among all others when this returns; everything
 /// else happens when the answer is awaited.
 pub(crate) async fn begin(
     node: &Arc<Node>,
     peer: SocketAddr,
     request: Bytes,
-) -> Result<Answer, BadRequest> {
+) -> Result<Begun, BadRequest> {
     let call = Call::parse(node.clone(), peer, request)?;
-    match call.key {
-        ApiKey::Produce => produce::begin(call).await,
-        _ => Ok(Box::pin(answer(call))),
-    }
+    let must_finish = matches!(
+        call.key,
+        ApiKey::CreateTopics
+            | ApiKey::DeleteTopics
+            | ApiKey::CreatePartitions
+            | ApiKey::DeleteRecords
+            // It creates topics that are missing.
+            | ApiKey::Metadata
+    );
+    let answer = match call.key {
+        ApiKey::Produce => produce::begin(call).await?,
+        _ => Box::pin(answer(call)),
+    };
+    Ok(Begun {
+        answer,
+        must_finish,
+    })
 }
 
 async fn answer(call: Call) -> Result<Option<Bytes>, BadRequest> {

@@ -25,6 +25,8 @@ const MAX_GROUPS: usize = 10_000;
 const MAX_SESSION_TIMEOUT: Duration = Duration::from_secs(30 * 60);
 const MIN_REBALANCE_TIMEOUT: Duration = Duration::from_secs(1);
 const MAX_REBALANCE_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
+/// Bytes that a member says about itself when it joins (names and subscriptions), and bytes of an assignment.
+const MAX_MEMBER_BYTES: usize = 1 << 20;
 /// With no deadline to wait for, the groups are looked at this often.
 const IDLE_SWEEP: Duration = Duration::from_secs(60);
 
@@ -88,6 +90,14 @@ impl Groups {
         if !(self.min_session_timeout..=MAX_SESSION_TIMEOUT).contains(&session_timeout) {
             return refuse(ResponseError::InvalidSessionTimeout);
         }
+        let said = request
+            .protocols
+            .iter()
+            .map(|(name, subscription)| name.len() + subscription.len());
+        if said.sum::<usize>() > MAX_MEMBER_BYTES {
+            return refuse(ResponseError::InvalidRequest);
+        }
+        let protocols = request.protocols.into_iter();
         let (answer, answered) = oneshot::channel();
         let join = Join {
             member: request.member,
@@ -98,7 +108,9 @@ impl Groups {
             rebalance_timeout: millis(request.rebalance_timeout_ms)
                 .clamp(MIN_REBALANCE_TIMEOUT, MAX_REBALANCE_TIMEOUT),
             protocol_type: request.protocol_type,
-            protocols: request.protocols,
+            protocols: protocols
+                .map(|(name, subscription)| (name, own(&subscription)))
+                .collect(),
             needs_id: request.needs_id,
             answer,
         };
@@ -130,6 +142,16 @@ impl Groups {
         caller: &Caller,
         assignments: Vec<(String, Bytes)>,
     ) -> Result<Bytes, ResponseError> {
+        if assignments
+            .iter()
+            .any(|(_, assignment)| assignment.len() > MAX_MEMBER_BYTES)
+        {
+            return Err(ResponseError::InvalidRequest);
+        }
+        let assignments = assignments
+            .into_iter()
+            .map(|(member, assignment)| (member, own(&assignment)))
+            .collect();
         let (answer, answered) = oneshot::channel();
         self.with(group, |group| {
             group.sync(caller, assignments, answer, Instant::now());
@@ -219,6 +241,58 @@ impl Groups {
     }
 }
 
+/// A copy: what is kept must not keep the request that it came in.
+fn own(bytes: &Bytes) -> Bytes {
+    Bytes::copy_from_slice(bytes)
+}
+
 fn millis(ms: i32) -> Duration {
     Duration::from_millis(u64::try_from(ms).unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(subscription: Bytes) -> JoinRequest {
+        JoinRequest {
+            group: "g".to_owned(),
+            member: String::new(),
+            instance: None,
+            client_id: "c".to_owned(),
+            client_host: "/127.0.0.1".to_owned(),
+            session_timeout_ms: 10_000,
+            rebalance_timeout_ms: 10_000,
+            protocol_type: "consumer".to_owned(),
+            protocols: vec![("range".to_owned(), subscription)],
+            needs_id: false,
+        }
+    }
+
+    #[tokio::test]
+    async fn what_a_member_says_is_bounded_and_does_not_hold_its_request() {
+        let mut config = Config::new("unused");
+        config.rebalance_delay = Duration::ZERO;
+        let groups = Groups::new(&config);
+        let refused = groups.join(request(vec![0; MAX_MEMBER_BYTES].into())).await;
+        assert_eq!(refused.unwrap_err().0, ResponseError::InvalidRequest);
+        let bytes = Bytes::from(vec![0; 1000]);
+        let join = groups.join(request(bytes.slice(..10)));
+        let sweep = async { groups.sweep(Instant::now()) };
+        let joined = tokio::join!(join, sweep).0.unwrap();
+        assert!(bytes.is_unique(), "a subscription holds its request");
+        let caller = Caller {
+            member: joined.member.clone(),
+            instance: None,
+            generation: joined.generation,
+        };
+        let assign = |assignment| vec![(joined.member.clone(), assignment)];
+        let refused = groups
+            .sync("g", &caller, assign(vec![0; MAX_MEMBER_BYTES + 1].into()))
+            .await;
+        assert_eq!(refused.unwrap_err(), ResponseError::InvalidRequest);
+        let assigned = groups.sync("g", &caller, assign(bytes.slice(..10))).await;
+        assert_eq!(assigned.unwrap().len(), 10);
+        assert!(bytes.is_unique(), "an assignment holds its request");
+    }
 }

@@ -15,9 +15,10 @@ use tracing::{error, warn};
 use uuid::Uuid;
 
 use super::journal_state::{Entry, State};
+use super::recovery::set_end_aside;
 use super::{lock as hold, sync_folder};
 use crate::config::StartError;
-use crate::folder::FolderLock;
+use crate::folder::{self, FolderLock};
 
 const NAME: &str = "journal";
 const NEW_NAME: &str = "journal.new";
@@ -60,7 +61,7 @@ impl Journal {
         lock: &Arc<FolderLock>,
     ) -> Result<(Self, thread::JoinHandle<()>), StartError> {
         let path = folder.join(NAME);
-        let mut state = read(&path)?;
+        let mut state = read(&path, folder::is_flushed(folder))?;
         if state.cluster.is_empty() {
             refuse_orphans(folder, &path)?;
             state.cluster = Uuid::new_v4().to_string();
@@ -102,6 +103,15 @@ impl Journal {
             .map_err(|_| NotWritten)?;
         answer.await.map_err(|_| NotWritten)?
     }
+
+    /// [`Self::write`] for a thread that may block.
+    pub(crate) fn write_blocking(&self, entries: Vec<Entry>) -> Result<(), NotWritten> {
+        let (done, answer) = oneshot::channel();
+        self.queue
+            .blocking_send(Change { entries, done })
+            .map_err(|_| NotWritten)?;
+        answer.blocking_recv().map_err(|_| NotWritten)?
+    }
 }
 
 /// The file, and the thread's work.
@@ -109,7 +119,7 @@ struct Writer {
     folder: PathBuf,
     fsync: bool,
     state: Arc<Mutex<State>>,
-    /// `None` after an error that left the end of the file unknown.
+    /// `None` after an error: the file may hold a change that was refused, and is replaced before the next one.
     file: Option<File>,
     len: u64,
     /// Bytes of the file after it was last replaced.
@@ -135,7 +145,7 @@ impl Writer {
             if self.len > COMPACT_FROM.max(self.floor * COMPACT_FACTOR)
                 && let Err(error) = self.compact()
             {
-                warn!(%error, "could not shorten the journal; it goes on as it is");
+                warn!(%error, "could not shorten the journal");
                 self.floor = self.len;
             }
         }
@@ -146,21 +156,28 @@ impl Writer {
         for entry in group.iter().flat_map(|change| &change.entries) {
             push_line(&mut lines, entry)?;
         }
+        if self.file.is_none() {
+            self.compact()?;
+        }
+        let written = self.write(&lines);
+        if written.is_err() {
+            // What was refused must not be there after a restart, whatever of it reached the disk.
+            self.file = None;
+            if let Err(error) = self.compact() {
+                error!(%error, "could not replace the journal; until it can be, all changes are refused");
+            }
+        }
+        written
+    }
+
+    fn write(&mut self, lines: &[u8]) -> io::Result<()> {
         let file = self
             .file
             .as_ref()
-            .ok_or_else(|| io::Error::other("an earlier error left it unusable"))?;
-        if let Err(error) = file.write_all_at(&lines, self.len) {
-            if file.set_len(self.len).is_err() {
-                self.file = None;
-            }
-            return Err(error);
-        }
-        if self.fsync
-            && let Err(error) = file.sync_data()
-        {
-            self.file = None;
-            return Err(error);
+            .ok_or_else(|| io::Error::other("the journal is not open"))?;
+        file.write_all_at(lines, self.len)?;
+        if self.fsync {
+            file.sync_data()?;
         }
         self.len += lines.len() as u64;
         Ok(())
@@ -181,12 +198,14 @@ impl Writer {
             .open(&new)?;
         file.write_all(&lines)?;
         file.sync_all()?;
+        // From here on the old file may be gone. The new one is used when it is sure to be there after a crash.
+        self.file = None;
         fs::rename(&new, self.folder.join(NAME))?;
-        // From here on the old file is gone, whatever comes.
+        sync_folder(&self.folder)?;
         self.file = Some(file);
         self.len = lines.len() as u64;
         self.floor = self.len;
-        sync_folder(&self.folder)
+        Ok(())
     }
 }
 
@@ -198,8 +217,8 @@ fn push_line(lines: &mut Vec<u8>, entry: &Entry) -> io::Result<()> {
     Ok(())
 }
 
-/// What all entries of the file amount to, without a torn last line.
-fn read(path: &Path) -> Result<State, StartError> {
+/// What all entries of the file amount to, without a torn end. `intact`: the end cannot be torn in its middle.
+fn read(path: &Path, intact: bool) -> Result<State, StartError> {
     let mut state = State::default();
     let bytes = match fs::read(path) {
         Ok(bytes) => bytes,
@@ -215,9 +234,21 @@ fn read(path: &Path) -> Result<State, StartError> {
             .unwrap_or(rest);
         match parse_line(line) {
             Ok(entry) => state.apply(entry),
-            // A crash tears the end only, so no good line follows.
+            // The end of the process tears the last line only, so no good one follows.
             Err(_) if !good_line_follows(&rest[line.len()..]) => {
                 warn!(file = %path.display(), bytes = rest.len(), "cut the end of a write that was not finished");
+                break;
+            }
+            // That of the machine tears what was not flushed; damage to what was looks the same, so it is kept.
+            Err(what) if !intact => {
+                let aside = set_end_aside(path, position as u64)
+                    .map_err(StartError::io("copy the end of", path))?;
+                warn!(
+                    file = %path.display(),
+                    aside = %aside.display(),
+                    bytes = rest.len(),
+                    "the end of the journal is torn ({what}): it was set aside, and the changes in it are gone"
+                );
                 break;
             }
             Err(what) => {
@@ -314,6 +345,40 @@ mod tests {
         assert_eq!(before.offsets["g"][&("t".to_owned(), 0)].offset, 39_999);
     }
 
+    /// `/dev/null` takes all that is written, and refuses to flush it.
+    #[test]
+    fn a_refused_change_is_not_there_after_a_restart_and_the_next_one_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(NAME);
+        let mut writer = Writer {
+            folder: folder.path().to_owned(),
+            fsync: true,
+            state: Arc::default(),
+            file: None,
+            len: 0,
+            floor: 0,
+        };
+        let change = |entry| {
+            let (done, _) = oneshot::channel();
+            [Change {
+                entries: vec![entry],
+                done,
+            }]
+        };
+        writer.append(&change(topic())).unwrap();
+        hold(&writer.state).apply(topic());
+        // Of the refused change, all reaches the disk.
+        let mut lines = fs::read(&path).unwrap();
+        push_line(&mut lines, &offset(1)).unwrap();
+        fs::write(&path, lines).unwrap();
+        writer.file = Some(OpenOptions::new().write(true).open("/dev/null").unwrap());
+        writer.append(&change(offset(1))).unwrap_err();
+        assert_eq!(read(&path, true).unwrap(), *hold(&writer.state));
+        writer.append(&change(offset(2))).unwrap();
+        let committed = &read(&path, true).unwrap().offsets["g"][&("t".to_owned(), 0)];
+        assert_eq!(committed.offset, 2);
+    }
+
     #[tokio::test]
     async fn a_torn_end_is_cut_at_every_byte_and_damage_before_it_is_refused() {
         let folder = tempfile::tempdir().unwrap();
@@ -328,7 +393,7 @@ mod tests {
         push_line(&mut torn, &offset(2)).unwrap();
         for len in good.len()..torn.len() {
             fs::write(&path, &torn[..len]).unwrap();
-            let state = read(&path).unwrap();
+            let state = read(&path, true).unwrap();
             assert_eq!(
                 state.offsets["g"][&("t".to_owned(), 0)].offset,
                 1,
@@ -337,10 +402,19 @@ mod tests {
         }
         let mut damaged = torn;
         damaged[20] ^= 1;
-        fs::write(&path, damaged).unwrap();
+        fs::write(&path, &damaged).unwrap();
         assert!(matches!(
-            read(&path),
+            read(&path, true),
             Err(StartError::Corrupt { position: 0, .. })
         ));
+        // After a crash the same may be what was not flushed.
+        damaged[20] ^= 1;
+        damaged[good.len() - 20] ^= 1;
+        push_line(&mut damaged, &offset(3)).unwrap();
+        fs::write(&path, &damaged).unwrap();
+        let state = read(&path, false).unwrap();
+        assert!(state.topics.contains_key("t") && state.offsets.is_empty());
+        let aside = fs::read(folder.path().join("journal.torn")).unwrap();
+        assert!(damaged.ends_with(&aside) && !aside.is_empty());
     }
 }

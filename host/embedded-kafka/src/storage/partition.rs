@@ -5,7 +5,7 @@
 use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
@@ -14,10 +14,11 @@ use kafka_protocol::ResponseError;
 use tokio::sync::Notify;
 use tracing::{error, warn};
 
-use super::batch::{self, BadBatch, Header};
+use super::batch::{self, Header};
 use super::cursor::Cursor;
 use super::producers::{Producers, Verdict};
-use super::segment::{Depth, Segment, Walk};
+use super::recovery::{self, Recovered};
+use super::segment::Segment;
 use super::topic_config::Settings;
 use super::{lock, sync_folder};
 use crate::config::StartError;
@@ -75,16 +76,25 @@ pub(crate) struct Read {
 }
 
 impl Partition {
-    /// Opens what is in `folder`, which is made with the first record.
+    /// Opens what is in `folder`, which is made with the first record. `intact`: whether all in it is known to have been
+    /// on the disk when the broker last ended.
     pub(crate) fn open(
         name: String,
         folder: PathBuf,
         start: i64,
         settings: Settings,
+        intact: bool,
     ) -> Result<Self, StartError> {
         let mut log = Log::default();
         if folder.exists() {
-            log.load(&folder, &settings)?;
+            let Recovered {
+                segments,
+                next_offset,
+                producers,
+            } = recovery::recover(&name, &folder, &settings, intact)?;
+            log.segments = segments;
+            log.next_offset = next_offset;
+            log.producers = producers;
         }
         let first = log.segments.front().map_or(0, Segment::base_offset);
         let next = log.next_offset;
@@ -124,6 +134,16 @@ impl Partition {
         self.deleted.load(Ordering::Acquire)
     }
 
+    /// Whether all that was appended is known to be on the disk.
+    pub(crate) fn is_flushed(&self) -> bool {
+        let log = lock(&self.log);
+        match log.state {
+            State::Online => self.high_watermark() == log.next_offset,
+            State::Offline => false,
+            State::Deleted => true,
+        }
+    }
+
     /// How often the partition was flushed.
     #[cfg(test)]
     pub(crate) fn syncs(&self) -> u64 {
@@ -157,6 +177,7 @@ impl Partition {
         });
         if let Err(error) = written {
             error!(partition = self.name, %error, "a produced batch could not be written, and is refused");
+            log.producers.refuse(&header);
             return Err(ResponseError::KafkaStorageError);
         }
         log.next_offset = next_offset;
@@ -265,7 +286,9 @@ impl Partition {
     /// Has `notify` notified when records become readable. The caller looks again after this.
     pub(crate) fn wait(&self, notify: &Arc<Notify>) {
         let mut waiting = lock(&self.waiting);
-        waiting.retain(|other| other.strong_count() > 0);
+        waiting.retain(|other| {
+            other.strong_count() > 0 && !std::ptr::eq(other.as_ptr(), Arc::as_ptr(notify))
+        });
         waiting.push(Arc::downgrade(notify));
     }
 
@@ -315,15 +338,16 @@ impl Partition {
             total -= oldest.len();
             if is_last {
                 // An empty segment keeps the next offset.
-                let next = Segment::create(&self.folder, log.next_offset)?;
+                let next = self.new_segment(log.next_offset)?;
                 log.segments.push_back(next);
-                sync_folder(&self.folder)?;
             }
-            let Some(gone) = log.segments.pop_front() else {
+            let Some(goes) = log.segments.front() else {
                 break;
             };
-            self.start.fetch_max(gone.next_offset(), Ordering::AcqRel);
-            fs::remove_file(gone.path())?;
+            self.start.fetch_max(goes.next_offset(), Ordering::AcqRel);
+            // A file that stays is tried again in the next round.
+            remove_file(goes.path())?;
+            log.segments.pop_front();
         }
         Ok(())
     }
@@ -355,21 +379,34 @@ impl Partition {
             Some(_) => {}
             None => {
                 fs::create_dir_all(&self.folder)?;
+                // Not only if it is new: an attempt before this one may have failed just here.
                 if let (Some(topic), true) = (self.folder.parent(), self.settings.fsync) {
                     sync_folder(topic)?;
                     topic.parent().map_or(Ok(()), sync_folder)?;
                 }
             }
         }
-        let next = Segment::create(&self.folder, log.next_offset)?;
-        if self.settings.fsync {
-            sync_folder(&self.folder)?;
-        }
+        let next = self.new_segment(log.next_offset)?;
         if let Some(full) = log.segments.back_mut() {
             full.close();
         }
         log.segments.push_back(next);
         Ok(())
+    }
+
+    /// An empty segment whose name is durable, or nothing: a file left behind would be in the way of the offsets that the
+    /// segment before it goes on with.
+    fn new_segment(&self, base_offset: i64) -> io::Result<Segment> {
+        let next = Segment::create(&self.folder, base_offset)?;
+        if self.settings.fsync
+            && let Err(error) = sync_folder(&self.folder)
+        {
+            if let Err(error) = remove_file(next.path()) {
+                warn!(file = %next.path().display(), %error, "could not remove an empty segment");
+            }
+            return Err(error);
+        }
+        Ok(next)
     }
 
     /// After a flush that failed nobody knows what is on the disk, and a second one that succeeds says nothing about
@@ -418,76 +455,15 @@ impl Log {
             .partition_point(|segment| segment.base_offset() <= offset);
         self.segments.get(after.checked_sub(1)?)
     }
+}
 
-    /// Reads all segments; cuts the torn tail of the last.
-    fn load(&mut self, folder: &std::path::Path, settings: &Settings) -> Result<(), StartError> {
-        let files = Segment::list(folder).map_err(StartError::io("read", folder))?;
-        let count = files.len();
-        for (i, (base_offset, path)) in files.into_iter().enumerate() {
-            if i > 0 && base_offset != self.next_offset {
-                return Err(StartError::Corrupt {
-                    file: path,
-                    position: 0,
-                    what: format!("it begins with offset {base_offset}, the file before it ends at {}", self.next_offset),
-                    mend: "put back the segment file that is missing, or move the partition's folder away".to_owned(),
-                });
-            }
-            let is_last = i + 1 == count;
-            let depth = if is_last {
-                Depth::Checksums
-            } else {
-                Depth::Headers
-            };
-            let producers = &mut self.producers;
-            let walk = Segment::walk(base_offset, path.clone(), depth, |header| {
-                producers.record(header)
-            })
-            .map_err(StartError::io("read", &path))?;
-            if let Some(reason) = walk.bad {
-                settle_damage(&walk, reason, is_last)?;
-            }
-            let mut segment = walk.segment;
-            if !is_last {
-                segment.close();
-            } else if settings.fsync {
-                // Readers see it from now on, so it must not go away with the machine.
-                segment
-                    .file()
-                    .and_then(|file| file.sync_all())
-                    .map_err(StartError::io("flush", &path))?;
-            }
-            self.next_offset = segment.next_offset();
-            self.segments.push_back(segment);
-        }
-        Ok(())
+/// Removes a file; one that is gone already is removed.
+fn remove_file(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
 }
 
-/// Cuts a torn tail; anything else is not to be mended without being asked.
-fn settle_damage(walk: &Walk, reason: BadBatch, is_last: bool) -> Result<(), StartError> {
-    let segment = &walk.segment;
-    let follows = walk
-        .good_batch_follows()
-        .map_err(StartError::io("read", segment.path()))?;
-    if !is_last || follows {
-        return Err(StartError::Corrupt {
-            file: segment.path().to_owned(),
-            position: segment.len(),
-            what: reason.to_string(),
-            mend: format!(
-                "put back a good copy of the file, or give up the records from offset {} on by moving away the later \
-                 files of this folder and running `truncate -s {} {}`",
-                segment.next_offset(),
-                segment.len(),
-                segment.path().display()
-            ),
-        });
-    }
-    warn!(
-        file = %segment.path().display(),
-        bytes = walk.file_len - segment.len(),
-        offset = segment.next_offset(),
-        "cut the end of a write that was not finished"
-    );
-    segment.cut().map_err(StartError::io("cut", segment.path()))
-}
+#[cfg(test)]
+mod tests;

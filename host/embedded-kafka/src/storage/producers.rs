@@ -33,6 +33,10 @@ pub(crate) enum Verdict {
 #[derive(Debug)]
 struct Producer {
     epoch: i16,
+    /// The sequence of the batch that comes next.
+    next: i32,
+    /// Where the partition ended when it was last heard of.
+    heard_at: i64,
     batches: VecDeque<Taken>,
 }
 
@@ -68,8 +72,17 @@ impl Producers {
         if let Some(taken) = producer.batches.iter().find(repeat) {
             return Verdict::Repeat(taken.base_offset);
         }
-        let last = producer.batches.back().map_or(-1, |taken| taken.last);
-        in_order(header.base_sequence == last.wrapping_add(1) & i32::MAX)
+        in_order(header.base_sequence == producer.next)
+    }
+
+    /// Remembers that a batch could not be written, lest the one after it be taken as the first of its producer.
+    pub(crate) fn refuse(&mut self, header: &Header) {
+        if header.is_idempotent() {
+            self.by_id
+                .entry(header.producer_id)
+                .or_insert_with(|| Producer::new(header));
+            self.bound();
+        }
     }
 
     /// Remembers a batch that was kept.
@@ -77,14 +90,15 @@ impl Producers {
         if !header.is_idempotent() {
             return;
         }
-        let new = || Producer {
-            epoch: header.producer_epoch,
-            batches: VecDeque::with_capacity(BATCHES_KEPT),
-        };
-        let producer = self.by_id.entry(header.producer_id).or_insert_with(new);
+        let producer = self
+            .by_id
+            .entry(header.producer_id)
+            .or_insert_with(|| Producer::new(header));
         if producer.epoch != header.producer_epoch {
-            *producer = new();
+            *producer = Producer::new(header);
         }
+        producer.next = header.last_sequence().wrapping_add(1) & i32::MAX;
+        producer.heard_at = header.base_offset;
         if producer.batches.len() == BATCHES_KEPT {
             producer.batches.pop_front();
         }
@@ -94,16 +108,17 @@ impl Producers {
             last,
             base_offset: header.base_offset,
         });
-        if self.by_id.len() > MAX_PRODUCERS {
-            self.forget();
-        }
+        self.bound();
     }
 
-    fn forget(&mut self) {
+    fn bound(&mut self) {
+        if self.by_id.len() <= MAX_PRODUCERS {
+            return;
+        }
         let mut ages: Vec<(i64, i64)> = self
             .by_id
             .iter()
-            .map(|(id, producer)| (producer.last_offset(), *id))
+            .map(|(id, producer)| (producer.heard_at, *id))
             .collect();
         ages.select_nth_unstable(FORGOTTEN_AT_ONCE);
         for (_, id) in ages.into_iter().take(FORGOTTEN_AT_ONCE) {
@@ -113,8 +128,14 @@ impl Producers {
 }
 
 impl Producer {
-    fn last_offset(&self) -> i64 {
-        self.batches.back().map_or(0, |taken| taken.base_offset)
+    /// Nothing of it was kept yet.
+    fn new(header: &Header) -> Self {
+        Self {
+            epoch: header.producer_epoch,
+            next: header.base_sequence,
+            heard_at: header.base_offset,
+            batches: VecDeque::with_capacity(BATCHES_KEPT),
+        }
     }
 }
 
@@ -172,6 +193,23 @@ mod tests {
         ] {
             assert_eq!(producers.check(&batch), verdict, "{batch:?}");
         }
+    }
+
+    #[test]
+    fn what_follows_a_batch_that_failed_is_not_taken_before_it() {
+        let mut producers = Producers::default();
+        let (first, second) = (header(1, 0, 7, 2, 0), header(1, 0, 9, 2, 0));
+        assert_eq!(producers.check(&first), Verdict::New);
+        producers.refuse(&first);
+        assert_eq!(
+            producers.check(&second),
+            Verdict::Refused(ResponseError::OutOfOrderSequenceNumber)
+        );
+        assert_eq!(producers.check(&first), Verdict::New);
+        producers.record(&first);
+        assert_eq!(producers.check(&second), Verdict::New);
+        producers.refuse(&second);
+        assert_eq!(producers.check(&second), Verdict::New);
     }
 
     #[test]

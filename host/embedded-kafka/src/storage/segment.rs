@@ -221,6 +221,12 @@ impl Segment {
         }
     }
 
+    /// Has what comes written elsewhere, where it fails.
+    #[cfg(test)]
+    pub(crate) fn replace_file(&mut self, file: File) {
+        self.file = Some(Arc::new(file));
+    }
+
     /// Closes the file of a segment that is written to no more.
     pub(crate) fn close(&mut self) {
         self.file = None;
@@ -269,8 +275,8 @@ impl Segment {
 }
 
 impl Walk {
-    /// Whether there is a good, later batch after the place where the walk ended. A crash leaves no such thing
-    /// behind but by rare chance: so what is before it is damage, and what is after it was acknowledged.
+    /// Whether there is a good, later batch after the place where the walk ended. The end of a process leaves no such
+    /// thing behind; the end of the machine may, in what was not flushed; damage to what was flushed looks the same.
     pub(crate) fn good_batch_follows(&self) -> io::Result<bool> {
         let from = self.segment.len;
         let mut rest = vec![0; usize::try_from(self.file_len - from).unwrap_or(0)];

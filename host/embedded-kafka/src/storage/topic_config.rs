@@ -14,8 +14,10 @@ const RETENTION_BYTES: &str = "retention.bytes";
 const RETENTION_MS: &str = "retention.ms";
 const SEGMENT_BYTES: &str = "segment.bytes";
 
-/// The topic configuration that the broker knows.
-pub const KEYS: [&str; 5] = [
+/// The configuration keys of a topic that the broker knows; a topic with others is refused.
+pub const TOPIC_CONFIGS: &[&str] = &KEYS;
+
+const KEYS: [&str; 5] = [
     CLEANUP_POLICY,
     MAX_MESSAGE_BYTES,
     RETENTION_BYTES,

@@ -1,4 +1,6 @@
 //! The topics: created, grown, deleted, found.
+//!
+//! Whoever creates, grows or deletes must not stop half-way: the futures of these are not cancel-safe.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -6,17 +8,19 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use kafka_protocol::ResponseError;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 use uuid::Uuid;
 
 use super::journal::Journal;
 use super::journal_state::{Entry, TopicState};
 use super::partition::Partition;
-use super::sync_folder;
 use super::topic_config::{Overrides, Settings};
+use super::{create_folder, now_ms, sync_folder};
 use crate::config::StartError;
+use crate::folder;
 
-/// Where the records are, in the folder of the broker.
+/// Where the records are, in the folder of the broker: a folder for each topic, named by its id, so that no path is used
+/// by two topics one after the other.
 pub(crate) const FOLDER: &str = "topics";
 /// Where the files of deleted topics wait for their removal.
 const DELETED: &str = "deleted";
@@ -33,6 +37,8 @@ pub(crate) type Refused = (ResponseError, String);
 pub(crate) struct Topics {
     folder: PathBuf,
     defaults: Settings,
+    /// Whether all in the folder is known to have been on the disk when the broker last ended.
+    intact: bool,
     by_name: RwLock<BTreeMap<String, Arc<Topic>>>,
     /// Held while topics are created, grown or deleted: one at a time.
     changing: tokio::sync::Mutex<()>,
@@ -49,7 +55,7 @@ pub(crate) struct Topic {
 }
 
 impl Topics {
-    /// Opens all topics that the journal names, and removes what is left of deleted ones.
+    /// Opens all topics that the journal names, and removes what is left of deleted ones. Blocks.
     pub(crate) fn open(
         folder: &Path,
         journal: &Journal,
@@ -58,15 +64,24 @@ impl Topics {
         let topics = Self {
             folder: folder.to_owned(),
             defaults,
+            intact: folder::is_flushed(folder),
             by_name: RwLock::default(),
             changing: tokio::sync::Mutex::default(),
         };
         let known = journal.look(|state| state.topics.clone());
         topics.clear_deleted(&known)?;
         let mut by_name = BTreeMap::new();
+        let mut lost = Vec::new();
         for (name, state) in known {
             let topic = topics.open_topic(&name, &state)?;
+            lost.extend(lost_starts(&topic, &state));
             by_name.insert(name, Arc::new(topic));
+        }
+        if !lost.is_empty() {
+            journal.write_blocking(lost).map_err(|_| StartError::Io {
+                what: "cannot write the journal, as the log says".to_owned(),
+                error: std::io::ErrorKind::Other.into(),
+            })?;
         }
         Ok(Self {
             by_name: RwLock::new(by_name),
@@ -95,6 +110,14 @@ impl Topics {
             .ok()
             .and_then(|index| partitions?.get(index).cloned());
         found.ok_or(ResponseError::UnknownTopicOrPartition)
+    }
+
+    /// Whether all records are known to be on the disk.
+    pub(crate) fn are_flushed(&self) -> bool {
+        self.all()
+            .iter()
+            .flat_map(|topic| topic.partitions())
+            .all(|partition| partition.is_flushed())
     }
 
     /// What holds for a topic that says nothing.
@@ -129,9 +152,6 @@ impl Topics {
         self.defaults
             .with(&config)
             .map_err(|why| (ResponseError::InvalidConfig, why))?;
-        if !only_check {
-            self.clear_leftovers(name).await?;
-        }
         let topic = Arc::new(
             self.open_topic(name, &state)
                 .map_err(|error| storage(&error))?,
@@ -150,7 +170,7 @@ impl Topics {
             .await
             .map_err(|_| not_written())?;
         self.write().insert(name.to_owned(), topic.clone());
-        info!(topic = name, partitions, "created a topic");
+        debug!(topic = name, partitions, "created a topic");
         Ok(topic)
     }
 
@@ -180,7 +200,7 @@ impl Topics {
         let mut partitions = old.partitions.clone();
         for index in before as i32..count {
             let opened = self
-                .open_partition(name, index, 0, &old.settings)
+                .open_partition(name, &old.id, index, 0, &old.settings)
                 .map_err(|error| storage(&error))?;
             partitions.push(Arc::new(opened));
         }
@@ -222,8 +242,9 @@ impl Topics {
             .await
             .map_err(|_| not_written())?;
         self.write().remove(name);
-        let from = self.folder.join(FOLDER).join(name);
+        let from = self.folder.join(FOLDER).join(&topic.id);
         let to = self.folder.join(DELETED).join(&topic.id);
+        let topic_id = topic.id.clone();
         let removed = tokio::task::spawn_blocking(move || {
             topic
                 .partitions
@@ -232,25 +253,39 @@ impl Topics {
             remove(&from, &to)
         });
         if let Ok(Err(error)) = removed.await {
-            warn!(topic = name, %error, "could not remove the files of a deleted topic; the next start tries again");
+            warn!(topic = name, id = topic_id, %error, "could not remove the files of a deleted topic");
         }
         info!(topic = name, "deleted a topic");
         Ok(())
     }
 
-    /// Removes files of a topic of this name whose deletion was not finished.
-    async fn clear_leftovers(&self, name: &str) -> Result<(), Refused> {
-        let path = self.folder.join(FOLDER).join(name);
-        let cleared = tokio::task::spawn_blocking(move || match fs::remove_dir_all(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(StartError::io("remove", &path)(error))
-            }
-            _ => Ok(()),
-        });
-        match cleared.await {
-            Ok(Err(error)) => Err(storage(&error)),
-            Ok(Ok(())) | Err(_) => Ok(()),
+    /// Deletes the records of a partition before `offset` (-1: all), and gives the first offset that is left.
+    pub(crate) async fn delete_before(
+        &self,
+        journal: &Journal,
+        topic: &str,
+        index: i32,
+        offset: i64,
+    ) -> Result<i64, ResponseError> {
+        // One at a time, so that the journal's last word is the largest offset, and is about this topic.
+        let _changing = self.changing.lock().await;
+        let partition = self.partition(topic, index)?;
+        let start = partition.start_from(offset)?;
+        let entry = Entry::Start {
+            topic: topic.to_owned(),
+            partition: index,
+            offset: start,
+        };
+        journal
+            .write(vec![entry])
+            .await
+            .map_err(|_| ResponseError::KafkaStorageError)?;
+        partition.delete_before(start);
+        let removed = tokio::task::spawn_blocking(move || partition.retain(now_ms())).await;
+        if let Ok(Err(error)) = removed {
+            warn!(topic, index, %error, "could not remove the files of deleted records; retention tries again");
         }
+        Ok(start)
     }
 
     fn open_topic(&self, name: &str, state: &TopicState) -> Result<Topic, StartError> {
@@ -265,7 +300,7 @@ impl Topics {
             })?;
         let open = |index| {
             let start = state.starts.get(&index).copied().unwrap_or(0);
-            self.open_partition(name, index, start, &settings)
+            self.open_partition(name, &state.id, index, start, &settings)
                 .map(Arc::new)
         };
         let partitions = (0..state.partitions).map(open).collect::<Result<_, _>>()?;
@@ -281,32 +316,37 @@ impl Topics {
     fn open_partition(
         &self,
         topic: &str,
+        id: &str,
         index: i32,
         start: i64,
         settings: &Settings,
     ) -> Result<Partition, StartError> {
-        let folder = self.folder.join(FOLDER).join(topic).join(index.to_string());
-        Partition::open(format!("{topic}/{index}"), folder, start, settings.clone())
+        let folder = self.folder.join(FOLDER).join(id).join(index.to_string());
+        let name = format!("{topic}/{index}");
+        Partition::open(name, folder, start, settings.clone(), self.intact)
     }
 
-    /// Removes files whose topic the journal does not know (a deletion, or a creation, that was not finished).
+    /// Removes what deletions left. A folder that the journal does not know is somebody's: it is left alone.
     fn clear_deleted(&self, known: &BTreeMap<String, TopicState>) -> Result<(), StartError> {
         let (topics, deleted) = (self.folder.join(FOLDER), self.folder.join(DELETED));
         for folder in [&topics, &deleted] {
-            fs::create_dir_all(folder).map_err(StartError::io("create the folder", folder))?;
-            for entry in fs::read_dir(folder).map_err(StartError::io("read", folder))? {
-                let path = entry.map_err(StartError::io("read", folder))?.path();
-                let is_known = path
-                    .file_name()
-                    .and_then(|name| name.to_str())
-                    .is_some_and(|n| known.contains_key(n));
-                if folder == &deleted || !is_known {
-                    warn!(folder = %path.display(), "removing what is left of a deleted topic");
-                    fs::remove_dir_all(&path).map_err(StartError::io("remove", &path))?;
-                }
+            create_folder(folder).map_err(StartError::io("create the folder", folder))?;
+        }
+        for path in entries(&deleted)? {
+            if let Err(error) = fs::remove_dir_all(&path) {
+                warn!(folder = %path.display(), %error, "could not remove the files of a deleted topic");
             }
         }
-        sync_folder(&self.folder).map_err(StartError::io("flush", &self.folder))
+        for path in entries(&topics)? {
+            let is = |state: &TopicState| path.file_name().is_some_and(|name| *name == *state.id);
+            if !known.values().any(is) {
+                warn!(
+                    folder = %path.display(),
+                    "this is not a topic's; it is left alone: remove it if its records are not wanted"
+                );
+            }
+        }
+        Ok(())
     }
 
     fn check_count(&self, count: i32, already: usize) -> Result<(), Refused> {
@@ -362,11 +402,34 @@ fn check_name(name: &str) -> Result<(), Refused> {
     Err((ResponseError::InvalidTopicException, why))
 }
 
+fn entries(folder: &Path) -> Result<Vec<PathBuf>, StartError> {
+    let entries = fs::read_dir(folder).and_then(|entries| {
+        entries
+            .map(|entry| entry.map(|entry| entry.path()))
+            .collect()
+    });
+    entries.map_err(StartError::io("read", folder))
+}
+
+/// Where the journal says that records were deleted which are not there at all (they went with the machine): what
+/// holds instead, lest it be applied to records that come now.
+fn lost_starts(topic: &Topic, state: &TopicState) -> Vec<Entry> {
+    let holds = |(&index, &start): (&i32, &i64)| {
+        let partition = topic.partitions.get(usize::try_from(index).ok()?)?;
+        (partition.start() < start).then(|| Entry::Start {
+            topic: topic.name.clone(),
+            partition: index,
+            offset: partition.start(),
+        })
+    };
+    state.starts.iter().filter_map(holds).collect()
+}
+
 fn remove(from: &Path, to: &Path) -> std::io::Result<()> {
     if !from.exists() {
         return Ok(());
     }
-    // Renamed first, so that a topic of the same name can be created whatever comes.
+    // Renamed first, so that the next start knows it for the rest of a deletion.
     fs::rename(from, to)?;
     from.parent().map_or(Ok(()), sync_folder)?;
     fs::remove_dir_all(to)

@@ -142,6 +142,7 @@ mod tests {
                 folder.path().join(format!("t/{i}")),
                 0,
                 settings.clone(),
+                true,
             )
         };
         let partitions = [Arc::new(open(0).unwrap()), Arc::new(open(1).unwrap())];

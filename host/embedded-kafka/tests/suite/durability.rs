@@ -364,6 +364,30 @@ fn damage_before_good_records_is_not_cut_but_said() {
     assert_eq!(cluster.values(&topic, 0, 1), ["a"]);
 }
 
+/// The machine went away: of what was being written, the start may be missing and the end there.
+#[test]
+fn after_a_crash_the_same_is_set_aside_and_the_broker_starts() {
+    let cluster = Cluster::embedded();
+    let topic = cluster.topic(1);
+    for value in ["a", "b", "c"] {
+        cluster.produce(&topic, 0, &[value]);
+    }
+    let folder = cluster.stop();
+    let segment = segments(folder.path(), &topic).remove(0);
+    Process::start(folder.path(), "127.0.0.1:0").kill();
+    let mut bytes = std::fs::read(&segment).unwrap();
+    let batch_len = bytes.len() / 3;
+    bytes[batch_len..batch_len * 2].fill(0);
+    std::fs::write(&segment, &bytes).unwrap();
+    let cluster = Cluster::embedded_with(Config::new(folder.path()), folder);
+    assert_eq!(cluster.values(&topic, 0, 1), ["a"]);
+    cluster.produce(&topic, 0, &["d"]);
+    assert_eq!(cluster.values(&topic, 0, 2), ["a", "d"]);
+    let _folder = cluster.stop();
+    let aside = segment.with_extension("log.torn");
+    assert_eq!(std::fs::read(aside).unwrap(), bytes[batch_len..]);
+}
+
 #[test]
 fn damage_in_an_older_segment_is_not_served() {
     let cluster = Cluster::embedded();
@@ -498,11 +522,25 @@ fn create_topic(runtime: &tokio::runtime::Runtime, config: &ClientConfig) {
 }
 
 fn segments(folder: &Path, topic: &str) -> Vec<PathBuf> {
-    let folder = folder.join("topics").join(topic).join("0");
-    let mut files: Vec<PathBuf> = std::fs::read_dir(folder)
+    let mut files: Vec<PathBuf> = std::fs::read_dir(partition_folder(folder, topic))
         .unwrap()
         .map(|entry| entry.unwrap().path())
         .collect();
     files.sort();
     files
+}
+
+/// The folder of the topic's partition 0, which the journal knows.
+pub(crate) fn partition_folder(folder: &Path, topic: &str) -> PathBuf {
+    let journal = std::fs::read_to_string(folder.join("journal")).unwrap();
+    let mut entries = journal
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(&line[9..]).unwrap());
+    let created = entries
+        .rfind(|entry| entry["entry"] == "topic" && entry["name"] == topic)
+        .expect("the topic");
+    folder
+        .join("topics")
+        .join(created["id"].as_str().unwrap())
+        .join("0")
 }

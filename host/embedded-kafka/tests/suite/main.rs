@@ -10,6 +10,7 @@ mod folder;
 mod malformed;
 mod raw;
 mod retention;
+mod topics;
 
 /// Two tests for each case: one on the embedded broker, one on Apache Kafka.
 macro_rules! on_both {

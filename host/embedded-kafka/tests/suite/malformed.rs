@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
 use crate::cluster::Cluster;
-use crate::raw::{Connection, framed, request};
+use crate::raw::{Connection, framed, request, string};
 
 /// The requests that the broker takes, and those that it does not.
 const KEYS: std::ops::Range<i16> = -1..75;
@@ -96,4 +96,34 @@ fn peak_memory() -> u64 {
         .find(|line| line.starts_with("VmHWM"))
         .unwrap();
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+/// Each mention would wait for records in the partition's list.
+#[test]
+fn a_partition_that_a_fetch_names_again_is_refused() {
+    const FETCH: i16 = 1;
+    const INVALID_REQUEST: i16 = 42;
+    const TIMES: i32 = 1000;
+    let cluster = Cluster::embedded();
+    let topic = cluster.topic(1);
+    // Replica, milliseconds to wait, fewest and most bytes, isolation level; one topic.
+    let mut body = [-1i32, 60_000, 1, 1 << 20].map(i32::to_be_bytes).concat();
+    body.push(0);
+    body.extend(1i32.to_be_bytes());
+    body.extend(string(&topic));
+    body.extend(TIMES.to_be_bytes());
+    for _ in 0..TIMES {
+        // Partition, offset, most bytes.
+        body.extend([0i32, 0, 0, 1 << 20].map(i32::to_be_bytes).concat());
+    }
+    let answer = Connection::open(cluster.address()).call(FETCH, 4, &body);
+    // Throttle, topics, name, partitions; then each partition.
+    let partitions = &answer[4 + 4 + 2 + topic.len() + 4..];
+    let errors: Vec<i16> = partitions
+        .chunks(4 + 2 + 8 + 8 + 4 + 4)
+        .map(|partition| i16::from_be_bytes([partition[4], partition[5]]))
+        .collect();
+    assert_eq!(errors.len(), TIMES as usize);
+    assert_eq!(errors[0], 0);
+    assert!(errors[1..].iter().all(|error| *error == INVALID_REQUEST));
 }

@@ -105,7 +105,7 @@ fn deleted_records_stay_deleted_after_a_restart() {
         .unwrap();
     assert_eq!(watermarks(&cluster, &topic), (4, 6));
     let folder = cluster.stop();
-    let segments = std::fs::read_dir(folder.path().join("topics").join(&topic).join("0"))
+    let segments = std::fs::read_dir(crate::durability::partition_folder(folder.path(), &topic))
         .unwrap()
         .count();
     assert_eq!(segments, 2, "the files of deleted records are gone");
