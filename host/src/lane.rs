@@ -5,6 +5,7 @@
 //! delivery will differ in [`Lane::settle`] alone: there, effects, outputs and progress become
 //! durable together.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -61,6 +62,8 @@ struct Batch {
     settled: usize,
     held: Vec<Held>,
     held_bytes: usize,
+    /// Indices of the records that have a dead letter, held or sent.
+    given_up: BTreeSet<usize>,
     since: Instant,
 }
 
@@ -149,10 +152,11 @@ impl<S: Source, K: Sink, H: Handler> Lane<S, K, H> {
         };
         batch.hold(start..end, invocation.outputs);
         for outcome in outcomes {
-            if let Err(fault) = outcome {
-                self.redeliver(batch, fault).await?;
-            } else {
-                self.metrics.messages("done", 1);
+            match outcome {
+                // For an output of the same call that the log refused.
+                _ if batch.given_up.contains(&batch.handled) => {}
+                Ok(()) => self.metrics.messages("done", 1),
+                Err(fault) => self.redeliver(batch, fault).await?,
             }
             batch.handled += 1;
         }
@@ -178,9 +182,12 @@ impl<S: Source, K: Sink, H: Handler> Lane<S, K, H> {
             );
             // What came before does not wait for it.
             self.settle(batch).await?;
+            let at = batch.handled;
+            if batch.given_up.contains(&at) {
+                return Ok(());
+            }
             self.wait(wait).await?;
             attempt += 1;
-            let at = batch.handled;
             let invocation = self.invoke(&batch.records[at..=at], attempt).await;
             let outcome = match invocation.outcomes {
                 Ok(outcomes) => outcomes.into_iter().next().unwrap_or(Ok(())),
@@ -213,6 +220,7 @@ impl<S: Source, K: Sink, H: Handler> Lane<S, K, H> {
             letter.topic,
             fault.message
         );
+        batch.given_up.insert(index);
         self.metrics.messages("dead-letter", 1);
         self.metrics.dead_letter(fault.cause.label());
         batch.hold_one(index..index + 1, letter, true);
@@ -296,7 +304,7 @@ impl<S: Source, K: Sink, H: Handler> Lane<S, K, H> {
 
     fn give_up_call(&self, batch: &mut Batch, call: Range<usize>, fault: &Fault) {
         for index in call {
-            if !batch.is_given_up(index) {
+            if !batch.given_up.contains(&index) {
                 self.give_up(batch, index, 1, fault);
             }
         }
@@ -330,6 +338,7 @@ impl Batch {
             settled: 0,
             held: Vec::new(),
             held_bytes: 0,
+            given_up: BTreeSet::new(),
             since: Instant::now(),
         }
     }
@@ -347,12 +356,6 @@ impl Batch {
             output,
             is_dead_letter,
         });
-    }
-
-    fn is_given_up(&self, index: usize) -> bool {
-        self.held
-            .iter()
-            .any(|h| h.is_dead_letter && h.origin.start == index)
     }
 
     fn release_all(&mut self) {

@@ -236,7 +236,8 @@ impl Host {
         };
         let ended = async { while self.ended.join_next().await.is_some() {} };
         let stages = async {
-            if tokio::time::timeout(left(), ended).await.is_err() {
+            let time = left().max(CLOSING_TIME);
+            if tokio::time::timeout(time, ended).await.is_err() {
                 warn!(
                     "stages were cut off at the end of the shutdown-timeout; their records will be delivered again"
                 );

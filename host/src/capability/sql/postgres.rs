@@ -382,7 +382,7 @@ fn place(options: &PgConnectOptions) -> String {
 /// Undoes what a statement may have left for the connection's next user. It is DISCARD ALL without the plans,
 /// which stay good.
 async fn reset(connection: &mut PgConnection) -> Result<(), Error> {
-    const RESET: &str = "SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *; \
+    const RESET: &str = "SET SESSION AUTHORIZATION DEFAULT; RESET ROLE; RESET ALL; UNLISTEN *; \
                          SELECT pg_advisory_unlock_all(); DISCARD TEMP; DISCARD SEQUENCES";
     let done = sqlx::raw_sql(RESET).execute(&mut *connection).await;
     done.map_err(|error| error_of(&error))?;

@@ -190,7 +190,11 @@ impl Sqlite {
         let statement = Statement { keyword, text };
         let _writing = self.write().await?;
         let mut connection = Lease::take(&self.pool).await?;
-        let answer = execute_many(&mut connection, &statement, params).await;
+        let mut answer = execute_many(&mut connection, &statement, params).await;
+        if answer.is_ok() {
+            let noted = self.note_altered(&mut connection, &statement).await;
+            answer = answer.and_then(|rows| noted.map(|()| rows));
+        }
         connection.finish(answer)
     }
 

@@ -128,7 +128,16 @@ pub(super) fn may_leave_traces(keyword: &str, text: &str) -> bool {
         "DELETE", "INSERT", "MERGE", "SELECT", "UPDATE", "VALUES", "WITH",
     ];
     // Settings, advisory locks, temporary tables; statements in a string; names written in codes.
-    const SUSPECT: &[&str] = &["set_config", "advisory", "temp", "to_xml", "u&\""];
+    const SUSPECT: &[&str] = &[
+        "set_config",
+        "pg_settings",
+        "advisory",
+        "temp",
+        "to_xml",
+        "ts_stat",
+        "ts_rewrite",
+        "u&\"",
+    ];
     if !PLAIN.contains(&keyword) {
         return true;
     }

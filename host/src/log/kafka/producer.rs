@@ -39,6 +39,8 @@ pub struct Producer {
     settings: Arc<ClientSettings>,
     patience: Patience,
     client: Arc<Mutex<Arc<Client>>>,
+    /// Sends one record a request; made when it is needed first.
+    alone: Arc<tokio::sync::Mutex<Option<Client>>>,
 }
 
 type Client = ThreadedProducer<Context>;
@@ -46,11 +48,12 @@ type Client = ThreadedProducer<Context>;
 impl Producer {
     /// A producer that connects by itself, now and after every loss.
     pub fn new(settings: &ClientSettings, patience: Patience) -> Result<Self, LogError> {
-        let client = create(settings, patience)?;
+        let client = create(&config(settings, patience))?;
         Ok(Self {
             settings: Arc::new(settings.clone()),
             patience,
             client: Arc::new(Mutex::new(Arc::new(client))),
+            alone: Arc::default(),
         })
     }
 
@@ -72,7 +75,7 @@ impl Producer {
             return;
         }
         warn!("the producer failed for good ({code}: {why}); going on with a new one");
-        match create(&self.settings, self.patience) {
+        match create(&config(&self.settings, self.patience)) {
             Ok(client) => *current = Arc::new(client),
             Err(error) => warn!("cannot make a new producer: {error}"),
         }
@@ -83,7 +86,8 @@ impl Producer {
         let client = self.client();
         let flight = Flight::new(1);
         self.enqueue(&client, &flight, 0, record).await;
-        self.land(&client, &flight).await;
+        land(&client, &flight).await;
+        self.replace_if_fatal(&client);
         let mut state = flight.lock();
         match state.unsent.pop() {
             Some(unsent) => Err(unsent.error),
@@ -91,29 +95,30 @@ impl Producer {
         }
     }
 
-    /// Waits until the flight is over. What a client that failed for good still has in its queue would
-    /// never come back by itself.
-    async fn land(&self, client: &Arc<Client>, flight: &Flight) {
-        while tokio::time::timeout(FATAL_CHECK, flight.landed())
-            .await
-            .is_err()
-        {
-            if client.client().fatal_error().is_some() {
-                client.purge(PurgeConfig::default().queue().inflight().non_blocking());
-            }
-        }
-        self.replace_if_fatal(client);
-    }
-
     /// Appends the records and answers those that were not taken.
-    async fn fly(&self, records: &[Outgoing]) -> Vec<Unsent> {
-        let client = self.client();
+    async fn fly(&self, client: &Client, records: &[Outgoing]) -> Vec<Unsent> {
         let flight = Flight::new(records.len());
         for (index, record) in records.iter().enumerate() {
-            self.enqueue(&client, &flight, index, record).await;
+            self.enqueue(client, &flight, index, record).await;
         }
-        self.land(&client, &flight).await;
+        land(client, &flight).await;
         std::mem::take(&mut flight.lock().unsent)
+    }
+
+    /// Appends one record in a request of its own.
+    async fn fly_alone(&self, record: &Outgoing) -> Result<(), LogError> {
+        let mut alone = self.alone.lock().await;
+        let client = match alone.take() {
+            Some(client) => client,
+            None => {
+                let mut config = config(&self.settings, self.patience);
+                create(config.set("batch.num.messages", "1"))?
+            }
+        };
+        let failed = self.fly(&client, std::slice::from_ref(record)).await.pop();
+        // One that failed for good is dropped.
+        *alone = Some(client).filter(|client| client.client().fatal_error().is_none());
+        failed.map_or(Ok(()), |unsent| Err(unsent.error))
     }
 
     async fn enqueue(
@@ -152,23 +157,38 @@ impl Sink for Producer {
         if records.is_empty() {
             return Ok(());
         }
+        let client = self.client();
+        let failed = self.fly(&client, records).await;
+        self.replace_if_fatal(&client);
         let mut unsent = Vec::new();
-        for mut failed in self.fly(records).await {
-            // The log judges a request as a whole, with whatever other records were packed into it:
-            // only what it refuses alone is at fault.
-            if records.len() > 1 && !matches!(failed.error, LogError::Unavailable(_)) {
-                let alone = &records[failed.index..=failed.index];
-                match self.fly(alone).await.pop() {
-                    Some(again) => failed.error = again.error,
-                    None => continue,
+        for Unsent { index, mut error } in failed {
+            // The log judges a request as a whole, with whatever other records were packed into it, those of
+            // other lanes too: only what it refuses alone is at fault.
+            if !matches!(error, LogError::Unavailable(_)) {
+                match self.fly_alone(&records[index]).await {
+                    Ok(()) => continue,
+                    Err(again) => error = again,
                 }
             }
-            unsent.push(failed);
+            unsent.push(Unsent { index, error });
         }
         if unsent.is_empty() {
             Ok(())
         } else {
             Err(unsent)
+        }
+    }
+}
+
+/// Waits until the flight is over. What a client that failed for good still has in its queue would
+/// never come back by itself.
+async fn land(client: &Client, flight: &Flight) {
+    while tokio::time::timeout(FATAL_CHECK, flight.landed())
+        .await
+        .is_err()
+    {
+        if client.client().fatal_error().is_some() {
+            client.purge(PurgeConfig::default().queue().inflight().non_blocking());
         }
     }
 }
@@ -202,9 +222,8 @@ pub(super) fn config(settings: &ClientSettings, patience: Patience) -> ClientCon
     )
 }
 
-fn create(settings: &ClientSettings, patience: Patience) -> Result<Client, LogError> {
-    let config = config(settings, patience);
-    Client::from_config_and_context(&config, Context)
+fn create(config: &ClientConfig) -> Result<Client, LogError> {
+    Client::from_config_and_context(config, Context)
         .map_err(|error| LogError::Refused(format!("cannot make a producer: {error}")))
 }
 
