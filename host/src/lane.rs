@@ -171,15 +171,9 @@ impl<S: Source, K: Sink, H: Handler> Lane<S, K, H> {
             self.metrics.messages("retry", 1);
             self.metrics.retry();
             let wait = backoff(&self.policy.retry, attempt, &mut rand::rng());
-            let record = &batch.records[batch.handled];
-            debug!(
-                topic = &*record.topic,
-                partition = record.partition,
-                offset = record.offset,
-                attempt,
-                "retry in {wait:?}: {}",
-                fault.message
-            );
+            if attempt == 1 {
+                self.warn_of_retry(&batch.records[batch.handled], wait, &fault);
+            }
             // What came before does not wait for it.
             self.settle(batch).await?;
             let at = batch.handled;
@@ -204,6 +198,19 @@ impl<S: Source, K: Sink, H: Handler> Lane<S, K, H> {
         }
         self.give_up(batch, batch.handled, attempt, &fault);
         Ok(())
+    }
+
+    /// Once a message: an outage shows in the log, and does not fill it.
+    fn warn_of_retry(&self, record: &Record, wait: Duration, fault: &Fault) {
+        warn!(
+            stage = &*self.policy.dead_letters.stage,
+            topic = &*record.topic,
+            partition = record.partition,
+            offset = record.offset,
+            "will be delivered again in {wait:.1?}, {} times in all at most: {}",
+            self.policy.retry.max_attempts,
+            fault.message
+        );
     }
 
     fn give_up(&self, batch: &mut Batch, index: usize, attempts: u32, fault: &Fault) {

@@ -12,6 +12,8 @@ use wasmtime_wasi::cli::{IsTerminal, StdoutStream};
 
 /// Bytes of one line in the log; what is longer is cut.
 const MAX_LINE: usize = 8 << 10;
+/// Lines of stderr that are kept of a call, to say what a guest that trapped had to say.
+const MAX_LAST_WORDS: usize = 3;
 
 mod bindings {
     wasmtime::component::bindgen!({
@@ -41,6 +43,7 @@ pub struct Place {
 pub struct LogCtx {
     stage: Arc<str>,
     place: Arc<Mutex<Option<Place>>>,
+    last_words: Arc<Mutex<Vec<String>>>,
 }
 
 impl LogCtx {
@@ -49,11 +52,33 @@ impl LogCtx {
         Self {
             stage,
             place: Arc::default(),
+            last_words: Arc::default(),
+        }
+    }
+
+    /// The first lines of stderr since the place was set: a panic's, when there was one.
+    pub fn take_last_words(&self) -> String {
+        let mut words = self
+            .last_words
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        std::mem::take(&mut *words).join(" ")
+    }
+
+    fn keep_last_words(&self, line: &str) {
+        let mut words = self
+            .last_words
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        // Rust's hint is of no use where there is no environment.
+        if words.len() < MAX_LAST_WORDS && !line.starts_with("note: ") {
+            words.push(line.to_owned());
         }
     }
 
     /// What follows belongs to this record.
     pub fn set_place(&self, place: Place) {
+        self.take_last_words();
         *self.place.lock().unwrap_or_else(PoisonError::into_inner) = Some(place);
     }
 
@@ -140,11 +165,22 @@ impl LogStream {
                 line.push(byte);
             }
             if byte == b'\n' || line.len() == MAX_LINE {
-                self.log
-                    .write(self.level, "", &String::from_utf8_lossy(&line));
+                self.take_line(&String::from_utf8_lossy(&line));
                 line.clear();
             }
         }
+    }
+}
+
+impl LogStream {
+    fn take_line(&self, line: &str) {
+        if line.trim().is_empty() {
+            return;
+        }
+        if self.level == Level::WARN {
+            self.log.keep_last_words(line);
+        }
+        self.log.write(self.level, "", line);
     }
 }
 

@@ -197,7 +197,11 @@ impl StageComponent {
                 // In a larger call nobody can tell which message a denial belongs to.
                 answered(outcomes, outputs, denied.filter(|_| deliveries.len() == 1))
             }
-            Err(error) => failed(trap(&error, guest.limiter.refused_memory, denied)),
+            Err(error) => {
+                let words = [words(&error), guest.log.take_last_words()];
+                let words = words.join(": ").trim_end_matches(": ").to_owned();
+                failed(trap(words, guest.limiter.refused_memory, denied))
+            }
         }
     }
 }
@@ -339,8 +343,7 @@ fn fault_of(fault: wit::Fault, denied: Option<&str>) -> Fault {
     }
 }
 
-fn trap(error: &wasmtime::Error, refused_memory: bool, denied: Option<String>) -> Fault {
-    let words = words(error);
+fn trap(words: String, refused_memory: bool, denied: Option<String>) -> Fault {
     match denied {
         _ if refused_memory => Fault::new(
             Cause::Memory,

@@ -30,7 +30,9 @@ fn text(pipeline: &Pipeline, brokers: &str, addresses: &Addresses) -> String {
         lines.extend(curl_lines(http, address));
         lines.extend(hints(http));
     }
-    lines.push("\nCtrl-C drains and stops it.\n".into());
+    lines.push(
+        "\nCtrl-C drains and stops it; pressed again after a second, it ends at once.\n".into(),
+    );
     lines.join("\n")
 }
 
@@ -39,6 +41,21 @@ fn curl_lines(http: &Http, address: SocketAddr) -> Vec<String> {
         .iter()
         .map(|route| format!("  curl -i {}", curl_arguments(route, address)))
         .collect()
+}
+
+/// `{slug}` as `SLUG`: curl takes braces for a list.
+fn filled_in(path: &str) -> String {
+    let mut shown = String::with_capacity(path.len());
+    let mut inside = false;
+    for c in path.chars() {
+        match c {
+            '{' => inside = true,
+            '}' => inside = false,
+            c if inside => shown.extend(c.to_uppercase()),
+            c => shown.push(c),
+        }
+    }
+    shown
 }
 
 /// Where what a path asks for comes from, as far as the host makes it.
@@ -51,9 +68,9 @@ fn hints(http: &Http) -> Vec<String> {
         for name in generate {
             let part = format!("{{{name}}}");
             if http.routes.iter().any(|r| r.path.contains(&part)) {
-                let path = &route.path;
+                let (path, name_shown) = (&route.path, name.to_uppercase());
                 hints.push(format!(
-                    "{part} is what the answer of {path} says in its header stagehost-{name}."
+                    "{name_shown} is what the answer of {path} says in its header stagehost-{name}."
                 ));
             }
         }
@@ -62,7 +79,7 @@ fn hints(http: &Http) -> Vec<String> {
 }
 
 fn curl_arguments(route: &Route, address: SocketAddr) -> String {
-    let url = format!("http://{address}{}", route.path);
+    let url = format!("http://{address}{}", filled_in(&route.path));
     let Action::Produce { fields, .. } = &route.action else {
         return format!("'{url}'");
     };

@@ -69,6 +69,7 @@ pub async fn run(pipeline: Pipeline, shutdown: CancellationToken) -> anyhow::Res
         Ok(Some(mut host)) => {
             banner::print(&pipeline, &settings.brokers, &listeners.addresses);
             let failed = host.serve(&shutdown).await;
+            readiness.not_ready("host", "shutting down");
             host.drain(pipeline.shutdown_timeout).await;
             failed
         }
@@ -224,7 +225,7 @@ impl Host {
         );
         self.ingress_stop.cancel();
         for stage in &self.stages {
-            stage.stop(left().saturating_sub(CLOSING_TIME));
+            stage.stop(left().saturating_sub(CLOSING_TIME.min(timeout / 10)));
         }
         let requests = async {
             if let Some(ingress) = &mut self.ingress

@@ -350,7 +350,7 @@ impl Context {
             list.add_partition(partition.topic(), partition.number());
         }
         if !gone.is_empty() {
-            info!(group = state.group, "gave up {}", names(&list));
+            info!(group = state.group, "released {}", names(&list));
         }
         for partition in gone {
             state
@@ -375,6 +375,11 @@ fn end_lanes(partitions: &[Arc<Partition>], budget: Duration) {
         if partition.wait_ended(deadline.saturating_duration_since(Instant::now())) {
             continue;
         }
+        warn!(
+            topic = &**partition.topic(),
+            partition = partition.number(),
+            "its lane was cut off in the middle of a call; what it had not settled will be delivered again"
+        );
         partition.abandon();
         if !partition.wait_ended(ABANDON_WAIT) {
             error!(
