@@ -108,15 +108,8 @@ impl ClientSettings {
 }
 
 /// What librdkafka warns of and deals with by itself: lost connections, of which the host says once that
-/// the log is away, a coordinator that is not ready yet, and that `enable.gapless.guarantee` is new.
-const HANDLED: &[&str] = &[
-    "CONFWARN",
-    "ERROR",
-    "FAIL",
-    "GETPID",
-    "REQTMOUT",
-    "SESSTMOUT",
-];
+/// the log is away, and a coordinator that is not ready yet.
+const HANDLED: &[&str] = &["ERROR", "FAIL", "GETPID", "REQTMOUT", "SESSTMOUT"];
 
 /// Sends what librdkafka has to say into the host's log.
 fn log_line(level: RDKafkaLogLevel, facility: &str, message: &str) {
