@@ -48,6 +48,9 @@ pub struct Metrics {
     http_requests: Family<RequestLabels, Counter>,
     http_request_seconds: Histograms<RouteLabels>,
     lag: Family<LagLabels, Gauge>,
+    circuit_open: Family<StoreLabels, Gauge>,
+    gap_records: Family<StageLabels, Counter>,
+    lanes_stopped: Family<StageLabels, Gauge>,
 }
 
 impl fmt::Debug for Metrics {
@@ -71,6 +74,9 @@ impl Default for Metrics {
             http_requests: Family::default(),
             http_request_seconds: Family::new_with_constructor(|| Histogram::new(HTTP_SECONDS)),
             lag: Family::default(),
+            circuit_open: Family::default(),
+            gap_records: Family::default(),
+            lanes_stopped: Family::default(),
         };
         metrics.register();
         metrics
@@ -126,6 +132,21 @@ impl Metrics {
             "Records of a partition that its consumer group has yet to commit",
             self.lag.clone(),
         );
+        registry.register(
+            "stagehost_circuit_open",
+            "Whether lanes wait for a store that is away",
+            self.circuit_open.clone(),
+        );
+        registry.register(
+            "stagehost_gap_records",
+            "Records that were removed from the log before they were processed",
+            self.gap_records.clone(),
+        );
+        registry.register(
+            "stagehost_lanes_stopped",
+            "Partitions that need somebody to look at them",
+            self.lanes_stopped.clone(),
+        );
     }
 
     /// The handles of one stage. Its series are there from now on, at 0.
@@ -141,6 +162,8 @@ impl Metrics {
             end_to_end_seconds: self.end_to_end_seconds.get_or_create_owned(&labels),
             batch_messages: self.batch_messages.get_or_create_owned(&labels),
             retries: self.retries.get_or_create_owned(&labels),
+            gap_records: self.gap_records.get_or_create_owned(&labels),
+            lanes_stopped: self.lanes_stopped.get_or_create_owned(&labels),
             stage,
         }
     }
@@ -179,6 +202,15 @@ impl Metrics {
         self.lag.remove(&LagLabels::new(group, topic, partition));
     }
 
+    /// Whether lanes wait for a store that is away.
+    pub fn set_circuit_open(&self, store: &str, open: bool) {
+        self.circuit_open
+            .get_or_create(&StoreLabels {
+                store: store.into(),
+            })
+            .set(i64::from(open));
+    }
+
     /// Everything in the text format of [`CONTENT_TYPE`].
     pub fn encode(&self) -> Result<String, fmt::Error> {
         let mut text = String::new();
@@ -197,6 +229,8 @@ pub struct StageMetrics {
     end_to_end_seconds: Histogram,
     batch_messages: Histogram,
     retries: Counter,
+    gap_records: Counter,
+    lanes_stopped: Gauge,
 }
 
 impl StageMetrics {
@@ -225,6 +259,20 @@ impl StageMetrics {
         self.batch_messages.observe(messages as f64);
     }
 
+    /// So many records were removed from the log before the stage had them.
+    pub fn gap(&self, records: u64) {
+        self.gap_records.inc_by(records);
+    }
+
+    /// A lane stopped until somebody looks at it, or has ended after it had.
+    pub fn lane_stopped(&self, stopped: bool) {
+        if stopped {
+            self.lanes_stopped.inc();
+        } else {
+            self.lanes_stopped.dec();
+        }
+    }
+
     /// A message is tried again.
     pub fn retry(&self) {
         self.retries.inc();
@@ -244,6 +292,11 @@ impl StageMetrics {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct StageLabels {
     stage: Arc<str>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct StoreLabels {
+    store: Arc<str>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -340,6 +393,9 @@ mod tests {
         metrics.set_lag("service.publisher", "app.newPosts", 7, 12);
         metrics.set_lag("service.publisher", "app.newPosts", 8, 1);
         metrics.remove_lag("service.publisher", "app.newPosts", 8);
+        metrics.set_circuit_open("posts", true);
+        stage.gap(7);
+        stage.lane_stopped(true);
 
         let text = metrics.encode().unwrap();
         for line in [
@@ -354,6 +410,9 @@ mod tests {
             r#"stagehost_http_requests_total{route="none",method="other",status="404"} 1"#,
             r#"stagehost_http_request_seconds_count{route="/post/{slug}"} 1"#,
             r#"kafka_consumergroup_lag{consumergroup="service.publisher",topic="app.newPosts",partition="7"} 12"#,
+            r#"stagehost_circuit_open{store="posts"} 1"#,
+            r#"stagehost_gap_records_total{stage="publisher"} 7"#,
+            r#"stagehost_lanes_stopped{stage="publisher"} 1"#,
         ] {
             check(&text, line);
         }

@@ -6,7 +6,8 @@ pub mod redis;
 pub mod sql;
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::pipeline;
 
@@ -21,26 +22,53 @@ pub enum StoreError {
     Refused(String),
 }
 
+/// A store of the pipeline, as messages name it: ``SQL store `posts` ``.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum StoreName {
+    /// One of `[sql]`.
+    Sql(Arc<str>),
+    /// One of `[redis]`.
+    Redis(Arc<str>),
+}
+
+impl StoreName {
+    /// The name that the pipeline gives it.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Sql(name) | Self::Redis(name) => name,
+        }
+    }
+}
+
+impl fmt::Display for StoreName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Sql(name) => write!(f, "SQL store `{name}`"),
+            Self::Redis(name) => write!(f, "Redis store `{name}`"),
+        }
+    }
+}
+
 /// The store that an instance waits for, so that a call whose time is up while it does is put down to the store
 /// and not to the guest.
 #[derive(Default)]
-pub struct Pending(Mutex<Option<String>>);
+pub struct Pending(Mutex<Option<StoreName>>);
 
 impl Pending {
     /// Awaits a call to the store. A call that is dropped half-way leaves the store's name behind.
-    pub async fn during<T>(&self, store: impl Into<String>, call: impl Future<Output = T>) -> T {
-        self.replace(Some(store.into()));
+    pub async fn during<T>(&self, store: StoreName, call: impl Future<Output = T>) -> T {
+        self.replace(Some(store));
         let answer = call.await;
         self.replace(None);
         answer
     }
 
     /// The store that was waited for, such as ``SQL store `posts` ``, since this was last asked.
-    pub fn take(&self) -> Option<String> {
+    pub fn take(&self) -> Option<StoreName> {
         self.replace(None)
     }
 
-    fn replace(&self, store: Option<String>) -> Option<String> {
+    fn replace(&self, store: Option<StoreName>) -> Option<StoreName> {
         let mut pending = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         std::mem::replace(&mut *pending, store)
     }
@@ -83,16 +111,17 @@ mod tests {
 
     use futures::FutureExt;
 
-    use super::Pending;
+    use super::{Pending, StoreName};
 
     #[tokio::test]
     async fn only_a_call_that_is_given_up_leaves_its_store() {
         let waiting = Pending::default();
-        assert_eq!(waiting.during("SQL store `posts`", ready(1)).await, 1);
+        let store = StoreName::Sql("posts".into());
+        assert_eq!(waiting.during(store.clone(), ready(1)).await, 1);
         assert_eq!(waiting.take(), None);
-        let given_up = waiting.during("SQL store `posts`", pending::<()>());
+        let given_up = waiting.during(store.clone(), pending::<()>());
         assert_eq!(given_up.now_or_never(), None);
-        assert_eq!(waiting.take().as_deref(), Some("SQL store `posts`"));
+        assert_eq!(waiting.take(), Some(store));
         assert_eq!(waiting.take(), None);
     }
 }

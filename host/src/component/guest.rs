@@ -8,11 +8,11 @@ use wasmtime::component::ResourceTable;
 use wasmtime_wasi::{WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView};
 use wasmtime_wasi_config::WasiConfigVariables;
 
-use crate::capability::Pending;
 use crate::capability::logging::LogCtx;
 use crate::capability::producer::{ProducerCtx, ProducerGrant};
 use crate::capability::redis::{RedisCtx, RedisGrants};
 use crate::capability::sql::{SqlCtx, SqlGrants};
+use crate::capability::{Pending, StoreName};
 
 /// Elements of all of an instance's tables together.
 const MAX_TABLE_ELEMENTS: usize = 100_000;
@@ -78,6 +78,12 @@ impl Guest {
             self.redis.take_denied(),
         ];
         denied.into_iter().flatten().next()
+    }
+
+    /// A store that was not available since last asked.
+    pub(super) fn take_away(&mut self) -> Option<StoreName> {
+        let away = [self.sql.take_away(), self.redis.take_away()];
+        away.into_iter().flatten().next()
     }
 }
 

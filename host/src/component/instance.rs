@@ -13,7 +13,9 @@ use super::guest::{Grants, Guest};
 use super::plain;
 use crate::capability::logging::Place;
 use crate::capability::producer::ProducerGrant;
-use crate::capability::{Pending, Stores};
+use crate::capability::sql::Transaction;
+use crate::capability::{Pending, StoreError, StoreName, Stores};
+use crate::delivery::progress::Transaction as _;
 use crate::delivery::{Cause, Delivery, Fault, Handler, Invocation};
 use crate::pipeline::{self, Instances};
 use crate::record::Record;
@@ -159,14 +161,50 @@ impl StageComponent {
         Ok(())
     }
 
+    /// One call, with its deadline.
+    async fn deliver(
+        &self,
+        deliveries: &[Delivery<'_>],
+        transaction: Option<&Transaction>,
+    ) -> Invocation {
+        // On expiry the future is dropped, and with it the instance: wasmtime unwinds its stack.
+        let waits = Waits::default();
+        let call = self.invoke(deliveries, transaction, &waits);
+        if let Ok(invocation) = timeout(self.deadline, call).await {
+            return invocation;
+        }
+        // A store that does not answer is no fault of the guest's, and may answer the next time.
+        failed(match waits.store() {
+            Some(store) => Fault {
+                away: Some(store.clone()),
+                ..Fault::new(
+                    Cause::Retry,
+                    format!("{store} did not answer; {}", self.late()),
+                )
+            },
+            None => Fault::new(Cause::Deadline, self.late()),
+        })
+    }
+
     /// One call, without its deadline. What an instance was left with by earlier calls (memory that it
-    /// leaked, say) must not cost this message, so a call that failed on a used one is made again on a new one.
-    async fn invoke(&self, deliveries: &[Delivery<'_>], waits: &Waits) -> Invocation {
+    /// leaked, say) must not cost this message, so a call that failed on a used one is made again on a new one; where
+    /// it has written in a transaction, by the lane, which can undo that.
+    async fn invoke(
+        &self,
+        deliveries: &[Delivery<'_>],
+        transaction: Option<&Transaction>,
+        waits: &Waits,
+    ) -> Invocation {
         if let Some(instance) = self.take_idle() {
             waits.of(&instance);
-            let invocation = self.call_on(instance, deliveries).await;
+            let before = transaction.map(|t| t.statements());
+            let mut invocation = self.call_on(instance, deliveries, transaction).await;
             match &invocation.outcomes {
                 Err(fault) if matches!(fault.cause, Cause::Trap | Cause::Memory) => {
+                    if transaction.map(|t| t.statements()) != before {
+                        invocation.worn = true;
+                        return invocation;
+                    }
                     debug!("once more on a new instance: {}", fault.message);
                 }
                 _ => return invocation,
@@ -175,7 +213,7 @@ impl StageComponent {
         match self.instantiate().await {
             Ok(instance) => {
                 waits.of(&instance);
-                self.call_on(instance, deliveries).await
+                self.call_on(instance, deliveries, transaction).await
             }
             // It could at start, so the host is short of something, which is not the message's fault.
             Err(error) => failed(Fault::new(
@@ -186,22 +224,40 @@ impl StageComponent {
     }
 
     /// One call on an instance, which is dropped if the call fails.
-    async fn call_on(&self, mut instance: Instance, deliveries: &[Delivery<'_>]) -> Invocation {
+    async fn call_on(
+        &self,
+        mut instance: Instance,
+        deliveries: &[Delivery<'_>],
+        transaction: Option<&Transaction>,
+    ) -> Invocation {
+        let guest = instance.store.data_mut();
+        guest.sql.set_transaction(transaction.cloned());
         let called = instance.call(deliveries).await;
         let guest = instance.store.data_mut();
+        guest.sql.set_transaction(None);
         let outputs = guest.producer.take_outputs();
         let denied = guest.take_denied();
+        let away = guest.take_away();
         match called {
             Ok(outcomes) => {
                 self.keep(instance);
                 // In a larger call nobody can tell which message a denial belongs to.
-                answered(outcomes, outputs, denied.filter(|_| deliveries.len() == 1))
+                let denied = denied.filter(|_| deliveries.len() == 1);
+                answered(outcomes, outputs, denied, away)
             }
             Err(error) => {
                 let words = [words(&error), guest.log.take_last_words()];
                 let words = words.join(": ").trim_end_matches(": ").to_owned();
-                failed(trap(words, guest.limiter.refused_memory, denied))
+                let fault = trap(words, guest.limiter.refused_memory, denied);
+                failed(Fault { away, ..fault })
             }
+        }
+    }
+
+    async fn ping(&self, store: &StoreName) -> Result<(), StoreError> {
+        match store {
+            StoreName::Sql(name) => self.grants.sql.ping(name).await,
+            StoreName::Redis(name) => self.grants.redis.ping(name).await,
         }
     }
 }
@@ -216,31 +272,39 @@ impl Waits {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(pending);
     }
 
-    fn store(&self) -> Option<String> {
+    fn store(&self) -> Option<StoreName> {
         let pending = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         pending.as_ref()?.take()
     }
 }
 
-impl Handler for StageComponent {
+/// Effects in SQL stores are durable statement by statement.
+impl Handler<()> for StageComponent {
     fn takes_batches(&self) -> bool {
         matches!(self.world, World::BatchHandler(_))
     }
 
-    async fn call(&self, deliveries: &[Delivery<'_>]) -> Invocation {
-        // On expiry the future is dropped, and with it the instance: wasmtime unwinds its stack.
-        let waits = Waits::default();
-        if let Ok(invocation) = timeout(self.deadline, self.invoke(deliveries, &waits)).await {
-            return invocation;
-        }
-        // A store that does not answer is no fault of the guest's, and may answer the next time.
-        failed(match waits.store() {
-            Some(store) => Fault::new(
-                Cause::Retry,
-                format!("{store} did not answer; {}", self.late()),
-            ),
-            None => Fault::new(Cause::Deadline, self.late()),
-        })
+    async fn call(&self, deliveries: &[Delivery<'_>], (): &()) -> Invocation {
+        self.deliver(deliveries, None).await
+    }
+
+    async fn probe(&self, store: &StoreName) -> Result<(), StoreError> {
+        self.ping(store).await
+    }
+}
+
+/// Effects in the stage's SQL store belong to the transaction.
+impl Handler<Transaction> for StageComponent {
+    fn takes_batches(&self) -> bool {
+        matches!(self.world, World::BatchHandler(_))
+    }
+
+    async fn call(&self, deliveries: &[Delivery<'_>], transaction: &Transaction) -> Invocation {
+        self.deliver(deliveries, Some(transaction)).await
+    }
+
+    async fn probe(&self, store: &StoreName) -> Result<(), StoreError> {
+        self.ping(store).await
     }
 }
 
@@ -316,15 +380,21 @@ fn answered(
     outcomes: Vec<Result<(), wit::Fault>>,
     outputs: Vec<crate::record::Outgoing>,
     denied: Option<String>,
+    away: Option<StoreName>,
 ) -> Invocation {
+    let fault = |fault| Fault {
+        away: away.clone(),
+        ..fault_of(fault, denied.as_deref())
+    };
     let outcomes: Vec<_> = outcomes
         .into_iter()
-        .map(|outcome| outcome.map_err(|fault| fault_of(fault, denied.as_deref())))
+        .map(|outcome| outcome.map_err(fault))
         .collect();
     let dropped = matches!(outcomes.as_slice(), [Err(_)]);
     Invocation {
         outputs: if dropped { Vec::new() } else { outputs },
         outcomes: Ok(outcomes),
+        worn: false,
     }
 }
 
@@ -358,6 +428,7 @@ fn failed(fault: Fault) -> Invocation {
     Invocation {
         outcomes: Err(fault),
         outputs: Vec::new(),
+        worn: false,
     }
 }
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::Fault;
+use super::seen::{self, OutputId};
 use crate::record::{Header, Outgoing, Record};
 
 /// Bytes of the fault's words in a header; what is longer is cut.
@@ -11,6 +12,8 @@ const MAX_MESSAGE: usize = 8 << 10;
 const SHORT_MESSAGE: usize = 200;
 /// The header that has them.
 const ERROR_MESSAGE: &str = "__dlq.errors.message";
+/// The header that has the fault's cause; a stage can't set it.
+pub const CAUSE: &str = "stagehost-cause";
 
 /// What the dead letters of one stage carry beside the record and the fault.
 #[derive(Clone, Debug)]
@@ -29,25 +32,16 @@ impl DeadLetters {
     /// The dead letter: key, value, headers and timestamp byte for byte, and why it was given up on
     /// after `attempts` deliveries. The header names are relied on by others.
     pub fn letter(&self, record: &Record, attempts: u32, fault: &Fault) -> Outgoing {
-        let message = &fault.message[..fault.message.floor_char_boundary(MAX_MESSAGE)];
-        let why = [
-            ("__dlq.errors.topic", record.topic.to_string()),
-            ("__dlq.errors.partition", record.partition.to_string()),
-            ("__dlq.errors.offset", record.offset.to_string()),
-            ("__dlq.errors.group", self.group.to_string()),
-            ("__dlq.errors.delivery.count", attempts.to_string()),
-            (ERROR_MESSAGE, message.to_string()),
-            ("stagehost-stage", self.stage.to_string()),
-            ("stagehost-component", self.component.to_string()),
-            ("stagehost-cause", fault.cause.label().to_string()),
-        ];
+        let Record {
+            topic,
+            partition,
+            offset,
+            ..
+        } = record;
         let mut headers = record.headers.clone();
-        headers.extend(
-            why.into_iter()
-                .map(|(name, value)| Header::new(name, value)),
-        );
+        headers.extend(self.why(topic, *partition, *offset, attempts, fault));
         Outgoing {
-            topic: self.topic_for(record),
+            topic: self.topic_for(topic),
             partition: None,
             timestamp: record.timestamp,
             key: record.key.clone(),
@@ -56,12 +50,64 @@ impl DeadLetters {
         }
     }
 
-    fn topic_for(&self, record: &Record) -> Arc<str> {
-        match &self.topic {
-            Some(topic) => topic.clone(),
-            None => Arc::from(default_topic(&record.topic)),
+    /// The dead letter of an output that the log refused after its message had been committed: the output, and which
+    /// message it came of, as far as its id says.
+    pub fn refused(&self, output: &Outgoing, fault: &Fault) -> Outgoing {
+        let header = output.headers.iter().find(|h| h.name == seen::HEADER);
+        let id: Option<OutputId> =
+            header.and_then(|h| std::str::from_utf8(h.value.as_deref()?).ok()?.parse().ok());
+        let of = id.as_ref().and_then(|id| {
+            let (_, topic, partition) = id.source()?;
+            Some((topic, partition, id.place.offset))
+        });
+        let (topic, partition, offset) = of.unwrap_or((&output.topic, -1, -1));
+        let mut headers = output.headers.clone();
+        headers.extend(self.why(topic, partition, offset, 1, fault));
+        // Behind the cause it is the letter's own id.
+        headers.extend(header.cloned());
+        Outgoing {
+            topic: self.topic_for(topic),
+            partition: None,
+            headers,
+            ..output.clone()
         }
     }
+
+    fn why(
+        &self,
+        topic: &str,
+        partition: i32,
+        offset: i64,
+        attempts: u32,
+        fault: &Fault,
+    ) -> impl Iterator<Item = Header> {
+        let message = &fault.message[..fault.message.floor_char_boundary(MAX_MESSAGE)];
+        let why = [
+            ("__dlq.errors.topic", topic.to_string()),
+            ("__dlq.errors.partition", partition.to_string()),
+            ("__dlq.errors.offset", offset.to_string()),
+            ("__dlq.errors.group", self.group.to_string()),
+            ("__dlq.errors.delivery.count", attempts.to_string()),
+            (ERROR_MESSAGE, message.to_string()),
+            ("stagehost-stage", self.stage.to_string()),
+            ("stagehost-component", self.component.to_string()),
+            (CAUSE, fault.cause.label().to_string()),
+        ];
+        why.into_iter()
+            .map(|(name, value)| Header::new(name, value))
+    }
+
+    fn topic_for(&self, input: &str) -> Arc<str> {
+        match &self.topic {
+            Some(topic) => topic.clone(),
+            None => Arc::from(default_topic(input)),
+        }
+    }
+}
+
+/// Whether an output is a dead letter.
+pub fn is_one(output: &Outgoing) -> bool {
+    output.headers.iter().any(|h| h.name == CAUSE)
 }
 
 /// Cuts the fault's words of a dead letter that is too large for its topic.

@@ -1,10 +1,15 @@
 //! The parts of the delivery loop that have rules of their own.
 
+pub mod breaker;
 pub mod dead_letter;
+pub mod output;
+pub mod progress;
 pub mod retry;
+pub mod seen;
 
 use std::future::Future;
 
+use crate::capability::{StoreError, StoreName};
 use crate::record::{Outgoing, Record};
 
 /// A record on its way into a stage.
@@ -23,6 +28,8 @@ pub struct Fault {
     pub cause: Cause,
     /// In words: the guest's own, or the host's.
     pub message: String,
+    /// A store that was not available during the call, which is likely why it failed.
+    pub away: Option<StoreName>,
 }
 
 impl Fault {
@@ -31,6 +38,7 @@ impl Fault {
         Self {
             cause,
             message: message.into(),
+            away: None,
         }
     }
 }
@@ -73,13 +81,22 @@ pub struct Invocation {
     pub outcomes: Result<Vec<Result<(), Fault>>, Fault>,
     /// What the guest emitted; empty when the call failed or a single message faulted.
     pub outputs: Vec<Outgoing>,
+    /// The call failed on an instance that had served others before, and what they left in it may be why.
+    pub worn: bool,
 }
 
-/// A stage as its lanes call it.
-pub trait Handler: Send + Sync {
+/// A stage as its lanes call it. `T` is what the effects of a call belong to: a transaction, or nothing.
+pub trait Handler<T>: Send + Sync {
     /// How many deliveries one call takes: one, or any number.
     fn takes_batches(&self) -> bool;
 
     /// Calls the stage. Dropping the future stops the guest.
-    fn call(&self, deliveries: &[Delivery<'_>]) -> impl Future<Output = Invocation> + Send;
+    fn call(
+        &self,
+        deliveries: &[Delivery<'_>],
+        transaction: &T,
+    ) -> impl Future<Output = Invocation> + Send;
+
+    /// Asks a store of the stage for nothing, to see that it answers.
+    fn probe(&self, store: &StoreName) -> impl Future<Output = Result<(), StoreError>> + Send;
 }

@@ -34,12 +34,46 @@ pub enum LogError {
     TooLarge(String),
 }
 
+/// Records that are not in the log, though the lane has not had them yet.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Gap {
+    /// Retention removed them.
+    #[error(
+        "the records from offset {expected} up to {first} were removed before they were processed"
+    )]
+    Removed {
+        /// The offset to go on at.
+        expected: i64,
+        /// The partition's first record.
+        first: i64,
+    },
+    /// The partition ends before: its topic was deleted and made anew, or lost what was acknowledged.
+    #[error(
+        "offset {expected} is to be read next, but the partition ends at {end}: its topic was deleted and made anew"
+    )]
+    Recreated {
+        /// The offset to go on at.
+        expected: i64,
+        /// The partition's end.
+        end: i64,
+    },
+}
+
 /// One assigned partition, as its lane reads it.
 pub trait Source: Send {
+    /// Has the records from `offset` on read, or where it is `None` from the group's committed offset on, and
+    /// where there is none from where the pipeline's `auto.offset.reset` says. To be called before `next`,
+    /// and again to go elsewhere, as after a gap. Returns when the log has said that there is no gap, or when
+    /// the partition is to be given up.
+    fn start(&mut self, offset: Option<i64>) -> impl Future<Output = Result<(), Gap>> + Send;
+
     /// The next consecutive records, at least one; `None` once the partition is to be given up.
     ///
     /// Cancel-safe: a record is either returned or still to come.
-    fn next(&mut self, limits: &BatchLimits) -> impl Future<Output = Option<Vec<Record>>> + Send;
+    fn next(
+        &mut self,
+        limits: &BatchLimits,
+    ) -> impl Future<Output = Result<Option<Vec<Record>>, Gap>> + Send;
 
     /// All records below `next_offset` are done, their effects durable: it may be committed.
     fn done(&mut self, next_offset: i64);
@@ -62,6 +96,16 @@ pub trait Sink: Send + Sync {
     /// Appends the records, those of one partition in their order, and returns once every one is
     /// acknowledged by all in-sync replicas, or has failed. On an error, the records that are not named in it
     /// were appended.
+    ///
+    /// Of the records of one caller to one partition, a prefix is appended at any time: where one was not
+    /// taken, nor were those after it, unless the log refused it for what it is.
     fn produce(&self, records: &[Outgoing])
     -> impl Future<Output = Result<(), Vec<Unsent>>> + Send;
+}
+
+/// A sink that can tell where a record will go.
+pub trait Addressed: Sink {
+    /// The partition of its topic that a record belongs into: the one that it has, its key's, or any.
+    fn partition_of(&self, record: &Outgoing)
+    -> impl Future<Output = Result<i32, LogError>> + Send;
 }

@@ -121,6 +121,52 @@ pub struct Stage {
     pub(crate) limits: Limits,
     pub(crate) batch: BatchLimits,
     pub(crate) instances: Instances,
+    pub(crate) delivery: Delivery,
+    pub(crate) order: Order,
+    /// Messages of one partition that may be worked on at one time; 1 where `order` is by partition.
+    pub(crate) concurrency: usize,
+    pub(crate) on_exhausted: OnExhausted,
+    pub(crate) on_gap: OnGap,
+    /// The name of a member that keeps its partitions over a restart (`group.instance.id`).
+    pub(crate) instance_id: Option<String>,
+}
+
+/// What a stage's effects hold to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Delivery {
+    /// Effects may be repeated after a crash.
+    AtLeastOnce,
+    /// Effects in the stage's one SQL store, and what it emits, happen exactly once.
+    Transactional,
+}
+
+/// What is kept in order of a partition's messages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// All: one after the other.
+    Partition,
+    /// Those of one key.
+    Key,
+    /// None.
+    None,
+}
+
+/// What becomes of a message whose retries are exhausted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnExhausted {
+    /// A dead letter.
+    DeadLetter,
+    /// Its partition stops until the host is started again.
+    Stop,
+}
+
+/// What happens where records were removed before they were processed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnGap {
+    /// The partition stops until the host is started again.
+    Stop,
+    /// The partition goes on behind the gap.
+    Continue,
 }
 
 /// What a stage may do with a Redis store.
@@ -276,6 +322,12 @@ impl fmt::Debug for Stage {
             .field("limits", &self.limits)
             .field("batch", &self.batch)
             .field("instances", &self.instances)
+            .field("delivery", &self.delivery)
+            .field("order", &self.order)
+            .field("concurrency", &self.concurrency)
+            .field("on_exhausted", &self.on_exhausted)
+            .field("on_gap", &self.on_gap)
+            .field("instance_id", &self.instance_id)
             .finish()
     }
 }

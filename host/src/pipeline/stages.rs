@@ -94,6 +94,21 @@ pub(super) fn stage(
             None | Some(InstancesWord::Warm) => Instances::Warm,
             Some(InstancesWord::Fresh) => Instances::Fresh,
         },
+        delivery: match texts(section.sql.as_ref()) {
+            [_] if section
+                .delivery
+                .as_ref()
+                .is_none_or(|d| d.value == DeliveryWord::Transactional) =>
+            {
+                super::Delivery::Transactional
+            }
+            _ => super::Delivery::AtLeastOnce,
+        },
+        order: super::Order::Partition,
+        concurrency: 1,
+        on_exhausted: super::OnExhausted::DeadLetter,
+        on_gap: super::OnGap::Stop,
+        instance_id: None,
     })
 }
 

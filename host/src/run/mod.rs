@@ -17,8 +17,9 @@ use tracing::{info, warn};
 
 use self::wait::{GatedSink, LogWatch, Waiting};
 use crate::admin::{self, Readiness};
-use crate::capability::{Stores, redis, sql};
+use crate::capability::{StoreName, Stores, redis, sql};
 use crate::component::Runtime;
+use crate::delivery::breaker::Breaker;
 use crate::ingress::{self, Ingress};
 use crate::log::kafka::ClientSettings;
 use crate::log::kafka::consumer::StopHandle;
@@ -120,7 +121,7 @@ async fn bind(key: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
 fn name_conditions(pipeline: &Pipeline, readiness: &Readiness) {
     readiness.not_ready(wait::LOG, "starting");
     for name in pipeline.sql.keys().chain(pipeline.redis.keys()) {
-        readiness.not_ready(&wait::store(name), "starting");
+        readiness.not_ready(&Breaker::condition(name), "starting");
     }
     for stage in &pipeline.stages {
         readiness.not_ready(&wait::stage(&stage.name), "starting");
@@ -179,13 +180,19 @@ impl Host {
             stores,
             _runtime: runtime.clone(),
         };
-        let producer = Arc::new(Producer::new(settings, Patience::Endless)?);
+        let shared = stage::Shared {
+            settings: settings.clone(),
+            producer: Arc::new(Producer::new(settings, Patience::Endless)?),
+            breaker: Arc::new(breaker(pipeline, waiting.readiness, metrics)),
+            readiness: waiting.readiness.clone(),
+            metrics: metrics.clone(),
+        };
         let mut loaded = Vec::with_capacity(pipeline.stages.len());
         for stage in &pipeline.stages {
             loaded.push((stage, stage::load(stage, &runtime, &host.stores).await?));
         }
         for (stage, loaded) in loaded {
-            let stop = loaded.start(settings, producer.clone(), metrics, &mut host.ended)?;
+            let stop = loaded.start(&shared, &mut host.ended)?;
             host.stages.push(stop);
             waiting.readiness.ready(&wait::stage(&stage.name));
         }
@@ -261,13 +268,27 @@ impl Host {
     }
 }
 
+fn breaker(pipeline: &Pipeline, readiness: &Arc<Readiness>, metrics: &Arc<Metrics>) -> Breaker {
+    let sql = pipeline
+        .sql
+        .keys()
+        .map(|name| StoreName::Sql(name.as_str().into()));
+    let redis = pipeline
+        .redis
+        .keys()
+        .map(|name| StoreName::Redis(name.as_str().into()));
+    Breaker::new(sql.chain(redis), readiness.clone(), metrics.clone())
+}
+
 /// `None` when told to shut down meanwhile.
 async fn open_stores(pipeline: &Pipeline, waiting: &Waiting<'_>) -> anyhow::Result<Option<Stores>> {
     let mut stores = Stores::default();
     for (name, settings) in &pipeline.sql {
         let what = format!("SQL store `{name}`");
         let opened = waiting
-            .until_available(&wait::store(name), &what, || sql::Database::open(settings))
+            .until_available(&Breaker::condition(name), &what, || {
+                sql::Database::open(settings)
+            })
             .await?;
         let Some(database) = opened else {
             return Ok(None);
@@ -277,7 +298,9 @@ async fn open_stores(pipeline: &Pipeline, waiting: &Waiting<'_>) -> anyhow::Resu
     for (name, settings) in &pipeline.redis {
         let what = format!("Redis store `{name}`");
         let opened = waiting
-            .until_available(&wait::store(name), &what, || redis::Store::open(settings))
+            .until_available(&Breaker::condition(name), &what, || {
+                redis::Store::open(settings)
+            })
             .await?;
         let Some(store) = opened else {
             return Ok(None);

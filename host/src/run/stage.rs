@@ -8,16 +8,20 @@ use sha2::{Digest, Sha256};
 use tokio::task::JoinSet;
 use tracing::info;
 
-use crate::capability::Stores;
+use crate::admin::Readiness;
+use crate::capability::sql::Database;
+use crate::capability::{StoreName, Stores};
 use crate::component::{Runtime, StageComponent};
+use crate::delivery::breaker::Breaker;
 use crate::delivery::dead_letter::DeadLetters;
-use crate::lane::{Lane, Policy};
+use crate::delivery::progress::LaneId;
+use crate::lane::{Equipment, Policy, ordered, transactional};
 use crate::log::kafka::ClientSettings;
 use crate::log::kafka::consumer::{GroupConsumer, StopHandle, Subscription};
 use crate::log::kafka::partition::PartitionSource;
-use crate::log::kafka::producer::Producer;
-use crate::metrics::{Metrics, StageMetrics};
-use crate::pipeline;
+use crate::log::kafka::producer::{Patience, Producer};
+use crate::metrics::Metrics;
+use crate::pipeline::{self, Delivery};
 
 /// How long a lane may take to end when its partition moves to another host.
 const REVOKE_BUDGET: Duration = Duration::from_secs(20);
@@ -28,6 +32,18 @@ pub(super) struct LoadedStage {
     subscription: Subscription,
     component: Arc<StageComponent>,
     policy: Arc<Policy>,
+    /// The database that keeps the progress of its lanes, if they are transactional.
+    ledger: Option<(StoreName, Arc<Database>)>,
+}
+
+/// What the stages of a host share.
+pub(super) struct Shared {
+    pub(super) settings: ClientSettings,
+    /// For stages whose outputs may come twice.
+    pub(super) producer: Arc<Producer>,
+    pub(super) breaker: Arc<Breaker>,
+    pub(super) readiness: Arc<Readiness>,
+    pub(super) metrics: Arc<Metrics>,
 }
 
 /// Reads and compiles a stage's component.
@@ -60,6 +76,7 @@ pub(super) async fn load(
     );
     Ok(LoadedStage {
         name: stage.name.clone(),
+        ledger: ledger(stage, stores)?,
         subscription: Subscription {
             group: stage.group.clone(),
             topics: stage.input.clone(),
@@ -69,6 +86,8 @@ pub(super) async fn load(
         policy: Arc::new(Policy {
             batch: stage.batch,
             retry: stage.retry,
+            on_exhausted: stage.on_exhausted,
+            on_gap: stage.on_gap,
             dead_letters: DeadLetters {
                 stage: stage.name.as_str().into(),
                 group: stage.group.as_str().into(),
@@ -77,6 +96,21 @@ pub(super) async fn load(
             },
         }),
     })
+}
+
+fn ledger(
+    stage: &pipeline::Stage,
+    stores: &Stores,
+) -> anyhow::Result<Option<(StoreName, Arc<Database>)>> {
+    if stage.delivery != Delivery::Transactional {
+        return Ok(None);
+    }
+    let store = stage.sql.first().and_then(|name| {
+        let database = stores.sql.get(name)?.clone();
+        Some((StoreName::Sql(name.as_str().into()), Arc::new(database)))
+    });
+    let store = store.with_context(|| format!("stage {} has no SQL store", stage.name))?;
+    Ok(Some(store))
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -91,15 +125,27 @@ impl LoadedStage {
     /// Joins the stage's group, with a task in `tasks` that runs its lanes until it has left it again.
     pub(super) fn start(
         self,
-        settings: &ClientSettings,
-        producer: Arc<Producer>,
-        metrics: &Arc<Metrics>,
+        shared: &Shared,
         tasks: &mut JoinSet<anyhow::Result<()>>,
     ) -> anyhow::Result<StopHandle> {
-        let stage_metrics = metrics.stage(&self.name);
-        let consumer = GroupConsumer::start(settings, self.subscription.clone(), metrics.clone())?;
+        let producer = match self.ledger {
+            // Of its own: what the log refuses of one stage's outputs stops those of no other stage.
+            Some(_) => Arc::new(Producer::new(&shared.settings, Patience::Gapless)?),
+            None => shared.producer.clone(),
+        };
+        let equipment = Equipment {
+            sink: producer,
+            handler: self.component.clone(),
+            policy: self.policy.clone(),
+            breaker: shared.breaker.clone(),
+            readiness: shared.readiness.clone(),
+            metrics: shared.metrics.stage(&self.name),
+        };
+        let subscription = self.subscription.clone();
+        let consumer =
+            GroupConsumer::start(&shared.settings, subscription, shared.metrics.clone())?;
         let stop = consumer.stop.clone();
-        tasks.spawn(self.run_lanes(consumer, producer, stage_metrics));
+        tasks.spawn(self.run_lanes(consumer, equipment));
         Ok(stop)
     }
 
@@ -107,16 +153,14 @@ impl LoadedStage {
     async fn run_lanes(
         self,
         mut consumer: GroupConsumer,
-        producer: Arc<Producer>,
-        metrics: StageMetrics,
+        equipment: Equipment<Producer, StageComponent>,
     ) -> anyhow::Result<()> {
         let mut lanes = JoinSet::new();
         loop {
             tokio::select! {
                 // All three are cancel-safe: what was not taken stays in its channel or set.
                 Some(source) = consumer.assigned.recv() => {
-                    let lane = self.lane(source, producer.clone(), metrics.clone());
-                    lanes.spawn(lane);
+                    lanes.spawn(self.lane(source, equipment.clone()));
                 }
                 Some(ended) = lanes.join_next() => {
                     ended.map_err(|error| anyhow!("a lane of stage {} failed: {error}", self.name))?;
@@ -132,20 +176,32 @@ impl LoadedStage {
     fn lane(
         &self,
         source: PartitionSource,
-        producer: Arc<Producer>,
-        metrics: StageMetrics,
+        equipment: Equipment<Producer, StageComponent>,
     ) -> impl Future<Output = ()> + Send + 'static {
         let abandoned = source.abandoned();
-        let lane = Lane::new(
-            source,
-            producer,
-            self.component.clone(),
-            self.policy.clone(),
-            metrics,
-        );
+        let id = LaneId {
+            group: self.subscription.group.as_str().into(),
+            topic: source.topic(),
+            partition: source.number(),
+        };
+        let ledger = self.ledger.clone();
+        let seed = rand::random();
         async move {
+            let lane = async {
+                match ledger {
+                    Some((store, ledger)) => {
+                        let lane =
+                            transactional::Lane::new(source, equipment, ledger, store, id, seed);
+                        lane.run().await;
+                    }
+                    None => {
+                        let lane = ordered::Lane::new(source, equipment, seed);
+                        lane.run(&id.topic, id.partition).await;
+                    }
+                }
+            };
             tokio::select! {
-                () = lane.run() => {}
+                () = lane => {}
                 // Drops the lane: what it had not settled will be delivered again.
                 () = abandoned.cancelled() => {}
             }

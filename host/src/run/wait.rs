@@ -33,11 +33,6 @@ const WATCH_INTERVAL: Duration = Duration::from_secs(2);
 /// How often it is said that the log is still away.
 const REMIND_INTERVAL: Duration = Duration::from_secs(30);
 
-/// The condition that a store is open.
-pub(super) fn store(name: &str) -> String {
-    format!("store {name}")
-}
-
 /// The condition that a stage is a member of its group.
 pub(super) fn stage(name: &str) -> String {
     format!("stage {name}")

@@ -108,7 +108,7 @@ impl SqlView<'_> {
         call: impl AsyncFnOnce(Database) -> Result<T, Error>,
     ) -> wasmtime::Result<Result<T, Error>> {
         let Connection { name, database } = self.table.get(handle)?.clone();
-        let store = format!("SQL store `{name}`");
+        let store = crate::capability::StoreName::Sql(name.clone());
         Ok(self.ctx.pending.during(store, call(database)).await)
     }
 }
@@ -164,6 +164,21 @@ impl sql::HostConnection for SqlView<'_> {
 
     async fn drop(&mut self, handle: Resource<Connection>) -> wasmtime::Result<()> {
         self.table.delete(handle)?;
+        Ok(())
+    }
+}
+
+impl SqlCtx {
+    /// stub
+    pub fn take_away(&mut self) -> Option<crate::capability::StoreName> {
+        None
+    }
+    /// stub
+    pub fn set_transaction(&mut self, _: Option<super::Transaction>) {}
+}
+impl SqlGrants {
+    /// stub
+    pub async fn ping(&self, _: &str) -> Result<(), crate::capability::StoreError> {
         Ok(())
     }
 }

@@ -10,12 +10,14 @@ mod migrate;
 mod postgres;
 mod sqlite;
 mod statement;
+mod transaction;
 
 use std::path::Path;
 use std::time::Duration;
 
 pub use guest::bindings::{DatabaseError, Error, Rows, Value};
 pub use guest::{SqlCtx, SqlGrants, SqlView, add_to_linker};
+pub use transaction::Transaction;
 
 use super::StoreError;
 use crate::pipeline::{SqlStore, SqlUrl};

@@ -20,8 +20,9 @@ use rdkafka::{Offset, TopicPartitionList};
 use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, error, info, warn};
 
-use super::super::LogError;
-use super::partition::{Partition, PartitionSource};
+use super::super::{Gap, LogError};
+use super::partition::{Partition, PartitionSource, Position, Pushed};
+use super::start::{self, Reset};
 use super::{ClientSettings, Kind, log_line};
 use crate::metrics::Metrics;
 use crate::record::{Header, Record};
@@ -36,6 +37,8 @@ const COMMIT_INTERVAL: Duration = Duration::from_millis(250);
 const STATISTICS_MS: &str = "2000";
 /// How long an abandoned lane may take to be gone.
 const ABANDON_WAIT: Duration = Duration::from_secs(5);
+/// How long until the log is asked again where partitions are to be read from, after it did not answer.
+const START_RETRY: Duration = Duration::from_millis(500);
 /// The same error is reported once in this time.
 const REPORT_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -91,7 +94,6 @@ impl GroupConsumer {
     /// A member's configuration.
     pub(super) fn config(settings: &ClientSettings, group: &str) -> ClientConfig {
         let mut defaults = vec![
-            ("auto.offset.reset", "earliest"),
             // librdkafka waits a whole second by default before it fetches again into a queue that was full.
             ("fetch.queue.backoff.ms", "10"),
             ("queued.max.messages.kbytes", "16384"),
@@ -108,6 +110,9 @@ impl GroupConsumer {
                 ("group.id", group),
                 ("enable.auto.commit", "false"),
                 ("enable.auto.offset.store", "false"),
+                // Where a lane begins is found out by `start`. A partition that is read out of its range goes on at
+                // its first record, which shows what is missing.
+                ("auto.offset.reset", "earliest"),
                 ("statistics.interval.ms", STATISTICS_MS),
             ],
         )
@@ -121,9 +126,11 @@ impl GroupConsumer {
     ) -> Result<Self, LogError> {
         let config = Self::config(settings, &subscription.group);
         let (assigned, sources) = mpsc::unbounded_channel();
+        let attention = Arc::<AtomicBool>::default();
         let context = Context(Mutex::new(State {
             partitions: HashMap::new(),
             assigned,
+            attention: attention.clone(),
             metrics,
             group: subscription.group.clone(),
             budget: subscription.revoke_budget,
@@ -138,6 +145,10 @@ impl GroupConsumer {
             consumer: Arc::new(consumer),
             stop: stop.clone(),
             group: subscription.group,
+            reset: Reset::of(&settings.properties),
+            attention,
+            starting: false,
+            start_after: Instant::now(),
             paused: Vec::new(),
             reported: HashMap::new(),
         };
@@ -161,6 +172,13 @@ struct Poller {
     consumer: Arc<BaseConsumer<Context>>,
     stop: StopHandle,
     group: String,
+    reset: Reset,
+    /// Set where a lane wants to be read from elsewhere.
+    attention: Arc<AtomicBool>,
+    /// Some partition is not read yet where its lane wants it.
+    starting: bool,
+    /// Not to be tried again before.
+    start_after: Instant,
     /// Partitions that are paused because their buffers are full.
     paused: Vec<Arc<Partition>>,
     reported: HashMap<String, Instant>,
@@ -170,7 +188,7 @@ impl Poller {
     fn run(mut self) -> Result<(), LogError> {
         let mut committed = Instant::now();
         while !self.stop.is_stopped() {
-            let poll = if self.paused.is_empty() {
+            let poll = if self.paused.is_empty() && !self.starting {
                 POLL
             } else {
                 POLL_PAUSED
@@ -189,6 +207,7 @@ impl Poller {
                 None => {}
             }
             self.resume_those_with_room();
+            self.start_those_that_wait();
             if committed.elapsed() >= COMMIT_INTERVAL {
                 self.context()
                     .commit_dirty(&self.consumer, CommitMode::Async);
@@ -210,16 +229,52 @@ impl Poller {
             .context()
             .lock()
             .partition(message.topic(), message.partition());
-        if let Some(partition) = partition {
-            let record = owned(message, partition.topic());
-            let full = partition.push(record);
-            if full && !self.paused.iter().any(|p| Arc::ptr_eq(p, &partition)) {
-                self.pause(partition);
+        let Some(partition) = partition else { return };
+        let record = owned(message, partition.topic());
+        let offset = record.offset;
+        match partition.push(record) {
+            Pushed::Taken | Pushed::Unwanted => {}
+            Pushed::Full => self.pause(partition),
+            Pushed::Jump(expected) => {
+                match start::gap(&self.consumer, &partition, expected, offset) {
+                    Some(gap) => self.report_gap(partition, gap),
+                    // Compaction took them, or they were no records of ours: markers of transactions.
+                    None => {
+                        partition.set_position(Position::Reading(Some(offset)));
+                        self.take_in(message);
+                    }
+                }
+            }
+        }
+    }
+
+    fn report_gap(&mut self, partition: Arc<Partition>, gap: Gap) {
+        partition.set_position(Position::Gap(gap));
+        if let Err(error) = self.consumer.pause(&list_of(&partition)) {
+            debug!("cannot pause: {error}");
+        }
+    }
+
+    /// Has partitions read where their lanes want it. May wait for the log, within the bounds of `start`.
+    fn start_those_that_wait(&mut self) {
+        self.starting |= self.attention.swap(false, Ordering::AcqRel);
+        if !self.starting || Instant::now() < self.start_after {
+            return;
+        }
+        let all: Vec<_> = self.context().lock().partitions.values().cloned().collect();
+        match start::start(&self.consumer, &all, self.reset) {
+            Ok(all_started) => self.starting = !all_started,
+            Err(error) => {
+                debug!("partitions are not read yet: {error}");
+                self.start_after = Instant::now() + START_RETRY;
             }
         }
     }
 
     fn pause(&mut self, partition: Arc<Partition>) {
+        if self.paused.iter().any(|p| Arc::ptr_eq(p, &partition)) {
+            return;
+        }
         match self.consumer.pause(&list_of(&partition)) {
             Ok(()) => self.paused.push(partition),
             Err(error) => warn!("cannot pause: {error}"),
@@ -267,11 +322,12 @@ impl Poller {
 }
 
 /// What librdkafka's callbacks work on; all run on the poller's thread.
-struct Context(Mutex<State>);
+pub(super) struct Context(Mutex<State>);
 
 struct State {
     partitions: HashMap<(String, i32), Arc<Partition>>,
     assigned: mpsc::UnboundedSender<PartitionSource>,
+    attention: Arc<AtomicBool>,
     metrics: Arc<Metrics>,
     group: String,
     budget: Duration,
@@ -297,7 +353,7 @@ impl Context {
         info!(group = state.group, "assigned {}", names(list));
         for element in list.elements() {
             let (topic, number) = (element.topic(), element.partition());
-            let partition = Partition::new(topic, number);
+            let partition = Partition::new(topic, number, state.attention.clone());
             state
                 .partitions
                 .insert((topic.to_string(), number), partition.clone());
@@ -452,6 +508,15 @@ impl ConsumerContext for Context {
         }
     }
 
+    /// Until its lane has said where it is to be read.
+    fn post_rebalance(&self, consumer: &BaseConsumer<Self>, rebalance: &Rebalance<'_>) {
+        if let Rebalance::Assign(list) = rebalance
+            && let Err(error) = consumer.pause(list)
+        {
+            debug!("cannot pause: {error}");
+        }
+    }
+
     fn commit_callback(&self, result: KafkaResult<()>, offsets: &TopicPartitionList) {
         if let Err(error) = result {
             warn!("offsets were not committed, trying again: {error}");
@@ -480,7 +545,7 @@ fn names(list: &TopicPartitionList) -> String {
     topics.collect::<Vec<_>>().join(", ")
 }
 
-fn list_of(partition: &Partition) -> TopicPartitionList {
+pub(super) fn list_of(partition: &Partition) -> TopicPartitionList {
     let mut list = TopicPartitionList::new();
     list.add_partition(partition.topic(), partition.number());
     list

@@ -2,8 +2,10 @@
 
 pub mod consumer;
 pub mod partition;
+mod partitioner;
 pub mod producer;
 pub(crate) mod properties;
+mod start;
 pub mod tail;
 pub mod topics;
 

@@ -1,14 +1,14 @@
 //! One assigned partition: a bounded buffer between the consumer's thread and the lane, and how far the lane has got.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use super::super::{BatchLimits, Source};
+use super::super::{BatchLimits, Gap, Source};
 use crate::record::Record;
 
 /// A buffer with this many records is full.
@@ -18,12 +18,29 @@ const MAX_BYTES: usize = 8 << 20;
 /// Says that nothing was settled yet.
 const NOTHING: i64 = -1;
 
+/// Where a partition is read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Position {
+    /// Nowhere yet: its lane has not said where.
+    Waiting,
+    /// The lane wants it read from this offset, or from where the group has got to.
+    Wanted(Option<i64>),
+    /// The next record has this offset, or a higher one where some were compacted away. `None` before the first
+    /// where only the log knows it.
+    Reading(Option<i64>),
+    /// Records are missing, and the lane is to know.
+    Gap(Gap),
+}
+
 /// Shared by the consumer's thread and the lane's source.
 pub(super) struct Partition {
     topic: Arc<str>,
     number: i32,
     buffer: Mutex<Buffer>,
-    filled: Notify,
+    /// The buffer or the position has changed.
+    changed: Notify,
+    /// Tells the consumer's thread that a lane of its wants to be read from elsewhere.
+    attention: Arc<AtomicBool>,
     /// The lane is asked to end.
     stopping: CancellationToken,
     /// The lane is not waited for any longer.
@@ -36,19 +53,43 @@ pub(super) struct Partition {
     ended_changed: Condvar,
 }
 
-#[derive(Default)]
 struct Buffer {
+    position: Position,
     records: VecDeque<Record>,
     bytes: usize,
 }
 
+impl Buffer {
+    fn at(position: Position) -> Self {
+        Self {
+            position,
+            records: VecDeque::new(),
+            bytes: 0,
+        }
+    }
+}
+
+/// What became of a record that was pushed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Pushed {
+    /// It is in, and there is room for more.
+    Taken,
+    /// It is in, and the partition is to be paused.
+    Full,
+    /// It is not what is to be read now.
+    Unwanted,
+    /// It is not the next one, but this is: records may be missing before it.
+    Jump(i64),
+}
+
 impl Partition {
-    pub(super) fn new(topic: &str, number: i32) -> Arc<Self> {
+    pub(super) fn new(topic: &str, number: i32, attention: Arc<AtomicBool>) -> Arc<Self> {
         Arc::new(Self {
             topic: Arc::from(topic),
             number,
-            buffer: Mutex::default(),
-            filled: Notify::new(),
+            buffer: Mutex::new(Buffer::at(Position::Waiting)),
+            changed: Notify::new(),
+            attention,
             stopping: CancellationToken::new(),
             abandoned: CancellationToken::new(),
             settled: AtomicI64::new(NOTHING),
@@ -66,13 +107,38 @@ impl Partition {
         self.number
     }
 
-    /// Takes a record in; answers whether the buffer is full now, so that the partition is to be paused.
-    pub(super) fn push(&self, record: Record) -> bool {
+    /// Takes a record in, if it is the one to be read next.
+    pub(super) fn push(&self, record: Record) -> Pushed {
         let mut buffer = self.buffer();
+        match buffer.position {
+            Position::Reading(None) => {}
+            Position::Reading(Some(next)) if next == record.offset => {}
+            Position::Reading(Some(next)) => return Pushed::Jump(next),
+            Position::Waiting | Position::Wanted(_) | Position::Gap(_) => return Pushed::Unwanted,
+        }
+        buffer.position = Position::Reading(Some(record.offset + 1));
         buffer.bytes += record.size();
         buffer.records.push_back(record);
-        self.filled.notify_one();
-        buffer.records.len() >= MAX_RECORDS || buffer.bytes >= MAX_BYTES
+        self.changed.notify_one();
+        if buffer.records.len() >= MAX_RECORDS || buffer.bytes >= MAX_BYTES {
+            Pushed::Full
+        } else {
+            Pushed::Taken
+        }
+    }
+
+    /// Where the lane wants it read, if it is not read there yet.
+    pub(super) fn wanted(&self) -> Option<Option<i64>> {
+        match self.buffer().position {
+            Position::Wanted(offset) => Some(offset),
+            _ => None,
+        }
+    }
+
+    /// It is read from somewhere else now, or not at all. What was read before stays.
+    pub(super) fn set_position(&self, position: Position) {
+        self.buffer().position = position;
+        self.changed.notify_one();
     }
 
     /// Whether a paused partition may be resumed.
@@ -84,8 +150,8 @@ impl Partition {
     /// Asks the lane to end. Records that it has not taken are left to the partition's next owner.
     pub(super) fn stop(&self) {
         self.stopping.cancel();
-        *self.buffer() = Buffer::default();
-        self.filled.notify_one();
+        *self.buffer() = Buffer::at(Position::Waiting);
+        self.changed.notify_one();
     }
 
     /// The lane's future is to be dropped.
@@ -146,6 +212,16 @@ impl PartitionSource {
         self.0.abandoned.clone()
     }
 
+    /// The partition's topic.
+    pub fn topic(&self) -> Arc<str> {
+        self.0.topic.clone()
+    }
+
+    /// Its number, from 0.
+    pub fn number(&self) -> i32 {
+        self.0.number
+    }
+
     fn take(&self, limits: &BatchLimits) -> Vec<Record> {
         let mut buffer = self.0.buffer();
         let mut taken = Vec::new();
@@ -165,17 +241,36 @@ impl PartitionSource {
 }
 
 impl Source for PartitionSource {
-    async fn next(&mut self, limits: &BatchLimits) -> Option<Vec<Record>> {
+    async fn start(&mut self, offset: Option<i64>) -> Result<(), Gap> {
+        *self.0.buffer() = Buffer::at(Position::Wanted(offset));
+        self.0.attention.store(true, Ordering::Release);
         loop {
             if self.0.stopping.is_cancelled() {
-                return None;
+                return Ok(());
+            }
+            match &self.0.buffer().position {
+                Position::Reading(_) => return Ok(()),
+                Position::Gap(gap) => return Err(gap.clone()),
+                Position::Wanted(_) | Position::Waiting => {}
+            }
+            self.0.changed.notified().await;
+        }
+    }
+
+    async fn next(&mut self, limits: &BatchLimits) -> Result<Option<Vec<Record>>, Gap> {
+        loop {
+            if self.0.stopping.is_cancelled() {
+                return Ok(None);
             }
             let taken = self.take(limits);
             if !taken.is_empty() {
-                return Some(taken);
+                return Ok(Some(taken));
+            }
+            if let Position::Gap(gap) = &self.0.buffer().position {
+                return Err(gap.clone());
             }
             // `notify_one` keeps a permit, so a record that came since `take` is not missed.
-            self.0.filled.notified().await;
+            self.0.changed.notified().await;
         }
     }
 
@@ -211,6 +306,13 @@ mod tests {
         }
     }
 
+    /// One that is read from its first record on.
+    fn partition() -> Arc<Partition> {
+        let partition = Partition::new("t", 0, Arc::default());
+        partition.set_position(Position::Reading(None));
+        partition
+    }
+
     fn limits(max_messages: usize, max_bytes: usize) -> BatchLimits {
         BatchLimits {
             max_messages,
@@ -221,7 +323,7 @@ mod tests {
 
     #[tokio::test]
     async fn takes_what_is_at_hand_within_the_limits() {
-        let partition = Partition::new("t", 0);
+        let partition = partition();
         let mut source = PartitionSource::new(partition.clone());
         for (offset, size) in [(0, 10), (1, 10), (2, 10), (3, 100), (4, 1)] {
             partition.push(record(offset, size));
@@ -233,7 +335,8 @@ mod tests {
             (limits(9, 15), vec![3]),
             (limits(9, 15), vec![4]),
         ] {
-            let taken = source.next(&limits).await.expect("not stopped");
+            let taken = source.next(&limits).await.expect("no gap");
+            let taken = taken.expect("not stopped");
             let offsets: Vec<_> = taken.iter().map(|r| r.offset).collect();
             assert_eq!(offsets, expected);
         }
@@ -241,7 +344,7 @@ mod tests {
 
     #[tokio::test]
     async fn next_is_cancel_safe() {
-        let partition = Partition::new("t", 0);
+        let partition = partition();
         let mut source = PartitionSource::new(partition.clone());
         let one = limits(1, 1);
         for offset in 0..100 {
@@ -251,26 +354,53 @@ mod tests {
                 () = std::future::ready(()) => {}
             }
             partition.push(record(offset, 1));
-            let taken = source.next(&limits(1, 1)).await.expect("not stopped");
-            assert_eq!(taken[0].offset, offset);
+            let taken = source.next(&limits(1, 1)).await.expect("no gap");
+            assert_eq!(taken.expect("not stopped")[0].offset, offset);
         }
     }
 
     #[tokio::test]
     async fn ends_when_it_is_stopped_and_says_so() {
-        let partition = Partition::new("t", 0);
+        let partition = partition();
         let mut source = PartitionSource::new(partition.clone());
         partition.push(record(0, 1));
         partition.stop();
-        assert_eq!(source.next(&limits(1, 1)).await, None);
+        assert_eq!(source.next(&limits(1, 1)).await, Ok(None));
         assert!(!partition.wait_ended(Duration::ZERO));
         drop(source);
         assert!(partition.wait_ended(Duration::ZERO));
     }
 
+    #[tokio::test]
+    async fn is_read_where_its_lane_wants_and_says_what_is_missing() {
+        let attention = Arc::new(AtomicBool::new(false));
+        let partition = Partition::new("t", 0, attention.clone());
+        let mut source = PartitionSource::new(partition.clone());
+        assert_eq!(partition.push(record(0, 1)), Pushed::Unwanted);
+        let poller = async {
+            while !attention.swap(false, Ordering::AcqRel) {
+                tokio::task::yield_now().await;
+            }
+            assert_eq!(partition.wanted(), Some(Some(5)));
+            partition.set_position(Position::Reading(Some(5)));
+        };
+        let (started, ()) = tokio::join!(source.start(Some(5)), poller);
+        assert_eq!(started, Ok(()));
+        assert_eq!(partition.push(record(5, 1)), Pushed::Taken);
+        assert_eq!(partition.push(record(9, 1)), Pushed::Jump(6));
+        let gap = Gap::Removed {
+            expected: 6,
+            first: 9,
+        };
+        partition.set_position(Position::Gap(gap.clone()));
+        let taken = source.next(&limits(9, 9)).await.expect("what is before");
+        assert_eq!(taken.expect("not stopped").len(), 1);
+        assert_eq!(source.next(&limits(9, 9)).await, Err(gap));
+    }
+
     #[test]
     fn commits_each_offset_once_unless_it_failed() {
-        let partition = Partition::new("t", 0);
+        let partition = partition();
         let mut source = PartitionSource::new(partition.clone());
         assert_eq!(partition.take_uncommitted(), None);
         source.done(7);
@@ -282,9 +412,10 @@ mod tests {
 
     #[test]
     fn says_when_it_is_full_and_when_it_has_room_again() {
-        let partition = Partition::new("t", 0);
+        let partition = partition();
         let source = PartitionSource::new(partition.clone());
-        let filled = (0..).position(|offset| partition.push(record(offset, 1 << 20)));
+        let filled =
+            (0..).position(|offset| partition.push(record(offset, 1 << 20)) == Pushed::Full);
         assert_eq!(filled, Some(MAX_BYTES / (1 << 20) - 1));
         assert!(!partition.has_room());
         source.take(&limits(4, usize::MAX));

@@ -13,7 +13,8 @@ use rdkafka::producer::{
 use tokio::sync::Notify;
 use tracing::{debug, warn};
 
-use super::super::{LogError, Sink, Unsent};
+use super::super::{Addressed, LogError, Sink, Unsent};
+use super::partitioner::Partitioner;
 use super::{ClientSettings, Kind, log_error, log_line};
 use crate::record::Outgoing;
 
@@ -23,12 +24,21 @@ const FULL_QUEUE_WAIT: Duration = Duration::from_millis(5);
 /// How often a flight that does not land looks whether its client has failed for good.
 const FATAL_CHECK: Duration = Duration::from_secs(1);
 
+/// How long the log may take to say how many partitions a topic has.
+const ASK: Duration = Duration::from_secs(5);
+/// How often a topic is looked for that is not there, and how long to wait in between.
+const TOPIC_TRIES: u32 = 4;
+const TOPIC_WAIT: Duration = Duration::from_millis(500);
+
 /// What a full queue, an outage and a late acknowledgement mean to the caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Patience {
     /// Waits as long as it takes: no record times out while a later one gets through. Only what the
     /// log refuses leaves a gap.
     Endless,
+    /// As [`Patience::Endless`], and without gaps: after a record that the log refuses, all that were sent behind it
+    /// fail too, and are to be sent again.
+    Gapless,
     /// Gives up on a record after this time.
     Bounded(Duration),
 }
@@ -41,6 +51,7 @@ pub struct Producer {
     client: Arc<Mutex<Arc<Client>>>,
     /// Sends one record a request; made when it is needed first.
     alone: Arc<tokio::sync::Mutex<Option<Client>>>,
+    partitioner: Arc<Partitioner>,
 }
 
 type Client = ThreadedProducer<Context>;
@@ -54,6 +65,7 @@ impl Producer {
             patience,
             client: Arc::new(Mutex::new(Arc::new(client))),
             alone: Arc::default(),
+            partitioner: Arc::default(),
         })
     }
 
@@ -133,7 +145,7 @@ impl Producer {
             index,
         });
         let deadline = match self.patience {
-            Patience::Endless => None,
+            Patience::Endless | Patience::Gapless => None,
             Patience::Bounded(time) => Some(tokio::time::Instant::now() + time),
         };
         loop {
@@ -154,28 +166,78 @@ impl Producer {
 
 impl Sink for Producer {
     async fn produce(&self, records: &[Outgoing]) -> Result<(), Vec<Unsent>> {
-        if records.is_empty() {
-            return Ok(());
-        }
         let client = self.client();
         let failed = self.fly(&client, records).await;
         self.replace_if_fatal(&client);
+        let unsent = self.send_refused_alone(records, failed).await;
+        if unsent.is_empty() {
+            Ok(())
+        } else {
+            Err(unsent)
+        }
+    }
+}
+
+impl Addressed for Producer {
+    async fn partition_of(&self, record: &Outgoing) -> Result<i32, LogError> {
+        if let Some(partition) = record.partition {
+            return Ok(partition);
+        }
+        let count = match self.partitioner.count(&record.topic) {
+            Some(count) => count,
+            None => self.ask_for_partitions(&record.topic).await?,
+        };
+        Ok(self.partitioner.choose(record.key.as_deref(), count))
+    }
+}
+
+impl Producer {
+    /// The log judges a request as a whole, with whatever other records were packed into it, those of other lanes too:
+    /// only what it refuses alone is at fault. Answers what is still unsent. None is sent before one that is not.
+    async fn send_refused_alone(
+        &self,
+        records: &[Outgoing],
+        mut failed: Vec<Unsent>,
+    ) -> Vec<Unsent> {
+        failed.sort_by_key(|unsent| unsent.index);
         let mut unsent = Vec::new();
+        let mut is_away = false;
         for Unsent { index, mut error } in failed {
-            // The log judges a request as a whole, with whatever other records were packed into it, those of
-            // other lanes too: only what it refuses alone is at fault.
-            if !matches!(error, LogError::Unavailable(_)) {
+            if is_away {
+                error = LogError::Unavailable("a record before it was not taken yet".into());
+            } else if !matches!(error, LogError::Unavailable(_)) {
                 match self.fly_alone(&records[index]).await {
                     Ok(()) => continue,
                     Err(again) => error = again,
                 }
             }
+            is_away |= matches!(error, LogError::Unavailable(_));
             unsent.push(Unsent { index, error });
         }
-        if unsent.is_empty() {
-            Ok(())
-        } else {
-            Err(unsent)
+        unsent
+    }
+
+    /// How many partitions a topic has. One that is missing may be about to be made by the broker.
+    async fn ask_for_partitions(&self, topic: &str) -> Result<i32, LogError> {
+        let mut tries = 1;
+        loop {
+            let (client, name) = (self.client(), topic.to_owned());
+            let ask = move || client.client().fetch_metadata(Some(&name), ASK);
+            let answer = tokio::task::spawn_blocking(ask).await;
+            let answer = answer.map_err(|error| LogError::Unavailable(error.to_string()))?;
+            let metadata = answer.map_err(|error| log_error(&error))?;
+            let found = metadata.topics().iter().find(|t| t.name() == topic);
+            let count = found.map_or(0, |t| t.partitions().len());
+            if count > 0 {
+                let count = i32::try_from(count).unwrap_or(i32::MAX);
+                self.partitioner.learn(topic, count);
+                return Ok(count);
+            }
+            if tries == TOPIC_TRIES {
+                return Err(LogError::Refused(format!("there is no topic {topic}")));
+            }
+            tries += 1;
+            tokio::time::sleep(TOPIC_WAIT).await;
         }
     }
 }
@@ -196,8 +258,12 @@ async fn land(client: &Client, flight: &Flight) {
 /// A producer's configuration.
 pub(super) fn config(settings: &ClientSettings, patience: Patience) -> ClientConfig {
     let timeout = match patience {
-        Patience::Endless => "0".to_string(),
+        Patience::Endless | Patience::Gapless => "0".to_string(),
         Patience::Bounded(time) => time.as_millis().max(1).to_string(),
+    };
+    let gapless = match patience {
+        Patience::Gapless => "true",
+        Patience::Endless | Patience::Bounded(_) => "false",
     };
     let mut defaults = vec![
         // As Java's clients choose: the same key goes to the same partition whoever produces it.
@@ -207,7 +273,7 @@ pub(super) fn config(settings: &ClientSettings, patience: Patience) -> ClientCon
     if !settings.properties.contains_key("queue.buffering.max.ms") {
         defaults.push(("linger.ms", "1"));
     }
-    if patience == Patience::Endless {
+    if !matches!(patience, Patience::Bounded(_)) {
         // How large a record may be is the topic's to say; the dead letter of a large record is larger still.
         defaults.push(("message.max.bytes", "1000000000"));
     }
@@ -218,6 +284,7 @@ pub(super) fn config(settings: &ClientSettings, patience: Patience) -> ClientCon
             ("enable.idempotence", "true"),
             ("acks", "all"),
             ("message.timeout.ms", &timeout),
+            ("enable.gapless.guarantee", gapless),
         ],
     )
 }

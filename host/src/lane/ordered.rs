@@ -1,57 +1,39 @@
-//! The delivery loop of one lane: one stage on one assigned partition, the unit of order.
+//! At least once, in the partition's order.
 //!
-//! Delivery is at least once: effects are durable as the stage makes them, outputs are acknowledged
-//! by the log, and only then is the offset given to the source to be committed. Transactional
-//! delivery will differ in [`Lane::settle`] alone: there, effects, outputs and progress become
-//! durable together.
+//! Effects are durable as the stage makes them, outputs are acknowledged by the log, and only then is the offset
+//! given to the source to be committed.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
-use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use tokio_util::sync::CancellationToken;
-use tracing::{debug, error, warn};
+use tokio::time::Instant;
+use tracing::{debug, error};
 
-use crate::delivery::dead_letter::{self, DeadLetters};
+use super::{Common, Equipment, Halt, LOG_PATIENCE, MAX_HELD_BYTES, Stopped};
+use crate::delivery::dead_letter;
 use crate::delivery::retry::backoff;
-use crate::delivery::{Cause, Delivery, Fault, Handler, Invocation};
-use crate::log::{BatchLimits, LogError, Sink, Source, Unsent};
-use crate::metrics::StageMetrics;
-use crate::pipeline::Retry;
+use crate::delivery::{Cause, Fault, Handler, Invocation};
+use crate::log::{LogError, Sink, Source, Unsent};
+use crate::pipeline::OnExhausted;
 use crate::record::{Outgoing, Record};
-
-/// Bytes of outputs that a lane holds before it has them produced.
-const MAX_HELD_BYTES: usize = 16 << 20;
-/// How the lane waits for a log that does not take its outputs.
-const LOG_PATIENCE: Retry = Retry {
-    max_attempts: u32::MAX,
-    initial: Duration::from_millis(200),
-    max: Duration::from_secs(10),
-};
-
-/// What the pipeline says of a stage's delivery.
-pub struct Policy {
-    /// How much is taken at a time.
-    pub batch: BatchLimits,
-    /// How often and how fast a message is tried again.
-    pub retry: Retry,
-    /// Where messages go that are given up on.
-    pub dead_letters: DeadLetters,
-}
 
 /// One stage on one partition.
 pub struct Lane<S, K, H> {
     source: S,
-    sink: Arc<K>,
-    handler: Arc<H>,
-    policy: Arc<Policy>,
-    metrics: StageMetrics,
-    stopping: CancellationToken,
+    common: Common<K, H>,
 }
 
-/// The partition is given up before the batch is done; what was not settled is delivered again.
-struct Stopped;
+/// Why a lane leaves a batch before its end.
+enum Leave {
+    Stopped,
+    Halted(Halt),
+}
+
+impl From<Stopped> for Leave {
+    fn from(Stopped: Stopped) -> Self {
+        Self::Stopped
+    }
+}
 
 /// A batch on its way through the lane.
 struct Batch {
@@ -74,39 +56,42 @@ struct Held {
     is_dead_letter: bool,
 }
 
-impl<S: Source, K: Sink, H: Handler> Lane<S, K, H> {
-    /// A lane that has not begun.
-    pub fn new(
-        source: S,
-        sink: Arc<K>,
-        handler: Arc<H>,
-        policy: Arc<Policy>,
-        metrics: StageMetrics,
-    ) -> Self {
-        let stopping = source.stopping();
-        Self {
-            source,
-            sink,
-            handler,
-            policy,
-            metrics,
-            stopping,
-        }
+impl<S: Source, K: Sink, H: Handler<()>> Lane<S, K, H> {
+    /// A lane that has not begun. Its waits are jittered by `seed`.
+    pub fn new(source: S, equipment: Equipment<K, H>, seed: u64) -> Self {
+        let common = Common::new(equipment, &source, seed);
+        Self { source, common }
     }
 
     /// Delivers until the partition is to be given up. Dropping the future abandons the batch at
     /// hand: nothing of it that was not settled counts as done.
-    pub async fn run(mut self) {
-        while let Some(records) = self.source.next(&self.policy.batch).await {
-            self.metrics.batch(records.len());
-            if self.process(Batch::new(records)).await.is_err() {
-                break;
-            }
+    pub async fn run(mut self, topic: &str, partition: i32) {
+        if let Err(Leave::Halted(halt)) = self.deliver().await {
+            self.common.halted(topic, partition, halt).await;
         }
     }
 
-    async fn process(&mut self, mut batch: Batch) -> Result<(), Stopped> {
-        let whole = if self.handler.takes_batches() {
+    async fn deliver(&mut self) -> Result<(), Leave> {
+        let mut from = None;
+        loop {
+            let started = self.common.start(&mut self.source, from).await;
+            started.map_err(Leave::Halted)?;
+            let gap = loop {
+                match self.source.next(&self.common.policy().batch).await {
+                    Ok(Some(records)) => {
+                        self.common.metrics().batch(records.len());
+                        self.process(Batch::new(records)).await?;
+                    }
+                    Ok(None) => return Ok(()),
+                    Err(gap) => break gap,
+                }
+            };
+            from = Some(self.common.pass(&gap).map_err(Leave::Halted)?);
+        }
+    }
+
+    async fn process(&mut self, mut batch: Batch) -> Result<(), Leave> {
+        let whole = if self.common.equipment.handler.takes_batches() {
             batch.records.len()
         } else {
             1
@@ -115,11 +100,11 @@ impl<S: Source, K: Sink, H: Handler> Lane<S, K, H> {
         // message at fault stands alone, and grows again behind the messages that were in that call.
         let (mut run, mut suspect_until) = (whole, 0);
         while batch.handled < batch.records.len() {
-            if self.stopping.is_cancelled() {
+            if self.common.stopping.is_cancelled() {
                 self.settle(&mut batch).await?;
-                return Err(Stopped);
+                return Err(Leave::Stopped);
             }
-            if batch.since.elapsed() >= self.policy.batch.max_time
+            if batch.since.elapsed() >= self.common.policy().batch.max_time
                 || batch.held_bytes >= MAX_HELD_BYTES
             {
                 self.settle(&mut batch).await?;
@@ -137,12 +122,12 @@ impl<S: Source, K: Sink, H: Handler> Lane<S, K, H> {
                 run = (end - batch.handled).div_ceil(2);
             }
         }
-        self.settle(&mut batch).await
+        Ok(self.settle(&mut batch).await?)
     }
 
     /// One call with the records from `batch.handled` up to `end`, and the policy for those that
     /// faulted. Answers a fault where a call of several messages failed as a whole.
-    async fn step(&mut self, batch: &mut Batch, end: usize) -> Result<Option<Fault>, Stopped> {
+    async fn step(&mut self, batch: &mut Batch, end: usize) -> Result<Option<Fault>, Leave> {
         let start = batch.handled;
         let invocation = self.invoke(&batch.records[start..end], 1).await;
         let outcomes = match invocation.outcomes {
@@ -155,7 +140,7 @@ impl<S: Source, K: Sink, H: Handler> Lane<S, K, H> {
             match outcome {
                 // For an output of the same call that the log refused.
                 _ if batch.given_up.contains(&batch.handled) => {}
-                Ok(()) => self.metrics.messages("done", 1),
+                Ok(()) => self.common.metrics().messages("done", 1),
                 Err(fault) => self.redeliver(batch, fault).await?,
             }
             batch.handled += 1;
@@ -164,24 +149,25 @@ impl<S: Source, K: Sink, H: Handler> Lane<S, K, H> {
     }
 
     /// The record at `batch.handled` faulted on its first delivery: again, as often as the policy
-    /// has it, and then to the dead letters.
-    async fn redeliver(&mut self, batch: &mut Batch, mut fault: Fault) -> Result<(), Stopped> {
+    /// has it, and then to the dead letters. What came before is settled first: it does not wait for it.
+    async fn redeliver(&mut self, batch: &mut Batch, mut fault: Fault) -> Result<(), Leave> {
+        let at = batch.handled;
         let mut attempt = 1;
-        while fault.cause == Cause::Retry && attempt < self.policy.retry.max_attempts {
-            self.metrics.messages("retry", 1);
-            self.metrics.retry();
-            let wait = backoff(&self.policy.retry, attempt, &mut rand::rng());
-            if attempt == 1 {
-                self.warn_of_retry(&batch.records[batch.handled], wait, &fault);
-            }
-            // What came before does not wait for it.
-            self.settle(batch).await?;
-            let at = batch.handled;
+        loop {
+            let wait = match self.again_after(batch, attempt, &mut fault).await? {
+                Some(wait) => wait,
+                None => break,
+            };
             if batch.given_up.contains(&at) {
                 return Ok(());
             }
-            self.wait(wait).await?;
-            attempt += 1;
+            if let Some(wait) = wait {
+                if attempt == 1 {
+                    self.common.warn_of_retry(&batch.records[at], wait, &fault);
+                }
+                self.common.wait(wait).await?;
+                attempt += 1;
+            }
             let invocation = self.invoke(&batch.records[at..=at], attempt).await;
             let outcome = match invocation.outcomes {
                 Ok(outcomes) => outcomes.into_iter().next().unwrap_or(Ok(())),
@@ -190,58 +176,59 @@ impl<S: Source, K: Sink, H: Handler> Lane<S, K, H> {
             match outcome {
                 Ok(()) => {
                     batch.hold(at..at + 1, invocation.outputs);
-                    self.metrics.messages("done", 1);
+                    self.common.metrics().messages("done", 1);
                     return Ok(());
                 }
                 Err(again) => fault = again,
             }
         }
-        self.give_up(batch, batch.handled, attempt, &fault);
+        if fault.cause == Cause::Retry && self.common.policy().on_exhausted == OnExhausted::Stop {
+            let halt = self.common.exhausted(&batch.records[at], attempt, &fault);
+            return Err(Leave::Halted(halt));
+        }
+        self.give_up(batch, at, attempt, &fault);
         Ok(())
     }
 
-    /// Once a message: an outage shows in the log, and does not fill it.
-    fn warn_of_retry(&self, record: &Record, wait: Duration, fault: &Fault) {
-        warn!(
-            stage = &*self.policy.dead_letters.stage,
-            topic = &*record.topic,
-            partition = record.partition,
-            offset = record.offset,
-            "will be delivered again in {wait:.1?}, {} times in all at most: {}",
-            self.policy.retry.max_attempts,
-            fault.message
-        );
+    /// Whether the record at `batch.handled` is to be delivered again after its `attempt`th delivery, and after what
+    /// wait: none where it was a store's fault, which was waited for and counts no attempt.
+    async fn again_after(
+        &mut self,
+        batch: &mut Batch,
+        attempt: u32,
+        fault: &mut Fault,
+    ) -> Result<Option<Option<std::time::Duration>>, Leave> {
+        if let Some(store) = fault.away.take() {
+            self.settle(batch).await?;
+            if self.common.until_there::<()>(&store).await? {
+                return Ok(Some(None));
+            }
+            fault.cause = Cause::Retry;
+        }
+        let policy = self.common.policy().retry;
+        if fault.cause != Cause::Retry || attempt >= policy.max_attempts {
+            return Ok(None);
+        }
+        self.common.metrics().messages("retry", 1);
+        self.common.metrics().retry();
+        let wait = backoff(&policy, attempt, &mut self.common.rng);
+        self.settle(batch).await?;
+        Ok(Some(Some(wait)))
     }
 
     fn give_up(&self, batch: &mut Batch, index: usize, attempts: u32, fault: &Fault) {
         let record = &batch.records[index];
-        let letter = self.policy.dead_letters.letter(record, attempts, fault);
-        warn!(
-            stage = &*self.policy.dead_letters.stage,
-            topic = &*record.topic,
-            partition = record.partition,
-            offset = record.offset,
-            cause = fault.cause.label(),
-            attempts,
-            "given up on, to {}: {}",
-            letter.topic,
-            fault.message
-        );
+        let letters = &self.common.policy().dead_letters;
+        let letter = letters.letter(record, attempts, fault);
+        self.common
+            .warn_of_giving_up(record, &letter.topic, attempts, fault);
         batch.given_up.insert(index);
-        self.metrics.messages("dead-letter", 1);
-        self.metrics.dead_letter(fault.cause.label());
         batch.hold_one(index..index + 1, letter, true);
     }
 
     async fn invoke(&self, records: &[Record], attempt: u32) -> Invocation {
-        let deliveries: Vec<_> = records
-            .iter()
-            .map(|record| Delivery { record, attempt })
-            .collect();
-        let since = Instant::now();
-        let invocation = self.handler.call(&deliveries).await;
-        self.metrics.invocation(since.elapsed());
-        invocation
+        let records: Vec<_> = records.iter().collect();
+        self.common.invoke(&records, attempt, &()).await
     }
 
     /// Makes what is handled durable, and only then lets its offset be committed.
@@ -252,13 +239,13 @@ impl<S: Source, K: Sink, H: Handler> Lane<S, K, H> {
             if refused {
                 continue;
             }
-            let wait = backoff(&LOG_PATIENCE, attempt, &mut rand::rng());
+            let wait = backoff(&LOG_PATIENCE, attempt, &mut self.common.rng);
             attempt = attempt.saturating_add(1);
-            self.wait(wait).await?;
+            self.common.wait(wait).await?;
         }
         if batch.handled > batch.settled {
             let settled = &batch.records[batch.settled..batch.handled];
-            self.measure(settled);
+            self.common.measure(settled.iter());
             self.source
                 .done(batch.records[batch.handled - 1].offset + 1);
             batch.settled = batch.handled;
@@ -273,7 +260,7 @@ impl<S: Source, K: Sink, H: Handler> Lane<S, K, H> {
             return Ok(());
         }
         let outputs: Vec<_> = batch.held.iter().map(|h| h.output.clone()).collect();
-        match self.sink.produce(&outputs).await {
+        match self.common.equipment.sink.produce(&outputs).await {
             Ok(()) => {
                 batch.release_all();
                 Ok(())
@@ -314,25 +301,6 @@ impl<S: Source, K: Sink, H: Handler> Lane<S, K, H> {
             if !batch.given_up.contains(&index) {
                 self.give_up(batch, index, 1, fault);
             }
-        }
-    }
-
-    /// Records the time from each record's timestamp to now.
-    fn measure(&self, settled: &[Record]) {
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
-        for timestamp in settled.iter().filter_map(|r| r.timestamp) {
-            let then = Duration::from_millis(u64::try_from(timestamp).unwrap_or_default());
-            self.metrics.end_to_end(now.saturating_sub(then));
-        }
-    }
-
-    async fn wait(&self, time: Duration) -> Result<(), Stopped> {
-        tokio::select! {
-            // Both are cancel-safe: neither holds anything.
-            () = tokio::time::sleep(time) => Ok(()),
-            () = self.stopping.cancelled() => Err(Stopped),
         }
     }
 }

@@ -1,0 +1,149 @@
+//! The circuit breaker: while a store is away, lanes wait for it, and no message pays for it.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::Mutex;
+use tracing::{info, warn};
+
+use super::retry::backoff;
+use crate::admin::Readiness;
+use crate::capability::{StoreError, StoreName};
+use crate::metrics::Metrics;
+use crate::pipeline::Retry;
+
+/// How a store that is away is asked for again.
+const PATIENCE: Retry = Retry {
+    max_attempts: u32::MAX,
+    initial: Duration::from_millis(200),
+    max: Duration::from_secs(5),
+};
+/// How long a store may take to answer that it is there.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
+/// It is said again that a store is away after so many probes.
+const REMIND_EVERY: u32 = 10;
+
+/// One for all stages of a host: a store that is away for one is away for all.
+pub struct Breaker {
+    readiness: Arc<Readiness>,
+    metrics: Arc<Metrics>,
+    /// Whoever holds a store's lock asks for it; the others wait for the lock.
+    stores: BTreeMap<StoreName, Mutex<()>>,
+}
+
+impl Breaker {
+    /// For these stores.
+    pub fn new(
+        stores: impl IntoIterator<Item = StoreName>,
+        readiness: Arc<Readiness>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        let stores: BTreeMap<_, _> = stores
+            .into_iter()
+            .map(|store| (store, Mutex::default()))
+            .collect();
+        for store in stores.keys() {
+            metrics.set_circuit_open(store.name(), false);
+        }
+        Self {
+            readiness,
+            metrics,
+            stores,
+        }
+    }
+
+    /// The condition under which `/readyz` has the store.
+    pub fn condition(store: &str) -> String {
+        format!("store {store}")
+    }
+
+    /// Returns once the store answers, and whether it had been away; at once for one that it does not know.
+    ///
+    /// Cancel-safe in that the next one who asks goes on with it.
+    pub async fn until_there<F>(&self, store: &StoreName, probe: impl Fn() -> F) -> bool
+    where
+        F: Future<Output = Result<(), StoreError>>,
+    {
+        let Some(lock) = self.stores.get(store) else {
+            return false;
+        };
+        let _asking = lock.lock().await;
+        let condition = Self::condition(store.name());
+        let mut tries = 1;
+        loop {
+            let answer = tokio::time::timeout(PROBE_TIMEOUT, probe()).await;
+            let why = match answer {
+                Ok(Err(StoreError::Unavailable(why))) => why,
+                Err(_) => format!("no answer within {} s", PROBE_TIMEOUT.as_secs()),
+                // One that refuses answers, whatever it says.
+                Ok(Ok(()) | Err(StoreError::Refused(_))) => break,
+            };
+            let wait = backoff(&PATIENCE, tries, &mut rand::rng());
+            if tries % REMIND_EVERY == 1 {
+                warn!("{store} is away, its lanes wait for it, next try in {wait:.1?}: {why}");
+            }
+            self.readiness.not_ready(&condition, why);
+            self.metrics.set_circuit_open(store.name(), true);
+            tries = tries.saturating_add(1);
+            tokio::time::sleep(wait).await;
+        }
+        if tries > 1 {
+            info!("{store} is there again");
+        }
+        self.readiness.ready(&condition);
+        self.metrics.set_circuit_open(store.name(), false);
+        tries > 1
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+
+    fn breaker(readiness: &Arc<Readiness>) -> (Breaker, StoreName) {
+        let store = StoreName::Sql(Arc::from("posts"));
+        let breaker = Breaker::new([store.clone()], readiness.clone(), Arc::default());
+        (breaker, store)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn waits_for_a_store_that_is_away_and_says_so() {
+        let readiness = Arc::<Readiness>::default();
+        let (breaker, store) = breaker(&readiness);
+        let asked = AtomicU32::new(0);
+        let probe = || async {
+            match asked.fetch_add(1, Ordering::Relaxed) {
+                0..3 => Err(StoreError::Unavailable("gone".into())),
+                _ => Ok(()),
+            }
+        };
+        {
+            let waiting = breaker.until_there(&store, probe);
+            tokio::pin!(waiting);
+            assert!(futures::poll!(&mut waiting).is_pending());
+            assert_eq!(readiness.reasons(), ["store posts: gone"]);
+            assert!(waiting.await, "it was away");
+        }
+        assert_eq!(readiness.reasons(), Vec::<String>::new());
+        assert!(!breaker.until_there(&store, probe).await, "it is there");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_that_does_not_answer_is_away_and_one_that_refuses_is_not() {
+        let readiness = Arc::<Readiness>::default();
+        let (breaker, store) = breaker(&readiness);
+        let asked = AtomicU32::new(0);
+        let probe = || async {
+            if asked.fetch_add(1, Ordering::Relaxed) == 0 {
+                std::future::pending::<()>().await;
+            }
+            Err(StoreError::Refused("no such table".into()))
+        };
+        assert!(breaker.until_there(&store, probe).await);
+        assert!(!breaker.until_there(&store, probe).await);
+    }
+}

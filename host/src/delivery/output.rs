@@ -1,0 +1,161 @@
+//! Outputs as a transactional lane keeps them with its progress until the log has them.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use super::seen::Seen;
+use crate::record::{Header, Outgoing};
+
+/// The first byte of what is encoded here: how the rest is read.
+const FORMAT: u8 = 1;
+
+/// What a row holds was not written by a host that this one understands.
+#[derive(Debug, thiserror::Error)]
+pub enum Unreadable {
+    /// A newer host wrote it.
+    #[error(
+        "it has the format {0}, and this host reads {FORMAT}: run the newer version of the host"
+    )]
+    Format(u8),
+    /// It is damaged.
+    #[error("it is damaged: {0}")]
+    Damaged(#[from] postcard::Error),
+}
+
+#[derive(Serialize, Deserialize)]
+struct Stored<'a> {
+    #[serde(borrow)]
+    topic: &'a str,
+    partition: Option<i32>,
+    timestamp: Option<i64>,
+    #[serde(borrow)]
+    key: Option<&'a [u8]>,
+    #[serde(borrow)]
+    value: Option<&'a [u8]>,
+    #[serde(borrow)]
+    headers: Vec<(&'a str, Option<&'a [u8]>)>,
+}
+
+/// Encodes outputs, none as no bytes.
+pub fn encode(outputs: &[Outgoing]) -> Result<Vec<u8>, Unreadable> {
+    if outputs.is_empty() {
+        return Ok(Vec::new());
+    }
+    let stored: Vec<_> = outputs.iter().map(stored).collect();
+    to_bytes(&stored)
+}
+
+/// Reads what [`encode`] wrote.
+pub fn decode(bytes: &[u8]) -> Result<Vec<Outgoing>, Unreadable> {
+    let stored: Vec<Stored<'_>> = match body(bytes)? {
+        Some(body) => postcard::from_bytes(body)?,
+        None => Vec::new(),
+    };
+    Ok(stored.into_iter().map(outgoing).collect())
+}
+
+/// Encodes what was seen.
+pub fn encode_seen(seen: &Seen) -> Result<Vec<u8>, Unreadable> {
+    to_bytes(seen)
+}
+
+/// Reads what [`encode_seen`] wrote; no bytes are nothing seen.
+pub fn decode_seen(bytes: &[u8]) -> Result<Seen, Unreadable> {
+    match body(bytes)? {
+        Some(body) => Ok(postcard::from_bytes(body)?),
+        None => Ok(Seen::default()),
+    }
+}
+
+fn to_bytes(value: &impl Serialize) -> Result<Vec<u8>, Unreadable> {
+    Ok(postcard::to_extend(value, vec![FORMAT])?)
+}
+
+fn body(bytes: &[u8]) -> Result<Option<&[u8]>, Unreadable> {
+    match bytes.split_first() {
+        None => Ok(None),
+        Some((&FORMAT, body)) => Ok(Some(body)),
+        Some((&format, _)) => Err(Unreadable::Format(format)),
+    }
+}
+
+fn stored(output: &Outgoing) -> Stored<'_> {
+    Stored {
+        topic: &output.topic,
+        partition: output.partition,
+        timestamp: output.timestamp,
+        key: output.key.as_deref(),
+        value: output.value.as_deref(),
+        headers: output
+            .headers
+            .iter()
+            .map(|h| (h.name.as_str(), h.value.as_deref()))
+            .collect(),
+    }
+}
+
+fn outgoing(stored: Stored<'_>) -> Outgoing {
+    Outgoing {
+        topic: Arc::from(stored.topic),
+        partition: stored.partition,
+        timestamp: stored.timestamp,
+        key: stored.key.map(<[u8]>::to_vec),
+        value: stored.value.map(<[u8]>::to_vec),
+        headers: stored
+            .headers
+            .into_iter()
+            .map(|(name, value)| Header {
+                name: name.to_owned(),
+                value: value.map(<[u8]>::to_vec),
+            })
+            .collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn outputs_are_read_as_they_were_written() {
+        let full = Outgoing {
+            topic: Arc::from("t"),
+            partition: Some(3),
+            timestamp: Some(1),
+            key: Some(vec![0, 255]),
+            value: Some(vec![7; 1000]),
+            headers: vec![
+                Header::new("a", "b"),
+                Header {
+                    name: "null".into(),
+                    value: None,
+                },
+            ],
+        };
+        let tombstone = Outgoing {
+            partition: None,
+            timestamp: None,
+            key: None,
+            value: None,
+            headers: Vec::new(),
+            ..full.clone()
+        };
+        let outputs = vec![full, tombstone];
+        let bytes = encode(&outputs).expect("encoded");
+        assert_eq!(decode(&bytes).expect("decoded"), outputs);
+        assert_eq!(encode(&[]).expect("encoded"), Vec::<u8>::new());
+        assert_eq!(decode(&[]).expect("decoded"), Vec::<Outgoing>::new());
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_refused() {
+        assert!(matches!(decode(&[9, 1]), Err(Unreadable::Format(9))));
+        assert!(matches!(
+            decode(&[FORMAT, 200]),
+            Err(Unreadable::Damaged(_))
+        ));
+        let seen = encode_seen(&Seen::default()).expect("encoded");
+        assert_eq!(decode_seen(&seen).expect("decoded"), Seen::default());
+    }
+}

@@ -1,0 +1,146 @@
+//! A batch on its way through a transactional lane.
+
+use std::mem;
+use std::sync::Arc;
+
+use tokio::time::Instant;
+
+use crate::delivery::Fault;
+use crate::delivery::progress::LaneId;
+use crate::delivery::seen::{HEADER, OutputId, Place, Seen};
+use crate::record::{Header, Outgoing, Record};
+
+/// Consecutive messages, and what came of those that are handled and not settled: all of it belongs to one transaction.
+pub(super) struct Batch {
+    pub(super) records: Vec<Record>,
+    /// Which of them are outputs of another lane that were taken in before.
+    pub(super) duplicate: Vec<bool>,
+    /// Records below this index are handled.
+    pub(super) handled: usize,
+    /// Records below this index are committed.
+    pub(super) settled: usize,
+    /// Each commit takes one message.
+    pub(super) one_by_one: bool,
+    /// Since when the transaction is open.
+    pub(super) since: Instant,
+    pub(super) held_bytes: usize,
+    /// In the order of their origins: the index of the last record of the call that they came of.
+    held: Vec<(usize, Outgoing)>,
+    /// What is counted and said once it is committed.
+    notes: Vec<Note>,
+}
+
+/// How the handling of messages ended.
+pub(super) enum Note {
+    Done(usize),
+    Duplicate,
+    GivenUp {
+        index: usize,
+        attempts: u32,
+        to: Arc<str>,
+        fault: Fault,
+    },
+}
+
+impl Batch {
+    /// `seen` is as of the last commit.
+    pub(super) fn new(records: Vec<Record>, seen: &Seen) -> Self {
+        let duplicate = if Seen::concerns(&records) {
+            let mut seen = seen.clone();
+            records.iter().map(|record| seen.admit(record)).collect()
+        } else {
+            vec![false; records.len()]
+        };
+        Self {
+            records,
+            duplicate,
+            handled: 0,
+            settled: 0,
+            one_by_one: false,
+            since: Instant::now(),
+            held_bytes: 0,
+            held: Vec::new(),
+            notes: Vec::new(),
+        }
+    }
+
+    pub(super) fn is_settled(&self) -> bool {
+        self.settled == self.records.len()
+    }
+
+    /// A transaction begins.
+    pub(super) fn begin(&mut self) {
+        self.since = Instant::now();
+    }
+
+    /// Its transaction is rolled back: back to what is committed.
+    pub(super) fn rewind(&mut self) {
+        self.handled = self.settled;
+        self.held.clear();
+        self.held_bytes = 0;
+        self.notes.clear();
+    }
+
+    pub(super) fn hold(&mut self, origin: usize, outputs: Vec<Outgoing>) {
+        for output in outputs {
+            self.held_bytes += output.size();
+            self.held.push((origin, output));
+        }
+    }
+
+    pub(super) fn note(&mut self, note: Note) {
+        match (self.notes.last_mut(), &note) {
+            (Some(Note::Done(before)), Note::Done(more)) => *before += more,
+            _ => self.notes.push(note),
+        }
+    }
+
+    /// The offset to commit: behind what is handled.
+    pub(super) fn next_offset(&self) -> Option<i64> {
+        let offset = |index: usize| self.records.get(index).map(|record| record.offset);
+        // Attempts are counted of the record at the offset, so it is that of the next one where there is one.
+        offset(self.handled).or_else(|| Some(offset(self.handled.checked_sub(1)?)? + 1))
+    }
+
+    /// What is held, with ids that grow as the outputs do.
+    pub(super) fn outputs(&self, lane: &LaneId, generation: i64) -> Vec<Outgoing> {
+        let mut place = Place {
+            generation,
+            ..Place::default()
+        };
+        let mut last = None;
+        let with_id = |(origin, output): &(usize, Outgoing)| {
+            place.index = if last == Some(*origin) {
+                place.index + 1
+            } else {
+                0
+            };
+            last = Some(*origin);
+            place.offset = self.records[*origin].offset;
+            let mut output = output.clone();
+            let id = OutputId::new(lane, place).to_string();
+            output.headers.push(Header::new(HEADER, id));
+            output
+        };
+        self.held.iter().map(with_id).collect()
+    }
+
+    /// Remembers the outputs of other lanes that are handled.
+    pub(super) fn admit_into(&self, seen: &mut Seen) {
+        for record in self.unsettled_handled() {
+            seen.admit(record);
+        }
+    }
+
+    pub(super) fn unsettled_handled(&self) -> impl Iterator<Item = &Record> {
+        self.records[self.settled..self.handled].iter()
+    }
+
+    /// What is handled is committed.
+    pub(super) fn settle(&mut self) -> Vec<Note> {
+        self.settled = self.handled;
+        self.held.clear();
+        self.held_bytes = 0;
+        mem::take(&mut self.notes)
+    }
+}

@@ -1,0 +1,262 @@
+//! The delivery loop of one lane: one stage on one assigned partition.
+//!
+//! [`transactional`] commits effects and progress together; [`ordered`] delivers at least
+//! once. What they share is here.
+
+mod batch;
+pub mod ordered;
+mod outbox;
+pub mod transactional;
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, warn};
+
+use crate::admin::Readiness;
+use crate::capability::StoreName;
+use crate::delivery::breaker::Breaker;
+use crate::delivery::dead_letter::DeadLetters;
+use crate::delivery::{Delivery, Fault, Handler, Invocation};
+use crate::log::{BatchLimits, Gap, Source};
+use crate::metrics::StageMetrics;
+use crate::pipeline::{OnExhausted, OnGap, Retry};
+use crate::record::Record;
+
+/// Bytes of outputs that a lane holds before it has them produced.
+const MAX_HELD_BYTES: usize = 16 << 20;
+/// How a lane waits for a log that does not take its outputs.
+const LOG_PATIENCE: Retry = Retry {
+    max_attempts: u32::MAX,
+    initial: Duration::from_millis(200),
+    max: Duration::from_secs(10),
+};
+/// How often it is said that a lane has stopped and why.
+const REMIND_INTERVAL: Duration = Duration::from_secs(60);
+
+/// What the pipeline says of a stage's delivery.
+pub struct Policy {
+    /// How much is taken at a time.
+    pub batch: BatchLimits,
+    /// How often and how fast a message is tried again.
+    pub retry: Retry,
+    /// And then.
+    pub on_exhausted: OnExhausted,
+    /// Where records were removed before they were processed.
+    pub on_gap: OnGap,
+    /// Where messages go that are given up on.
+    pub dead_letters: DeadLetters,
+}
+
+/// What every lane of a stage has.
+pub struct Equipment<K, H> {
+    /// Where outputs go.
+    pub sink: Arc<K>,
+    /// The stage.
+    pub handler: Arc<H>,
+    /// What the pipeline says.
+    pub policy: Arc<Policy>,
+    /// For stores that are away.
+    pub breaker: Arc<Breaker>,
+    /// Where a lane says that it has stopped.
+    pub readiness: Arc<Readiness>,
+    /// What is counted.
+    pub metrics: StageMetrics,
+}
+
+impl<K, H> Clone for Equipment<K, H> {
+    fn clone(&self) -> Self {
+        Self {
+            sink: self.sink.clone(),
+            handler: self.handler.clone(),
+            policy: self.policy.clone(),
+            breaker: self.breaker.clone(),
+            readiness: self.readiness.clone(),
+            metrics: self.metrics.clone(),
+        }
+    }
+}
+
+/// The partition is given up before the batch is done; what was not settled is delivered again.
+struct Stopped;
+
+/// A lane can't go on, and somebody has to look at it.
+struct Halt(String);
+
+/// What the loops of all kinds of lane work with.
+struct Common<K, H> {
+    equipment: Equipment<K, H>,
+    stopping: CancellationToken,
+    /// Jitters waits; seeded, so that a simulation can be repeated.
+    rng: StdRng,
+}
+
+impl<K, H> Common<K, H> {
+    fn new(equipment: Equipment<K, H>, source: &impl Source, seed: u64) -> Self {
+        Self {
+            equipment,
+            stopping: source.stopping(),
+            rng: StdRng::seed_from_u64(seed),
+        }
+    }
+
+    fn policy(&self) -> &Policy {
+        &self.equipment.policy
+    }
+
+    fn metrics(&self) -> &StageMetrics {
+        &self.equipment.metrics
+    }
+
+    async fn invoke<T>(&self, records: &[&Record], attempt: u32, transaction: &T) -> Invocation
+    where
+        H: Handler<T>,
+    {
+        let deliveries: Vec<_> = records
+            .iter()
+            .map(|record| Delivery { record, attempt })
+            .collect();
+        let since = Instant::now();
+        let invocation = self.equipment.handler.call(&deliveries, transaction).await;
+        self.metrics().invocation(since.elapsed());
+        invocation
+    }
+
+    async fn wait(&self, time: Duration) -> Result<(), Stopped> {
+        tokio::select! {
+            // Both are cancel-safe: neither holds anything.
+            () = tokio::time::sleep(time) => Ok(()),
+            () = self.stopping.cancelled() => Err(Stopped),
+        }
+    }
+
+    /// Waits for a store that a call may have failed for, and answers whether it had been away.
+    async fn until_there<T>(&self, store: &StoreName) -> Result<bool, Stopped>
+    where
+        H: Handler<T>,
+    {
+        let Equipment {
+            breaker, handler, ..
+        } = &self.equipment;
+        tokio::select! {
+            // Both are cancel-safe: to ask a store changes nothing.
+            was_away = breaker.until_there(store, || handler.probe(store)) => Ok(was_away),
+            () = self.stopping.cancelled() => Err(Stopped),
+        }
+    }
+
+    /// Begins to read, behind a gap if the pipeline says so. Answers where it began if that is not `from`.
+    async fn start(
+        &self,
+        source: &mut impl Source,
+        mut from: Option<i64>,
+    ) -> Result<Option<i64>, Halt> {
+        while let Err(gap) = source.start(from).await {
+            from = Some(self.pass(&gap)?);
+        }
+        Ok(from)
+    }
+
+    /// The offset behind a gap, if it may be passed.
+    fn pass(&self, gap: &Gap) -> Result<i64, Halt> {
+        match gap {
+            Gap::Removed { expected, first } if self.policy().on_gap == OnGap::Continue => {
+                error!(
+                    stage = self.stage(),
+                    "{gap}; going on behind them, as `on-gap` says"
+                );
+                self.metrics()
+                    .gap(u64::try_from(first - expected).unwrap_or_default());
+                Ok(*first)
+            }
+            Gap::Removed { first, .. } => Err(Halt(format!(
+                "{gap}: write `on-gap = \"continue\"` to go on at offset {first}, and give the topic a longer \
+                 `retention.ms`"
+            ))),
+            Gap::Recreated { .. } => Err(Halt(format!(
+                "{gap}: if it was meant, remove what the old topic's records left in the database, and the lane's \
+                 row from stagehost_progress and the group's committed offsets; then start again"
+            ))),
+        }
+    }
+
+    fn stage(&self) -> &str {
+        &self.policy().dead_letters.stage
+    }
+
+    /// Once a message: an outage shows in the log, and does not fill it.
+    fn warn_of_retry(&self, record: &Record, wait: Duration, fault: &Fault) {
+        warn!(
+            stage = self.stage(),
+            topic = &*record.topic,
+            partition = record.partition,
+            offset = record.offset,
+            "will be delivered again in {wait:.1?}, {} times in all at most: {}",
+            self.policy().retry.max_attempts,
+            fault.message
+        );
+    }
+
+    fn warn_of_giving_up(&self, record: &Record, to: &str, attempts: u32, fault: &Fault) {
+        warn!(
+            stage = self.stage(),
+            topic = &*record.topic,
+            partition = record.partition,
+            offset = record.offset,
+            cause = fault.cause.label(),
+            attempts,
+            "given up on, to {to}: {}",
+            fault.message
+        );
+        self.metrics().messages("dead-letter", 1);
+        self.metrics().dead_letter(fault.cause.label());
+    }
+
+    /// Why a lane stops at a message whose retries are exhausted.
+    fn exhausted(&self, record: &Record, attempts: u32, fault: &Fault) -> Halt {
+        Halt(format!(
+            "offset {} has failed {attempts} times, and `on-exhausted = \"stop\"`: mend the cause and start the \
+             host again; it failed with: {}",
+            record.offset, fault.message
+        ))
+    }
+
+    /// Records the time from each record's timestamp to now.
+    fn measure<'a>(&self, settled: impl Iterator<Item = &'a Record>) {
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
+        for timestamp in settled.filter_map(|r| r.timestamp) {
+            let then = Duration::from_millis(u64::try_from(timestamp).unwrap_or_default());
+            self.metrics().end_to_end(now.saturating_sub(then));
+        }
+    }
+
+    /// Holds the partition, and says why, until it is to be given up.
+    async fn halted(&self, topic: &str, partition: i32, Halt(why): Halt) {
+        let condition = format!("stage {} on {topic} {partition}", self.stage());
+        self.equipment.readiness.not_ready(&condition, &*why);
+        self.metrics().lane_stopped(true);
+        let _gone = Gone(self, &condition);
+        loop {
+            error!(stage = self.stage(), topic, partition, "stopped: {why}");
+            if self.wait(REMIND_INTERVAL).await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// Takes back, also where the lane's future is dropped, what was said of a lane that had stopped.
+struct Gone<'a, K, H>(&'a Common<K, H>, &'a str);
+
+impl<K, H> Drop for Gone<'_, K, H> {
+    fn drop(&mut self) {
+        self.0.equipment.readiness.ready(self.1);
+        self.0.metrics().lane_stopped(false);
+    }
+}
