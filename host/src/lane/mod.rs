@@ -3,9 +3,7 @@
 //! [`transactional`] commits effects and progress together; [`ordered`] delivers at least
 //! once. What they share is here.
 
-mod batch;
 pub mod ordered;
-mod outbox;
 pub mod transactional;
 
 use std::sync::Arc;

@@ -115,6 +115,11 @@ const HANDLED: &[&str] = &["ERROR", "FAIL", "GETPID", "REQTMOUT", "SESSTMOUT"];
 
 /// Sends what librdkafka has to say into the host's log.
 fn log_line(level: RDKafkaLogLevel, facility: &str, message: &str) {
+    // That it calls experimental what the host's promise rests on is no news to whoever runs a pipeline.
+    if facility == "CONFWARN" && message.contains(producer::GAPLESS) {
+        debug!(target: "librdkafka", "{facility}: {message}");
+        return;
+    }
     match level {
         RDKafkaLogLevel::Emerg | RDKafkaLogLevel::Alert | RDKafkaLogLevel::Critical => {
             error!(target: "librdkafka", "{facility}: {message}");

@@ -24,6 +24,8 @@ const FULL_QUEUE_WAIT: Duration = Duration::from_millis(5);
 /// How often a flight that does not land looks whether its client has failed for good.
 const FATAL_CHECK: Duration = Duration::from_secs(1);
 
+/// librdkafka's property for [`Patience::Gapless`].
+pub(super) const GAPLESS: &str = "enable.gapless.guarantee";
 /// How long the log may take to say how many partitions a topic has.
 const ASK: Duration = Duration::from_secs(5);
 /// How often a topic is looked for that is not there, and how long to wait in between.
@@ -261,10 +263,6 @@ pub(super) fn config(settings: &ClientSettings, patience: Patience) -> ClientCon
         Patience::Endless | Patience::Gapless => "0".to_string(),
         Patience::Bounded(time) => time.as_millis().max(1).to_string(),
     };
-    let gapless = match patience {
-        Patience::Gapless => "true",
-        Patience::Endless | Patience::Bounded(_) => "false",
-    };
     let mut defaults = vec![
         // As Java's clients choose: the same key goes to the same partition whoever produces it.
         ("partitioner", "murmur2_random"),
@@ -277,16 +275,15 @@ pub(super) fn config(settings: &ClientSettings, patience: Patience) -> ClientCon
         // How large a record may be is the topic's to say; the dead letter of a large record is larger still.
         defaults.push(("message.max.bytes", "1000000000"));
     }
-    settings.client_config(
-        Kind::Producer,
-        &defaults,
-        &[
-            ("enable.idempotence", "true"),
-            ("acks", "all"),
-            ("message.timeout.ms", &timeout),
-            ("enable.gapless.guarantee", gapless),
-        ],
-    )
+    let mut fixed = vec![
+        ("enable.idempotence", "true"),
+        ("acks", "all"),
+        ("message.timeout.ms", &timeout),
+    ];
+    if patience == Patience::Gapless {
+        fixed.push((GAPLESS, "true"));
+    }
+    settings.client_config(Kind::Producer, &defaults, &fixed)
 }
 
 fn create(config: &ClientConfig) -> Result<Client, LogError> {

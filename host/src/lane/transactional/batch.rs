@@ -10,6 +10,9 @@ use crate::delivery::progress::LaneId;
 use crate::delivery::seen::{HEADER, OutputId, Place, Seen};
 use crate::record::{Header, Outgoing, Record};
 
+/// Bytes of outputs that a lane holds before it commits them. They are written into its row, and SQLite takes 16 MiB.
+pub(super) const MAX_PENDING_BYTES: usize = 4 << 20;
+
 /// Consecutive messages, and what came of those that are handled and not settled: all of it belongs to one transaction.
 pub(super) struct Batch {
     pub(super) records: Vec<Record>,

@@ -9,10 +9,10 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use tracing::error;
 
-use super::{LOG_PATIENCE, Policy};
 use crate::delivery::dead_letter;
 use crate::delivery::retry::backoff;
 use crate::delivery::{Cause, Fault};
+use crate::lane::{LOG_PATIENCE, Policy};
 use crate::log::{LogError, Sink, Unsent};
 use crate::metrics::StageMetrics;
 use crate::record::Outgoing;

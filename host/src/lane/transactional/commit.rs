@@ -1,0 +1,266 @@
+//! What a transaction comes to: the commit, and what follows it.
+
+use std::mem;
+use std::time::Duration;
+
+use tokio::time::timeout;
+use tracing::{error, warn};
+
+use super::batch::{Batch, Note};
+use super::turn::{After, Plan};
+use super::{Ending, Lane, Tenure};
+use crate::delivery::output;
+use crate::delivery::progress::{Checkpoint, Commit, CommitError, Ledger, Transaction};
+use crate::delivery::retry::backoff;
+use crate::delivery::{Cause, Fault, Handler};
+use crate::lane::{Halt, LOG_PATIENCE};
+use crate::log::{Addressed, Source};
+use crate::record::Outgoing;
+
+/// How long a transaction is held open for the acknowledgement of what was committed before.
+const LANDING_PATIENCE: Duration = Duration::from_secs(5);
+
+impl<S, K, H, L> Lane<S, K, H, L>
+where
+    S: Source,
+    K: Addressed + 'static,
+    H: Handler<L::Transaction>,
+    L: Ledger,
+{
+    /// After the connection broke in the middle of a run. Where the database had not been away, the message that was
+    /// worked on may be the reason, and it counts.
+    pub(super) async fn after_loss(&mut self, at: usize, why: String) -> Result<Plan, Ending> {
+        warn!(
+            stage = self.common.stage(),
+            topic = &*self.id.topic,
+            partition = self.id.partition,
+            "the transaction was lost, and is begun again: {why}"
+        );
+        if self
+            .common
+            .until_there::<L::Transaction>(&self.store)
+            .await?
+        {
+            return Ok(Plan::optimistic());
+        }
+        let why = format!("{}: {why}", self.store);
+        Ok(Plan::careful(Some((at, Fault::new(Cause::Retry, why)))))
+    }
+
+    /// Commits what is handled, has its outputs produced, and does what comes after.
+    pub(super) async fn commit(
+        &mut self,
+        tenure: &mut Tenure,
+        batch: &mut Batch,
+        transaction: L::Transaction,
+        after: After,
+    ) -> Result<Plan, Ending> {
+        // At most one commit's outputs are on their way. A log that is away must not keep locks in the database.
+        if timeout(LANDING_PATIENCE, tenure.outbox.landed())
+            .await
+            .is_err()
+        {
+            transaction.rollback().await;
+            batch.rewind();
+            self.land(tenure).await?;
+            return Ok(Plan::optimistic());
+        }
+        if let Some(done) = tenure.outbox.take_done() {
+            self.source.done(done);
+        }
+        let attempts = match &after {
+            After::Retry(_) if batch.handled == batch.settled => tenure.failed(batch) + 1,
+            After::Retry(_) => 1,
+            After::GoOn | After::Away(..) | After::Halt(_) => 0,
+        };
+        if batch.handled == batch.settled && !matches!(after, After::Retry(_)) {
+            transaction.rollback().await;
+            return self.follow(tenure, batch, after).await;
+        }
+        let next_offset = batch.next_offset();
+        let outputs = match self.outputs(tenure.generation, batch).await {
+            Ok(outputs) => outputs,
+            Err(fault) => {
+                // A dead letter's topic can't be looked up: the log is away.
+                error!("cannot produce, trying again: {}", fault.message);
+                transaction.rollback().await;
+                batch.rewind();
+                let wait = backoff(&LOG_PATIENCE, 3, &mut self.common.rng);
+                self.common.wait(wait).await?;
+                return Ok(Plan::optimistic());
+            }
+        };
+        let mut seen = tenure.seen.clone();
+        batch.admit_into(&mut seen);
+        mem::swap(&mut tenure.seen, &mut seen);
+        let checkpoint = self.checkpoint(tenure, next_offset, attempts, &outputs)?;
+        let commit = Commit {
+            lane: &self.id,
+            epoch: tenure.epoch,
+            commits: tenure.commits + 1,
+            checkpoint: &checkpoint,
+        };
+        let committed = match transaction.commit(commit).await {
+            Ok(()) => true,
+            Err(CommitError::Fenced) => return Err(Ending::Fenced),
+            Err(CommitError::Unanswered(why)) => self.find_out(tenure, why).await?,
+            Err(CommitError::Refused(why)) => {
+                tenure.seen = seen;
+                return Ok(self.refused(batch, why));
+            }
+        };
+        if !committed {
+            tenure.seen = seen;
+            batch.rewind();
+            return Ok(Plan::optimistic());
+        }
+        tenure.commits += 1;
+        tenure.next_offset = next_offset;
+        tenure.attempts = attempts;
+        tenure.has_pending = !outputs.is_empty();
+        let delivery = self.delivery();
+        tenure.outbox.launch(delivery, outputs, next_offset);
+        self.settled(batch);
+        self.follow(tenure, batch, after).await
+    }
+
+    /// Waits for the log for as long as it takes, unless the partition is to be given up.
+    async fn land(&self, tenure: &mut Tenure) -> Result<(), Ending> {
+        tokio::select! {
+            biased;
+            // Both are cancel-safe: the flight goes on at the next call.
+            () = tenure.outbox.landed() => Ok(()),
+            () = self.common.stopping.cancelled() => Err(Ending::Stopped),
+        }
+    }
+
+    /// The outputs of what is handled, each with its id and its partition.
+    async fn outputs(&self, generation: i64, batch: &Batch) -> Result<Vec<Outgoing>, Fault> {
+        let mut outputs = batch.outputs(&self.id, generation);
+        for output in &mut outputs {
+            if output.partition.is_none() {
+                output.partition = Some(self.partition_of(output).await?);
+            }
+        }
+        Ok(outputs)
+    }
+
+    pub(super) fn checkpoint(
+        &self,
+        tenure: &Tenure,
+        next_offset: Option<i64>,
+        attempts: u32,
+        outputs: &[Outgoing],
+    ) -> Result<Checkpoint, Ending> {
+        let impossible =
+            |error| Ending::Halted(Halt(format!("progress can't be encoded: {error}")));
+        Ok(Checkpoint {
+            next_offset,
+            attempts,
+            pending: output::encode(outputs).map_err(impossible)?,
+            seen: output::encode_seen(&tenure.seen).map_err(impossible)?,
+        })
+    }
+
+    /// Whether a commit happened whose answer was lost. The lane is claimed again for it: after that, it has happened or
+    /// never will.
+    async fn find_out(&mut self, tenure: &mut Tenure, why: String) -> Result<bool, Ending> {
+        warn!(
+            stage = self.common.stage(),
+            topic = &*self.id.topic,
+            partition = self.id.partition,
+            "a commit was not answered, looking whether it happened: {why}"
+        );
+        loop {
+            match self.ledger.reclaim(&self.id, tenure.epoch).await {
+                Ok(Some(claim)) => {
+                    tenure.epoch = claim.epoch;
+                    return Ok(claim.commits > tenure.commits);
+                }
+                Ok(None) => return Err(Ending::Fenced),
+                Err(error) => self.await_database(error).await?,
+            }
+        }
+    }
+
+    /// The database refused the batch only at its commit: a message at a time tells which one it is.
+    fn refused(&self, batch: &mut Batch, why: String) -> Plan {
+        let single = batch.handled - batch.settled == 1;
+        let at = batch.settled;
+        batch.rewind();
+        if single {
+            let why = format!("{} refused the commit: {why}", self.store);
+            return Plan::careful(Some((at, Fault::new(Cause::Reject, why))));
+        }
+        batch.one_by_one = true;
+        Plan::optimistic()
+    }
+
+    /// Counts and reports what is committed.
+    fn settled(&self, batch: &mut Batch) {
+        self.common.measure(batch.unsettled_handled());
+        for note in batch.settle() {
+            match note {
+                Note::Done(messages) => self.common.metrics().messages("done", messages as u64),
+                Note::Duplicate => self.common.metrics().messages("duplicate", 1),
+                Note::GivenUp {
+                    index,
+                    attempts,
+                    to,
+                    fault,
+                } => {
+                    let record = &batch.records[index];
+                    self.common.warn_of_giving_up(record, &to, attempts, &fault);
+                }
+            }
+        }
+    }
+
+    async fn follow(
+        &mut self,
+        tenure: &mut Tenure,
+        batch: &Batch,
+        after: After,
+    ) -> Result<Plan, Ending> {
+        match after {
+            After::GoOn => {}
+            After::Halt(halt) => {
+                self.finish(tenure).await?;
+                return Err(Ending::Halted(halt));
+            }
+            After::Retry(fault) => {
+                self.common.metrics().messages("retry", 1);
+                self.common.metrics().retry();
+                let attempts = tenure.attempts;
+                let retry = self.common.policy().retry;
+                let wait = backoff(&retry, attempts, &mut self.common.rng);
+                if attempts == 1 {
+                    let record = &batch.records[batch.settled];
+                    self.common.warn_of_retry(record, wait, &fault);
+                }
+                self.pause(tenure, wait).await?;
+            }
+            After::Away(store, fault) => {
+                let mut outbox = mem::take(&mut tenure.outbox);
+                let waiting = self.common.until_there::<L::Transaction>(&store);
+                let was_away = outbox.alongside(waiting).await;
+                tenure.outbox = outbox;
+                if !was_away? {
+                    return Ok(Plan::careful(Some((batch.settled, fault))));
+                }
+            }
+        }
+        Ok(Plan::optimistic())
+    }
+
+    /// Waits before another delivery, while what is committed gets into the log, which is told of it. A stop ends the wait,
+    /// and the batch.
+    async fn pause(&mut self, tenure: &mut Tenure, wait: Duration) -> Result<(), Ending> {
+        // To be stopped here is no reason to leave outputs behind: the loops end by themselves.
+        let _ = tenure.outbox.alongside(self.common.wait(wait)).await;
+        if let Some(done) = tenure.outbox.take_done() {
+            self.source.done(done);
+        }
+        Ok(())
+    }
+}
