@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use crate::pipeline::{Action, Brokers, Pipeline, Probe, Stage};
+use crate::pipeline::{Action, Brokers, Delivery, Order, Pipeline, Probe, Stage};
 
 /// What a wrong pipeline or wrong usage exits with.
 const EXIT_WRONG: u8 = 2;
@@ -99,5 +99,11 @@ fn stage(stage: &Stage) -> String {
     for store in stage.sql.iter().chain(stage.redis.keys()) {
         let _ = write!(line, "  store {store}");
     }
+    line.push_str(match (stage.delivery, stage.order) {
+        (Delivery::Transactional, _) => "  transactional",
+        (Delivery::AtLeastOnce, Order::Partition) => "  at least once",
+        (Delivery::AtLeastOnce, Order::Key) => "  at least once, in each key's order",
+        (Delivery::AtLeastOnce, Order::None) => "  at least once, in no order",
+    });
     line
 }

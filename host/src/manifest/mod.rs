@@ -19,6 +19,7 @@ const MAX_REPLICATION: i64 = 100;
 const MAX_CONNECTIONS: i64 = 1000;
 const MAX_ATTEMPTS: i64 = 1000;
 const MAX_BATCH_MESSAGES: i64 = 100_000;
+const MAX_CONCURRENCY: i64 = 1000;
 const MILLISECOND: Duration = Duration::from_millis(1);
 const MINUTE: Duration = Duration::from_mins(1);
 const HOUR: Duration = Duration::from_hours(1);
@@ -83,6 +84,11 @@ pub(crate) struct StageSection {
     pub(crate) batch: BatchSection,
     pub(crate) instances: Option<At<InstancesWord>>,
     pub(crate) delivery: Option<At<DeliveryWord>>,
+    pub(crate) order: Option<At<OrderWord>>,
+    pub(crate) concurrency: Option<At<i64>>,
+    pub(crate) on_exhausted: Option<At<OnExhaustedWord>>,
+    pub(crate) on_gap: Option<At<OnGapWord>>,
+    pub(crate) instance_id: Option<Text>,
     pub(crate) allow_cycle: bool,
 }
 
@@ -124,6 +130,25 @@ pub(crate) enum InstancesWord {
 pub(crate) enum DeliveryWord {
     AtLeastOnce,
     Transactional,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum OrderWord {
+    Partition,
+    Key,
+    None,
+}
+
+#[derive(Clone, Copy)]
+pub(crate) enum OnExhaustedWord {
+    DeadLetter,
+    Stop,
+}
+
+#[derive(Clone, Copy)]
+pub(crate) enum OnGapWord {
+    Stop,
+    Continue,
 }
 
 pub(crate) struct HttpSection {
@@ -279,6 +304,27 @@ fn stage((name, mut t): (Text, Table<'_>)) -> StageSection {
                 ("transactional", DeliveryWord::Transactional),
             ],
         ),
+        order: t.choice(
+            "order",
+            &[
+                ("partition", OrderWord::Partition),
+                ("key", OrderWord::Key),
+                ("none", OrderWord::None),
+            ],
+        ),
+        concurrency: t.integer("concurrency", 1..=MAX_CONCURRENCY),
+        on_exhausted: t.choice(
+            "on-exhausted",
+            &[
+                ("dead-letter", OnExhaustedWord::DeadLetter),
+                ("stop", OnExhaustedWord::Stop),
+            ],
+        ),
+        on_gap: t.choice(
+            "on-gap",
+            &[("stop", OnGapWord::Stop), ("continue", OnGapWord::Continue)],
+        ),
+        instance_id: t.text("instance-id"),
         allow_cycle: t.boolean("allow-cycle").unwrap_or(false),
         name,
     };

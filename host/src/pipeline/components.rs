@@ -7,10 +7,10 @@ use std::path::Path;
 use super::load::{Checks, describe_io};
 use super::stages::texts;
 use crate::component::inspect::{
-    InspectError, MAX_COMPONENT_BYTES, Needs, STAGE_VERSION, inspect, needs,
+    InspectError, MAX_COMPONENT_BYTES, Needs, STAGE_VERSION, World, inspect, needs,
 };
 use crate::diagnostics::{Problem, quoted_list};
-use crate::manifest::{Manifest, StageSection, Text};
+use crate::manifest::{Manifest, OrderWord, StageSection, Text};
 
 const BUILD_HELP: &str =
     "build the stage for the target `wasm32-wasip2`, whose files are components";
@@ -29,6 +29,9 @@ pub(super) fn check(checks: &Checks<'_>, manifest: &Manifest) {
         };
         match inspect(&bytes) {
             Ok(inspection) => {
+                if inspection.world == World::BatchHandler {
+                    check_order(checks, stage, component);
+                }
                 for import in &inspection.imports {
                     check_import(checks, manifest, stage, component, import);
                 }
@@ -105,6 +108,23 @@ fn no_stage(component: &Text, error: InspectError) -> Problem {
     Problem::at(&component.span, message)
         .label(label)
         .help(help)
+}
+
+/// For a component that takes all messages at hand in one call.
+fn check_order(checks: &Checks<'_>, stage: &StageSection, component: &Text) {
+    if let Some(order) = (stage.order.as_ref()).filter(|word| word.value != OrderWord::Partition) {
+        checks.report(
+            Problem::at(
+                &order.span,
+                format!(
+                    "`{}` takes a partition's messages in batches, so their order is the partition's",
+                    stage.name.value
+                ),
+            )
+            .also(&component.span, "this component exports `batch-handler`")
+            .help("leave `order` and `concurrency` out, or build it with `handler`"),
+        );
+    }
 }
 
 fn check_import(

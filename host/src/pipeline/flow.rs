@@ -9,6 +9,7 @@ use crate::manifest::{Manifest, StageSection};
 
 pub(super) fn check(checks: &Checks<'_>, manifest: &Manifest) {
     check_groups(checks, &manifest.stages);
+    check_instance_ids(checks, &manifest.stages);
     check_cycles(checks, &manifest.stages);
 }
 
@@ -41,6 +42,37 @@ fn check_groups(checks: &Checks<'_>, stages: &[StageSection]) {
         ));
         if let Some(text) = &other.group {
             problem = problem.also(&text.span, format!("the group of `{}`", other.name.value));
+        }
+        checks.report(problem);
+    }
+}
+
+/// Kafka throws a member out of its group as soon as another one joins under its name.
+fn check_instance_ids(checks: &Checks<'_>, stages: &[StageSection]) {
+    let mut first: BTreeMap<(&str, &str), &StageSection> = BTreeMap::new();
+    for stage in stages {
+        let (Some(group), Some(id)) = (&stage.group, &stage.instance_id) else {
+            continue;
+        };
+        let other = *first.entry((&group.value, &id.value)).or_insert(stage);
+        if std::ptr::eq(other, stage) {
+            continue;
+        }
+        let names = (&other.name.value, &stage.name.value);
+        let mut problem = Problem::at(
+            &id.span,
+            format!(
+                "`{}` and `{}` have one group and one `instance-id`",
+                names.0, names.1
+            ),
+        )
+        .label("they would throw each other out of the group")
+        .help(format!(
+            "make them differ, such as `instance-id = \"{}-${{HOSTNAME}}\"`",
+            names.1
+        ));
+        if let Some(text) = &other.instance_id {
+            problem = problem.also(&text.span, format!("the one of `{}`", names.0));
         }
         checks.report(problem);
     }

@@ -7,12 +7,14 @@ use super::load::Checks;
 use super::{Brokers, Kafka, Topic, listen};
 use crate::diagnostics::Problem;
 use crate::log::kafka::properties::{self, PropertyFault};
-use crate::manifest::{KafkaSection, Text, TopicSection};
+use crate::manifest::{KafkaSection, StageSection, Text, TopicSection};
 
 const EMBEDDED: &str = "embedded";
 const DEFAULT_EMBEDDED_LISTEN: SocketAddr =
     SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
 const MAX_TOPIC_NAME: usize = 249;
+/// The property that a stage's `instance-id` sets.
+const INSTANCE_ID: &str = "group.instance.id";
 
 /// librdkafka properties that belong to the host, each with why.
 const RESERVED: &[(&str, &str)] = &[
@@ -29,7 +31,7 @@ const RESERVED: &[(&str, &str)] = &[
         "each stage has a group of its own, named by its `group`",
     ),
     (
-        "group.instance.id",
+        INSTANCE_ID,
         "one value for all consumers would make them throw each other out",
     ),
     (
@@ -86,11 +88,15 @@ const RESERVED: &[(&str, &str)] = &[
     ),
 ];
 
-pub(super) fn kafka(checks: &Checks<'_>, section: &KafkaSection) -> Option<Kafka> {
+pub(super) fn kafka(
+    checks: &Checks<'_>,
+    section: &KafkaSection,
+    stages: &[StageSection],
+) -> Option<Kafka> {
     let good: Vec<bool> = section
         .properties
         .iter()
-        .map(|(name, value)| property(checks, name, value))
+        .map(|(name, value)| property(checks, stages, name, value))
         .collect();
     let good = good.iter().all(|good| *good) && together(checks, section);
     let brokers = brokers(checks, section);
@@ -132,15 +138,18 @@ fn together(checks: &Checks<'_>, section: &KafkaSection) -> bool {
     false
 }
 
-fn property(checks: &Checks<'_>, name: &Text, value: &Text) -> bool {
+fn property(checks: &Checks<'_>, stages: &[StageSection], name: &Text, value: &Text) -> bool {
     let word = &name.value;
     let problem = if let Some((_, why)) = RESERVED.iter().find(|(reserved, _)| reserved == word) {
-        Problem::at(
+        let problem = Problem::at(
             &name.span,
             format!("`{word}` can't be set: it would break what the host promises"),
         )
-        .label(*why)
-        .help("leave it out")
+        .label(*why);
+        match word.as_str() {
+            INSTANCE_ID => instance_id_instead(problem, stages),
+            _ => problem.help("leave it out"),
+        }
     } else {
         match properties::check(word, &value.value) {
             Ok(()) => return true,
@@ -156,6 +165,21 @@ fn property(checks: &Checks<'_>, name: &Text, value: &Text) -> bool {
     };
     checks.report(problem);
     false
+}
+
+/// Says where members get their names.
+fn instance_id_instead(mut problem: Problem, stages: &[StageSection]) -> Problem {
+    let mut ids = stages
+        .iter()
+        .filter_map(|stage| stage.instance_id.as_ref())
+        .peekable();
+    if ids.peek().is_none() {
+        return problem.help("leave it out, and give each stage an `instance-id` of its own");
+    }
+    for id in ids {
+        problem = problem.also(&id.span, "this stage's member has its own");
+    }
+    problem.help("leave it out: `instance-id` is enough")
 }
 
 pub(super) fn topics(

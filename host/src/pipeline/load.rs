@@ -210,7 +210,10 @@ fn assemble(checks: &Checks<'_>, manifest: Manifest) -> Option<Pipeline> {
         .http
         .as_ref()
         .map(|h| http::http(checks, &declared, h));
-    let kafka = manifest.kafka.as_ref().map(|k| kafka::kafka(checks, k));
+    let kafka = manifest
+        .kafka
+        .as_ref()
+        .map(|k| kafka::kafka(checks, k, &manifest.stages));
     let topics = kafka::topics(checks, &manifest.topics);
     let sql = stores::sql(checks, &manifest.sql);
     let redis = stores::redis(checks, &manifest.redis);

@@ -2,6 +2,7 @@
 //! constructed outside this module but through [`Pipeline::load`], so what holds a `Pipeline` need not check again.
 
 mod components;
+mod delivery;
 mod flow;
 mod http;
 mod kafka;

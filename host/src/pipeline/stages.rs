@@ -4,11 +4,10 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::load::{Checks, Declared};
-use super::{BatchLimits, Instances, Limits, RedisGrant, Retry, Stage, kafka};
+use super::{BatchLimits, Instances, Limits, RedisGrant, Retry, Stage, delivery, kafka};
 use crate::diagnostics::{Problem, nearest, suggestion};
 use crate::manifest::{
-    At, BatchSection, DeliveryWord, GrantSection, InstancesWord, LimitsSection, RetrySection,
-    StageSection, Text,
+    At, BatchSection, GrantSection, InstancesWord, LimitsSection, RetrySection, StageSection, Text,
 };
 
 const DEFAULT_MAX_ATTEMPTS: u32 = 5;
@@ -76,7 +75,9 @@ pub(super) fn stage(
         .collect();
     let retry = retry(checks, &section.retry);
     let dead_letter = dead_letter(checks, section);
-    check_delivery(checks, section);
+    let delivery = delivery::delivery(checks, section);
+    let (order, concurrency) = delivery::order(checks, section);
+    let instance_id = delivery::instance_id(checks, section);
     Some(Stage {
         name: named.then(|| section.name.value.clone())?,
         component: checks.path(&section.component.as_ref()?.value),
@@ -94,21 +95,12 @@ pub(super) fn stage(
             None | Some(InstancesWord::Warm) => Instances::Warm,
             Some(InstancesWord::Fresh) => Instances::Fresh,
         },
-        delivery: match texts(section.sql.as_ref()) {
-            [_] if section
-                .delivery
-                .as_ref()
-                .is_none_or(|d| d.value == DeliveryWord::Transactional) =>
-            {
-                super::Delivery::Transactional
-            }
-            _ => super::Delivery::AtLeastOnce,
-        },
-        order: super::Order::Partition,
-        concurrency: 1,
-        on_exhausted: super::OnExhausted::DeadLetter,
-        on_gap: super::OnGap::Stop,
-        instance_id: None,
+        delivery,
+        order,
+        concurrency,
+        on_exhausted: delivery::on_exhausted(section),
+        on_gap: delivery::on_gap(section),
+        instance_id: instance_id?,
     })
 }
 
@@ -335,27 +327,6 @@ fn dead_letter(checks: &Checks<'_>, section: &StageSection) -> Option<Option<Str
     good.then_some(None)
 }
 
-fn check_delivery(checks: &Checks<'_>, section: &StageSection) {
-    let Some(delivery) = section
-        .delivery
-        .as_ref()
-        .filter(|d| d.value == DeliveryWord::Transactional)
-    else {
-        return;
-    };
-    let problem = match texts(section.sql.as_ref()) {
-        [_] => Problem::at(&delivery.span, "transactional delivery is not in this version of the host")
-            .help("leave `delivery` out, or write \"at-least-once\", and make the stage's statements repeatable"),
-        stores => Problem::at(&delivery.span, "transactional delivery needs exactly one SQL store")
-            .label(match stores.len() {
-                0 => "this stage has none".to_owned(),
-                n => format!("this stage has {n}"),
-            })
-            .help("leave `delivery` out, or write \"at-least-once\""),
-    };
-    checks.report(problem);
-}
-
 fn limits(section: &LimitsSection) -> Limits {
     Limits {
         memory: whole(section.memory.as_ref()).unwrap_or(DEFAULT_MEMORY),
@@ -379,6 +350,6 @@ fn batch(section: &BatchSection) -> BatchLimits {
 }
 
 /// The number in the type that the pipeline keeps it in; the manifest's ranges make it fit.
-fn whole<T: Copy, U: TryFrom<T>>(value: Option<&At<T>>) -> Option<U> {
+pub(super) fn whole<T: Copy, U: TryFrom<T>>(value: Option<&At<T>>) -> Option<U> {
     value.and_then(|number| U::try_from(number.value).ok())
 }

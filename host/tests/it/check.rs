@@ -150,11 +150,56 @@ fn a_good_pipeline_is_taken_and_shows_no_secret() {
     assert!(!shown.contains("hunter2"), "{shown}");
     for part in [
         "Some(12)",
-        "one: a.in → a.out  group g  store db  store cache",
+        "one: a.in → a.out  group g  store db  store cache  at least once\n",
+        "two: a.out → a.in  group h  at least once\n",
         "\"EXPIRE\"",
         "rediss://:***@cache/1",
     ] {
         assert!(shown.contains(part), "{part} is not in {shown}");
+    }
+}
+
+#[test]
+fn delivery_has_its_defaults() {
+    for (settings, meant) in [
+        (
+            "",
+            "AtLeastOnce, order: Partition, concurrency: 1, on_exhausted: DeadLetter, on_gap: Stop",
+        ),
+        (
+            "sql = [\"one\"]",
+            "Transactional, order: Partition, concurrency: 1,",
+        ),
+        ("sql = [\"one\", \"two\"]", "AtLeastOnce, order: Partition"),
+        (
+            "sql = [\"one\"]\ndelivery = \"at-least-once\"",
+            "AtLeastOnce, order: Partition",
+        ),
+        (
+            "order = \"key\"",
+            "AtLeastOnce, order: Key, concurrency: 16,",
+        ),
+        (
+            "order = \"none\"\nconcurrency = 1000",
+            "AtLeastOnce, order: None, concurrency: 1000,",
+        ),
+        (
+            "on-exhausted = \"stop\"\non-gap = \"continue\"",
+            "on_exhausted: Stop, on_gap: Continue",
+        ),
+        ("instance-id = \"${HOST}\"", "instance_id: Some(\"host-7\")"),
+    ] {
+        let pipeline = format!(
+            "name = \"defaults\"\nkafka.brokers = \"embedded\"\n[sql]\none.url = \"sqlite:one.db\"\n\
+             two.url = \"sqlite:two.db\"\n[stages.a]\ncomponent = \"all.wasm\"\ninput = [\"i\"]\ngroup = \"g\"\n\
+             {settings}"
+        );
+        let pipeline = load(&pipeline, &[("HOST", "host-7")], Probe::NONE).unwrap();
+        let shown = format!("{pipeline:?}");
+        assert!(
+            shown.contains(meant),
+            "{settings}: {meant} is not in {shown}"
+        );
     }
 }
 
