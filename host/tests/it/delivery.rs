@@ -1,92 +1,9 @@
 //! What becomes of a message: outputs, retries, dead letters and limits, on Apache Kafka.
 
-use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
-
 use serde_json::{Value, json};
 
-use crate::support::{Host, Log, Seen, component, server, unique};
-
-/// A pipeline with one stage of a test component between topics of its own.
-struct Bench {
-    host: Host,
-    log: Log,
-    input: String,
-    output: String,
-    group: String,
-}
-
-impl Bench {
-    fn start(guest: &str, partitions: u32, settings: &str) -> Self {
-        Self::with(guest, partitions, settings, "sqlite:db.sqlite", "")
-    }
-
-    /// `database` is the URL of the store `db`, `output_config` TOML of the output topic.
-    fn with(
-        guest: &str,
-        partitions: u32,
-        settings: &str,
-        database: &str,
-        output_config: &str,
-    ) -> Self {
-        let (input, output, group) = (unique("in"), unique("out"), unique("group"));
-        let brokers = server("KAFKA_BROKERS");
-        let component = component(guest);
-        let host = Host::start(&format!(
-            r#"
-            name = "bench"
-            [kafka]
-            brokers = "{brokers}"
-            [topics."{input}"]
-            partitions = {partitions}
-            [topics."{output}"]
-            partitions = 1
-            {output_config}
-            [redis.cache]
-            url = "memory:"
-            [stages.probe]
-            component = "{component}"
-            input = ["{input}"]
-            group = "{group}"
-            output = ["{output}"]
-            redis = {{ cache = {{ prefix = "p:" }} }}
-            sql = ["db"]
-            retry = {{ max-attempts = 3, initial = "10ms", max = "50ms" }}
-            {settings}
-            [sql.db]
-            url = "{database}"
-            [admin]
-            listen = "127.0.0.1:0"
-            "#
-        ));
-        Self {
-            host,
-            log: Log::new(&brokers),
-            input,
-            output,
-            group,
-        }
-    }
-
-    /// Sends the messages, waits until all are committed, and answers outputs and dead letters.
-    async fn deliver(&self, messages: &[Value]) -> (Vec<Seen>, Vec<Seen>) {
-        let values: Vec<_> = messages.iter().map(Value::to_string).collect();
-        let records: Vec<_> = values.iter().map(|v| (Some("k"), v.as_str())).collect();
-        self.log.produce(&self.input, &records).await;
-        self.log.wait_committed(&self.group, &self.input);
-        let dead = self.log.read(&format!("{}.dlq", self.input));
-        (self.log.read(&self.output), dead)
-    }
-
-    fn metric(&self, line: &str) -> Option<String> {
-        let metrics = crate::support::get(&self.host.address("admin"), "/metrics").1;
-        let found = metrics.lines().find_map(|l| l.strip_prefix(line));
-        found.map(|rest| rest.trim().to_string())
-    }
-}
+use crate::bench::{Bench, Proxy};
+use crate::support::{Host, Log, component, get, server, unique};
 
 /// One message between two good ones: what the stage emits, and the dead letter's cause, count and words.
 async fn check(message: Value, dead_letter: Option<(&str, &str, &str)>) {
@@ -383,70 +300,35 @@ async fn the_largest_record_has_room_as_a_dead_letter() {
     assert_eq!(dead[0].value.as_ref().map(String::len), Some(value.len()));
 }
 
-/// A store that hangs is worth a retry; a guest that does is not.
+/// A store that hangs is waited for, and costs no message; then it goes on where it was.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_store_that_does_not_answer_is_tried_again() {
+async fn a_store_that_does_not_answer_is_waited_for() {
     let database = url::Url::parse(&server("DATABASE_URL")).expect("a URL");
     let port = database.port().expect("a port");
-    let proxy = Proxy::start(port);
-    let mut through = database.clone();
-    through.set_port(Some(proxy.port)).expect("a port");
-    let settings = "limits = { deadline = \"1s\" }";
-    let bench = Bench::with("test-probe", 1, settings, through.as_str(), "");
-    let select = json!({ "do": "sql", "store": "db", "statement": "SELECT 1" });
-    let (_, dead) = bench.deliver(std::slice::from_ref(&select)).await;
-    assert_eq!(dead, [], "it answers at first");
-    proxy.stall();
-    let (_, dead) = bench.deliver(&[select]).await;
-    assert_eq!(dead.len(), 1);
-    assert_eq!(dead[0].header("stagehost-cause"), Some("retries-exhausted"));
-    assert_eq!(dead[0].header("__dlq.errors.delivery.count"), Some("3"));
-    let words = dead[0].header("__dlq.errors.message").unwrap_or_default();
-    assert!(words.contains("SQL store `db`"), "{words}");
-}
-
-/// Forwards TCP to a local port until it is told to hang.
-struct Proxy {
-    port: u16,
-    stalled: Arc<AtomicBool>,
-}
-
-impl Proxy {
-    fn start(to: u16) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-        let port = listener.local_addr().expect("its address").port();
-        let stalled = Arc::new(AtomicBool::new(false));
-        let stall = stalled.clone();
-        std::thread::spawn(move || {
-            for client in listener.incoming().map_while(Result::ok) {
-                let server = TcpStream::connect(("127.0.0.1", to)).expect("the server");
-                for (mut from, mut into) in [
-                    (
-                        client.try_clone().expect("a socket"),
-                        server.try_clone().expect("a socket"),
-                    ),
-                    (server, client),
-                ] {
-                    let stall = stall.clone();
-                    std::thread::spawn(move || {
-                        let mut bytes = [0; 4096];
-                        while let Ok(n @ 1..) = from.read(&mut bytes) {
-                            while stall.load(Ordering::Relaxed) {
-                                std::thread::sleep(Duration::from_millis(50));
-                            }
-                            if into.write_all(&bytes[..n]).is_err() {
-                                break;
-                            }
-                        }
-                    });
-                }
-            }
+    for delivery in ["at-least-once", "transactional"] {
+        let proxy = Proxy::start(port);
+        let mut through = database.clone();
+        through.set_port(Some(proxy.port)).expect("a port");
+        let settings = format!("limits = {{ deadline = \"1s\" }}\ndelivery = \"{delivery}\"");
+        let bench = Bench::with("test-probe", 1, &settings, through.as_str(), "");
+        let select = json!({ "do": "sql", "store": "db", "statement": "SELECT 1" });
+        let (_, dead) = bench.deliver(std::slice::from_ref(&select)).await;
+        assert_eq!(dead, [], "it answers at first");
+        proxy.stall(true);
+        bench.send(&[select]).await;
+        let admin = bench.host.address("admin");
+        bench.host.wait_for("the breaker", || {
+            let (status, why) = get(&admin, "/readyz");
+            (status == 503 && why.contains("store db: ")).then_some(())
         });
-        Self { port, stalled }
-    }
-
-    fn stall(&self) {
-        self.stalled.store(true, Ordering::Relaxed);
+        let open = "stagehost_circuit_open{store=\"db\"}";
+        assert_eq!(bench.metric(open).as_deref(), Some("1"));
+        proxy.stall(false);
+        bench.log.wait_committed(&bench.group, &bench.input);
+        let dead = bench.log.read(&format!("{}.dlq", bench.input));
+        assert_eq!(dead, [], "{delivery}: no message paid for it");
+        bench.host.ready();
+        assert_eq!(bench.metric(open).as_deref(), Some("0"));
     }
 }
 

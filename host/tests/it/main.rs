@@ -4,6 +4,7 @@
 //! server or component is missing fails.
 
 mod admin;
+mod bench;
 mod blog;
 mod check;
 mod delivery;
@@ -14,4 +15,5 @@ mod scripts;
 mod security;
 mod stores;
 mod support;
+mod transactional;
 mod wire;

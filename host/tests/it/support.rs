@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use rdkafka::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::message::{Headers, Message};
+use rdkafka::message::{Headers, Message, OwnedHeaders};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{Offset, TopicPartitionList};
 use tempfile::TempDir;
@@ -159,6 +159,13 @@ impl Host {
         assert_eq!(result, 0, "the host is there to be signalled");
     }
 
+    /// Waits until it has ended, as after a signal.
+    pub(crate) fn wait_for_end(&mut self) -> ExitStatus {
+        until("the host to end", || {
+            self.process.try_wait().expect("the child's status")
+        })
+    }
+
     /// SIGTERM, and its exit status.
     pub(crate) fn stop(mut self) -> (ExitStatus, String) {
         self.signal(libc::SIGTERM);
@@ -296,6 +303,27 @@ impl Log {
                 .expect("an answer")
                 .expect("the record is acknowledged");
         }
+    }
+
+    /// Appends one record with a header.
+    pub(crate) async fn produce_with_header(
+        &self,
+        topic: &str,
+        key: &str,
+        value: &str,
+        (name, header): (&str, &str),
+    ) {
+        let headers = OwnedHeaders::new().insert(rdkafka::message::Header {
+            key: name,
+            value: Some(header),
+        });
+        let record = FutureRecord::to(topic)
+            .key(key)
+            .payload(value)
+            .headers(headers);
+        let sent = self.enqueue(record).await;
+        let delivery = sent.await.expect("an answer");
+        delivery.expect("the record is acknowledged");
     }
 
     async fn enqueue(

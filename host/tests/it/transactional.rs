@@ -1,0 +1,484 @@
+//! Exactly-once effects: the stage's database, its outputs and its progress together, on Apache Kafka with PostgreSQL
+//! and SQLite. What faults of servers and hosts do to it is the suite `faults`.
+
+use std::time::Duration;
+
+use host::capability::sql::{Database, Value as SqlValue};
+use host::pipeline::SqlUrl;
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::client::DefaultClientContext;
+use rdkafka::config::ClientConfig;
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
+use rdkafka::{Offset, TopicPartitionList};
+use serde_json::{Value, json};
+
+use crate::bench::Bench;
+use crate::support::{Log, Seen, get, server, unique, until};
+
+/// A stage on a database with a table of its own that takes anything any number of times.
+struct Table {
+    bench: Bench,
+    database: Database,
+    name: String,
+}
+
+const SQLITE: &str = "sqlite:db.sqlite";
+
+impl Table {
+    async fn start(kind: &str, guest: &str, settings: &str) -> Self {
+        let postgres = server("DATABASE_URL");
+        let url = if kind == SQLITE { SQLITE } else { &postgres };
+        let bench = Bench::with(guest, 1, settings, url, "");
+        let url = if kind == SQLITE {
+            SqlUrl::Sqlite(bench.host.folder().path().join("db.sqlite"))
+        } else {
+            SqlUrl::Postgres(postgres)
+        };
+        let database = Database::connect(&url, None, 2)
+            .await
+            .expect("the database");
+        let name = unique("t").replace('-', "_");
+        let table = Self {
+            bench,
+            database,
+            name,
+        };
+        table
+            .run(&format!("CREATE TABLE {} (n BIGINT)", table.name))
+            .await;
+        table
+            .run(&format!(
+                "CREATE TABLE {}_unique (n BIGINT UNIQUE)",
+                table.name
+            ))
+            .await;
+        table
+    }
+
+    async fn run(&self, statement: &str) {
+        let done = self.database.execute(statement, &[]).await;
+        done.unwrap_or_else(|error| panic!("{statement}: {error:?}"));
+    }
+
+    /// A command that inserts a number.
+    fn insert(&self, n: i64) -> Value {
+        let statement = format!("INSERT INTO {} VALUES ($1)", self.name);
+        json!({ "do": "sql", "store": "db", "statement": statement, "params": [n], "execute": true })
+    }
+
+    fn emit(&self, n: i64) -> Value {
+        json!({ "do": "emit", "topic": self.bench.output, "value": n })
+    }
+
+    /// Inserts a number, emits it, and then this.
+    fn message(&self, n: i64, then: Value) -> Value {
+        json!({ "do": "steps", "steps": [self.insert(n), self.emit(n), then] })
+    }
+
+    async fn numbers(&self, statement: &str) -> Vec<i64> {
+        let rows = self.database.query(statement, &[]).await;
+        let rows = rows
+            .unwrap_or_else(|error| panic!("{statement}: {error:?}"))
+            .rows;
+        rows.into_iter()
+            .map(|row| match row.first() {
+                Some(SqlValue::Int64(n)) => *n,
+                other => panic!("{statement}: {other:?}"),
+            })
+            .collect()
+    }
+
+    async fn rows(&self) -> Vec<i64> {
+        self.numbers(&format!("SELECT n FROM {} ORDER BY n", self.name))
+            .await
+    }
+
+    async fn progress(&self, column: &str) -> i64 {
+        let group = &self.bench.group;
+        let row =
+            format!("SELECT {column} FROM stagehost_progress WHERE consumer_group = '{group}'");
+        let found = self.numbers(&row).await;
+        assert_eq!(found.len(), 1, "{row}");
+        found[0]
+    }
+
+    fn dead(&self) -> Vec<Seen> {
+        self.bench.log.read(&format!("{}.dlq", self.bench.input))
+    }
+}
+
+/// Awaits within a test's plain closure.
+fn blocking<T>(work: impl Future<Output = T>) -> T {
+    tokio::task::block_in_place(|| tokio::runtime::Handle::current().block_on(work))
+}
+
+fn values(outputs: &[Seen]) -> Vec<i64> {
+    let number = |seen: &Seen| seen.value.as_deref()?.parse().ok();
+    outputs.iter().filter_map(number).collect()
+}
+
+const KINDS: [&str; 2] = [SQLITE, "postgres"];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn effects_outputs_and_progress_are_committed_together() {
+    for kind in KINDS {
+        let table = Table::start(kind, "test-probe", "").await;
+        let messages: Vec<_> = (0..300)
+            .map(|n| table.message(n, json!({ "do": "ok" })))
+            .collect();
+        let (outputs, dead) = table.bench.deliver(&messages).await;
+        assert_eq!(dead, []);
+        assert_eq!(table.rows().await, (0..300).collect::<Vec<_>>());
+        assert_eq!(values(&outputs), (0..300).collect::<Vec<_>>());
+        let (group, input) = (&table.bench.group, &table.bench.input);
+        for (n, output) in outputs.iter().enumerate() {
+            let id = format!("{group}/{input}/0/0/{n}/0");
+            assert_eq!(output.header("stagehost-id"), Some(id.as_str()));
+        }
+        assert_eq!(table.progress("next_offset").await, 300);
+        assert_eq!(table.progress("epoch").await, 1);
+    }
+}
+
+/// Each wrote and emitted before it faulted: nothing of it is left but its dead letter, and the others stay in order.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_faults_leaves_nothing_behind() {
+    for guest in ["test-probe", "test-batch"] {
+        for kind in KINDS {
+            let settings = "limits = { deadline = \"1s\" }";
+            let table = Table::start(kind, guest, settings).await;
+            let messages: Vec<_> = (0..40)
+                .map(|n| match n {
+                    7 => table.message(n, json!({ "do": "trap" })),
+                    8 => table.message(n, json!({ "do": "spin" })),
+                    21 if guest == "test-probe" => table.message(n, json!({ "do": "reject" })),
+                    22 => json!({ "do": "reject" }),
+                    30 => table.message(n, json!({ "do": "retry" })),
+                    33 => table.message(n, json!({ "do": "retry-until", "n": 3 })),
+                    n => table.message(n, json!({ "do": "ok" })),
+                })
+                .collect();
+            let (outputs, dead) = table.bench.deliver(&messages).await;
+            let mut gone = vec![7, 8, 22, 30];
+            if guest == "test-probe" {
+                gone.push(21);
+            }
+            let good: Vec<_> = (0..40).filter(|n| !gone.contains(n)).collect();
+            assert_eq!(table.rows().await, good, "{guest} on {kind}");
+            assert_eq!(values(&outputs), good, "{guest} on {kind}");
+            let mut offsets: Vec<i64> = dead
+                .iter()
+                .filter_map(|d| d.header("__dlq.errors.offset")?.parse().ok())
+                .collect();
+            offsets.sort_unstable();
+            gone.sort_unstable();
+            assert_eq!(offsets, gone, "{guest} on {kind}");
+            let retried = dead
+                .iter()
+                .find(|d| d.header("__dlq.errors.offset") == Some("30"));
+            let retried = retried.expect("a dead letter");
+            assert_eq!(retried.header("__dlq.errors.delivery.count"), Some("3"));
+        }
+    }
+}
+
+/// As with autocommit, though PostgreSQL dooms a transaction at its first error.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_statement_may_be_caught() {
+    for kind in KINDS {
+        let table = Table::start(kind, "test-probe", "").await;
+        let unique = |n: i64, violated: bool| {
+            let statement = format!("INSERT INTO {}_unique VALUES ($1)", table.name);
+            let mut command = json!({ "do": "sql", "store": "db", "statement": statement, "params": [n], "execute": true });
+            if violated {
+                command["report"] = json!(table.bench.output);
+            }
+            json!({ "do": "steps", "steps": [table.insert(n), command, table.insert(n + 100)] })
+        };
+        let messages = [
+            unique(1, false),
+            unique(2, false),
+            unique(1, true),
+            unique(3, false),
+        ];
+        let (outputs, dead) = table.bench.deliver(&messages).await;
+        assert_eq!(dead, [], "{kind}");
+        assert_eq!(
+            table.rows().await,
+            [1, 1, 2, 3, 101, 101, 102, 103],
+            "{kind}"
+        );
+        assert_eq!(outputs.len(), 1);
+        let said = outputs[0].value.as_deref().unwrap_or_default();
+        assert!(said.contains("23505"), "{said}");
+    }
+}
+
+/// The count is in the row, so a crash does not begin it again.
+#[tokio::test(flavor = "multi_thread")]
+async fn attempts_are_counted_over_a_kill() {
+    let retry = "limits = { deadline = \"1s\" }";
+    let mut table = Table::start(SQLITE, "test-probe", retry).await;
+    // Each restart lets some deliveries pass; without the count there would be no end to them.
+    table.bench.pipeline = table.bench.pipeline.replace(
+        "retry = { max-attempts = 3, initial = \"10ms\", max = \"50ms\" }",
+        "retry = { max-attempts = 4, initial = \"2s\", max = \"2s\" }",
+    );
+    table.bench.restart();
+    table.bench.host.ready();
+    let message = table.message(1, json!({ "do": "retry" }));
+    table.bench.send(&[message]).await;
+    for attempt in 1..=3 {
+        until("an attempt that is counted", || {
+            let row = blocking(table.progress("attempts"));
+            (row >= attempt).then_some(())
+        });
+        table.bench.restart();
+    }
+    table
+        .bench
+        .log
+        .wait_committed(&table.bench.group, &table.bench.input);
+    let dead = table.dead();
+    assert_eq!(dead.len(), 1);
+    assert_eq!(dead[0].header("__dlq.errors.delivery.count"), Some("4"));
+    assert_eq!(table.rows().await, Vec::<i64>::new());
+}
+
+/// Whatever the group's committed offset says, nothing is done twice and nothing is left out.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_row_wins_over_the_log() {
+    let mut table = Table::start("postgres", "test-probe", "").await;
+    let message = |table: &Table, n| table.message(n, json!({ "do": "ok" }));
+    let first: Vec<_> = (0..10).map(|n| message(&table, n)).collect();
+    table.bench.deliver(&first).await;
+    let mut expected = 10;
+    for committed in [0, 15] {
+        table.bench.host.signal(libc::SIGTERM);
+        let group = table.bench.group.clone();
+        table.bench.host.wait_for_end();
+        let more: Vec<_> = (expected..expected + 10)
+            .map(|n| message(&table, n))
+            .collect();
+        table.bench.send(&more).await;
+        expected += 10;
+        commit_offset(&group, &table.bench.input, committed);
+        table.bench.restart();
+        table.bench.log.wait_committed(&group, &table.bench.input);
+        assert_eq!(
+            table.rows().await,
+            (0..expected).collect::<Vec<_>>(),
+            "{committed}"
+        );
+    }
+    assert_eq!(
+        values(&table.bench.log.read(&table.bench.output)),
+        (0..expected).collect::<Vec<_>>()
+    );
+}
+
+fn commit_offset(group: &str, topic: &str, offset: i64) {
+    let consumer: BaseConsumer = ClientConfig::new()
+        .set("bootstrap.servers", server("KAFKA_BROKERS"))
+        .set("group.id", group)
+        .create()
+        .expect("a consumer");
+    let mut list = TopicPartitionList::new();
+    let added = list.add_partition_offset(topic, 0, Offset::Offset(offset));
+    added.expect("an offset");
+    until("the group to be free", || {
+        consumer.commit(&list, CommitMode::Sync).ok()
+    });
+}
+
+fn admin() -> AdminClient<DefaultClientContext> {
+    let mut config = ClientConfig::new();
+    config.set("bootstrap.servers", server("KAFKA_BROKERS"));
+    config.create().expect("an admin client")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_topic_made_anew_stops_its_lane_and_says_why() {
+    let mut table = Table::start("postgres", "test-probe", "").await;
+    let messages: Vec<_> = (0..5)
+        .map(|n| table.message(n, json!({ "do": "ok" })))
+        .collect();
+    table.bench.deliver(&messages).await;
+    table.bench.host.signal(libc::SIGTERM);
+    table.bench.host.wait_for_end();
+    let (admin, options) = (admin(), AdminOptions::new());
+    let topic = table.bench.input.clone();
+    admin
+        .delete_topics(&[&topic], &options)
+        .await
+        .expect("deleted");
+    until("the topic to be made anew", || {
+        let new = NewTopic::new(&topic, 1, TopicReplication::Fixed(1));
+        let made = blocking(admin.create_topics([&new], &options));
+        made.ok()?.into_iter().next()?.ok()
+    });
+    table.bench.send(&messages[..1]).await;
+    table.bench.restart();
+    let address = table.bench.host.address("admin");
+    table.bench.host.wait_for("the lane to stop", || {
+        let (status, why) = get(&address, "/readyz");
+        (status == 503
+            && why.contains("deleted and made anew")
+            && why.contains("stagehost_progress"))
+        .then_some(())
+    });
+    let stopped = table
+        .bench
+        .metric("stagehost_lanes_stopped{stage=\"probe\"}");
+    assert_eq!(stopped.as_deref(), Some("1"));
+    assert_eq!(table.rows().await, [0, 1, 2, 3, 4], "nothing was done");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn records_that_were_removed_are_not_passed_over_in_silence() {
+    for delivery in ["transactional", "at-least-once"] {
+        let settings = format!("delivery = \"{delivery}\"");
+        let mut table = Table::start("postgres", "test-probe", &settings).await;
+        let message = |table: &Table, n| table.message(n, json!({ "do": "ok" }));
+        let first: Vec<_> = (0..5).map(|n| message(&table, n)).collect();
+        table.bench.deliver(&first).await;
+        table.bench.host.signal(libc::SIGTERM);
+        table.bench.host.wait_for_end();
+        let more: Vec<_> = (5..10).map(|n| message(&table, n)).collect();
+        table.bench.send(&more).await;
+        let mut before = TopicPartitionList::new();
+        let added = before.add_partition_offset(&table.bench.input, 0, Offset::Offset(8));
+        added.expect("an offset");
+        let removed = admin().delete_records(&before, &AdminOptions::new()).await;
+        removed.expect("removed");
+        table.bench.restart();
+        let address = table.bench.host.address("admin");
+        table.bench.host.wait_for("the lane to stop", || {
+            let (status, why) = get(&address, "/readyz");
+            (status == 503
+                && why.contains("from offset 5 up to 8 were removed")
+                && why.contains("on-gap"))
+            .then_some(())
+        });
+        assert_eq!(table.rows().await, [0, 1, 2, 3, 4], "{delivery}");
+        table.bench.pipeline = table
+            .bench
+            .pipeline
+            .replace(&settings, &format!("{settings}\non-gap = \"continue\""));
+        table.bench.restart();
+        table
+            .bench
+            .log
+            .wait_committed(&table.bench.group, &table.bench.input);
+        assert_eq!(table.rows().await, [0, 1, 2, 3, 4, 8, 9], "{delivery}");
+        let counted = table
+            .bench
+            .metric("stagehost_gap_records_total{stage=\"probe\"}");
+        assert_eq!(counted.as_deref(), Some("3"), "{delivery}");
+    }
+}
+
+/// As after a crash of the lane upstream, which produces once more what it had committed.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_comes_again_is_dropped() {
+    let mut table = Table::start("postgres", "test-probe", "").await;
+    let log = Log::new(&server("KAFKA_BROKERS"));
+    let input = table.bench.input.clone();
+    let send = async |ids: &[i64], table: &Table| {
+        for n in ids {
+            let value = table.message(*n, json!({ "do": "ok" })).to_string();
+            let id = format!("upstream/in/0/0/{n}/0");
+            log.produce_with_header(&input, "k", &value, ("stagehost-id", &id))
+                .await;
+        }
+    };
+    send(&[0, 1, 2, 1, 2], &table).await;
+    log.wait_committed(&table.bench.group, &input);
+    table.bench.restart();
+    send(&[0, 2, 3], &table).await;
+    log.wait_committed(&table.bench.group, &input);
+    assert_eq!(table.rows().await, [0, 1, 2, 3]);
+    let dropped = table
+        .bench
+        .metric("stagehost_messages_total{stage=\"probe\",outcome=\"duplicate\"}");
+    assert_eq!(dropped.as_deref(), Some("2"), "of this host");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_exhausted_message_may_stop_its_partition() {
+    for delivery in ["transactional", "at-least-once"] {
+        let settings = format!("delivery = \"{delivery}\"\non-exhausted = \"stop\"");
+        let table = Table::start("postgres", "test-probe", &settings).await;
+        let messages = [
+            table.message(0, json!({ "do": "ok" })),
+            json!({ "do": "retry" }),
+            table.message(2, json!({ "do": "ok" })),
+        ];
+        table.bench.send(&messages).await;
+        let address = table.bench.host.address("admin");
+        table.bench.host.wait_for("the lane to stop", || {
+            let (status, why) = get(&address, "/readyz");
+            (status == 503 && why.contains("offset 1 has failed 3 times")).then_some(())
+        });
+        assert_eq!(table.rows().await, [0], "{delivery}");
+        assert_eq!(
+            table.bench.log.lag(&table.bench.group, &table.bench.input),
+            2
+        );
+        assert_eq!(table.dead(), []);
+    }
+}
+
+/// Longer than the group's session, and than a rebalance.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_stage_stays_in_its_group() {
+    let settings = "limits = { deadline = \"60s\" }";
+    let mut table = Table::start("postgres", "test-probe", settings).await;
+    let short = "[kafka]\nproperties.\"session.timeout.ms\" = \"6000\"";
+    table.bench.pipeline = table.bench.pipeline.replace("[kafka]", short);
+    table.bench.host.signal(libc::SIGTERM);
+    table.bench.host.wait_for_end();
+    table.bench.restart();
+    let before = table.progress("epoch").await;
+    let slow = table.message(0, json!({ "do": "sleep", "ms": 12_000 }));
+    table
+        .bench
+        .deliver(&[slow, table.message(1, json!({ "do": "ok" }))])
+        .await;
+    assert_eq!(table.rows().await, [0, 1]);
+    let said = table.bench.host.log();
+    assert!(
+        !said.contains("lost") && !said.contains("released"),
+        "{said}"
+    );
+    let claimed = table.progress("epoch").await - before;
+    assert!(claimed <= 1, "it was claimed {claimed} times");
+}
+
+/// A stop in order leaves nothing to be produced again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_under_load_repeats_nothing() {
+    for kind in KINDS {
+        let mut table = Table::start(kind, "test-probe", "").await;
+        let messages: Vec<_> = (0..5_000)
+            .map(|n| table.message(n, json!({ "do": "ok" })))
+            .collect();
+        table.bench.send(&messages).await;
+        table.bench.log.read_at_least(&table.bench.output, 1);
+        table.bench.host.signal(libc::SIGTERM);
+        assert!(table.bench.host.wait_for_end().success());
+        table.bench.restart();
+        table
+            .bench
+            .log
+            .wait_committed(&table.bench.group, &table.bench.input);
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let all: Vec<_> = (0..5_000).collect();
+        assert_eq!(table.rows().await, all, "{kind}");
+        assert_eq!(
+            values(&table.bench.log.read(&table.bench.output)),
+            all,
+            "{kind}"
+        );
+    }
+}
