@@ -63,7 +63,7 @@ impl Pending {
         answer
     }
 
-    /// The store that was waited for, such as ``SQL store `posts` ``, since this was last asked.
+    /// The store that was waited for since this was last asked.
     pub fn take(&self) -> Option<StoreName> {
         self.replace(None)
     }
@@ -116,12 +116,12 @@ mod tests {
     #[tokio::test]
     async fn only_a_call_that_is_given_up_leaves_its_store() {
         let waiting = Pending::default();
-        let store = StoreName::Sql("posts".into());
-        assert_eq!(waiting.during(store.clone(), ready(1)).await, 1);
+        let posts = || StoreName::Sql("posts".into());
+        assert_eq!(waiting.during(posts(), ready(1)).await, 1);
         assert_eq!(waiting.take(), None);
-        let given_up = waiting.during(store.clone(), pending::<()>());
+        let given_up = waiting.during(posts(), pending::<()>());
         assert_eq!(given_up.now_or_never(), None);
-        assert_eq!(waiting.take(), Some(store));
+        assert_eq!(waiting.take(), Some(posts()));
         assert_eq!(waiting.take(), None);
     }
 }

@@ -17,7 +17,7 @@ use tracing::{info, warn};
 
 use self::wait::{GatedSink, LogWatch, Waiting};
 use crate::admin::{self, Readiness};
-use crate::capability::{StoreName, Stores, redis, sql};
+use crate::capability::{StoreError, StoreName, Stores, redis, sql};
 use crate::component::Runtime;
 use crate::delivery::breaker::Breaker;
 use crate::ingress::{self, Ingress};
@@ -26,7 +26,7 @@ use crate::log::kafka::consumer::StopHandle;
 use crate::log::kafka::producer::{Patience, Producer};
 use crate::log::kafka::topics::Admin;
 use crate::metrics::Metrics;
-use crate::pipeline::{Brokers, Pipeline};
+use crate::pipeline::{Brokers, Delivery, Pipeline};
 
 /// Where, in a data-dir, the embedded broker lives.
 pub const EMBEDDED_FOLDER: &str = "kafka";
@@ -280,14 +280,29 @@ fn breaker(pipeline: &Pipeline, readiness: &Arc<Readiness>, metrics: &Arc<Metric
     Breaker::new(sql.chain(redis), readiness.clone(), metrics.clone())
 }
 
+/// How long a transaction in the database may wait for its next statement: as long as a call of a stage that has
+/// transactions there. `None` where no stage has.
+fn longest_pause(pipeline: &Pipeline, database: &String) -> Option<Duration> {
+    let stages = pipeline.stages.iter();
+    let stages = stages.filter(|stage| {
+        stage.delivery == Delivery::Transactional && stage.sql.contains(database)
+    });
+    stages.map(|stage| stage.limits.deadline).max()
+}
+
 /// `None` when told to shut down meanwhile.
 async fn open_stores(pipeline: &Pipeline, waiting: &Waiting<'_>) -> anyhow::Result<Option<Stores>> {
     let mut stores = Stores::default();
     for (name, settings) in &pipeline.sql {
         let what = format!("SQL store `{name}`");
+        let pause = longest_pause(pipeline, name);
         let opened = waiting
-            .until_available(&Breaker::condition(name), &what, || {
-                sql::Database::open(settings)
+            .until_available(&Breaker::condition(name), &what, async || {
+                let database = sql::Database::open(settings, pause).await?;
+                if pause.is_some() {
+                    database.prepare_progress().await?;
+                }
+                Ok::<_, StoreError>(database)
             })
             .await?;
         let Some(database) = opened else {

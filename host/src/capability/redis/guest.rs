@@ -8,7 +8,7 @@ use wasmtime::component::{HasData, Linker, Resource, ResourceTable};
 use super::{
     HOST_PREFIX, MAX_KEY_BYTES, MAX_KEYS, MAX_REQUEST_BYTES, MAX_VALUE_BYTES, Set, Store, commands,
 };
-use crate::capability::Pending;
+use crate::capability::{Pending, StoreError, StoreName};
 use crate::pipeline::RedisGrant;
 use bindings::{Error, Reply, SetOptions};
 
@@ -43,13 +43,23 @@ impl RedisGrants {
     pub fn new(stores: BTreeMap<String, (Store, RedisGrant)>) -> Self {
         let granted = stores.into_iter().map(|(name, (store, grant))| {
             let granted = Granted {
-                name: name.clone(),
+                name: name.as_str().into(),
                 store,
                 grant,
             };
             (name, Arc::new(granted))
         });
         Self(granted.collect())
+    }
+
+    /// Sees whether a store answers.
+    pub async fn ping(&self, name: &str) -> Result<(), StoreError> {
+        match self.0.get(name) {
+            Some(granted) => granted.store.ping().await,
+            None => Err(StoreError::Refused(format!(
+                "there is no Redis store `{name}`"
+            ))),
+        }
     }
 }
 
@@ -58,6 +68,7 @@ pub struct RedisCtx {
     grants: Arc<RedisGrants>,
     pending: Arc<Pending>,
     denied: Option<String>,
+    away: Option<StoreName>,
 }
 
 impl RedisCtx {
@@ -67,6 +78,7 @@ impl RedisCtx {
             grants,
             pending,
             denied: None,
+            away: None,
         }
     }
 
@@ -78,6 +90,11 @@ impl RedisCtx {
     /// The first thing that was denied since this was last asked.
     pub fn take_denied(&mut self) -> Option<String> {
         self.denied.take()
+    }
+
+    /// The first store that was not available since this was last asked.
+    pub fn take_away(&mut self) -> Option<StoreName> {
+        self.away.take()
     }
 
     fn open(&mut self, name: &str) -> Result<Connection, Error> {
@@ -129,7 +146,7 @@ pub struct Connection {
 
 /// A store as one stage may use it.
 struct Granted {
-    name: String,
+    name: Arc<str>,
     store: Store,
     grant: RedisGrant,
 }
@@ -252,15 +269,19 @@ fn check_count(count: usize) -> Result<(), Error> {
 }
 
 impl RedisView<'_> {
-    /// Runs a call on a handle's store, notes for how long the instance waits for it, and remembers a denial.
+    /// Runs a call on a handle's store, notes for how long the instance waits for it, and remembers a denial, and that the
+    /// store was away.
     async fn call<T>(
         &mut self,
         handle: &Resource<Connection>,
         call: impl AsyncFnOnce(Arc<Granted>) -> Result<T, Error>,
     ) -> wasmtime::Result<Result<T, Error>> {
         let granted = self.table.get(handle)?.granted.clone();
-        let store = crate::capability::StoreName::Redis(granted.name.as_str().into());
-        let answer = self.ctx.pending.during(store, call(granted)).await;
+        let store = StoreName::Redis(granted.name.clone());
+        let answer = self.ctx.pending.during(store.clone(), call(granted)).await;
+        if let Err(Error::Unavailable(_)) = &answer {
+            self.ctx.away.get_or_insert(store);
+        }
         Ok(self.ctx.note(answer))
     }
 }
@@ -368,7 +389,7 @@ mod tests {
     async fn granted() -> Granted {
         let store = Store::connect(&RedisUrl::Memory, system_clock()).await;
         Granted {
-            name: "cache".to_owned(),
+            name: "cache".into(),
             store: store.expect("a store in memory"),
             grant: RedisGrant {
                 prefix: "post:".to_owned(),
@@ -462,18 +483,5 @@ mod tests {
         let denied = ctx.take_denied().expect("a denial");
         assert!(denied.contains("\"cache\""), "{denied}");
         assert_eq!(ctx.take_denied(), None);
-    }
-}
-
-impl RedisCtx {
-    /// stub
-    pub fn take_away(&mut self) -> Option<crate::capability::StoreName> {
-        None
-    }
-}
-impl RedisGrants {
-    /// stub
-    pub async fn ping(&self, _: &str) -> Result<(), crate::capability::StoreError> {
-        Ok(())
     }
 }

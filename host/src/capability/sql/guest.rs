@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use wasmtime::component::{HasData, Linker, Resource, ResourceTable};
 
-use super::Database;
-use crate::capability::Pending;
+use super::{Database, Done, Transaction, Work};
+use crate::capability::{Pending, StoreError, StoreName};
+use crate::delivery::progress::Transaction as _;
 use bindings::{Error, Rows, Value};
 
 mod generated {
@@ -40,13 +41,26 @@ impl SqlGrants {
     pub fn new(databases: BTreeMap<String, Database>) -> Self {
         Self(databases)
     }
+
+    /// Asks a database for nothing, to see that it answers.
+    pub async fn ping(&self, name: &str) -> Result<(), StoreError> {
+        match self.0.get(name) {
+            Some(database) => database.ping().await,
+            None => Err(StoreError::Refused(format!(
+                "there is no SQL store `{name}`"
+            ))),
+        }
+    }
 }
 
 /// What one instance has of this interface.
 pub struct SqlCtx {
     grants: Arc<SqlGrants>,
     pending: Arc<Pending>,
+    /// What the statements of the call at hand belong to.
+    transaction: Option<Transaction>,
     denied: Option<String>,
+    away: Option<StoreName>,
 }
 
 impl SqlCtx {
@@ -55,8 +69,15 @@ impl SqlCtx {
         Self {
             grants,
             pending,
+            transaction: None,
             denied: None,
+            away: None,
         }
+    }
+
+    /// Has the statements from here on run in this transaction, or each by itself.
+    pub fn set_transaction(&mut self, transaction: Option<Transaction>) {
+        self.transaction = transaction;
     }
 
     /// Where it is noted which database the instance waits for.
@@ -67,6 +88,11 @@ impl SqlCtx {
     /// The first thing that was denied since this was last asked.
     pub fn take_denied(&mut self) -> Option<String> {
         self.denied.take()
+    }
+
+    /// The first database that was not available since this was last asked.
+    pub fn take_away(&mut self) -> Option<StoreName> {
+        self.away.take()
     }
 }
 
@@ -101,15 +127,43 @@ pub struct Connection {
 }
 
 impl SqlView<'_> {
-    /// Runs a call on a handle's database, and notes for how long the instance waits for it.
-    async fn call<T>(
+    /// Runs a statement on a handle's database, or in the transaction that there is for it, and notes for how long
+    /// the instance waits.
+    async fn call(
         &mut self,
         handle: &Resource<Connection>,
-        call: impl AsyncFnOnce(Database) -> Result<T, Error>,
-    ) -> wasmtime::Result<Result<T, Error>> {
+        statement: &str,
+        work: Work<'_>,
+    ) -> wasmtime::Result<Result<Done, Error>> {
         let Connection { name, database } = self.table.get(handle)?.clone();
-        let store = crate::capability::StoreName::Sql(name.clone());
-        Ok(self.ctx.pending.during(store, call(database)).await)
+        let store = StoreName::Sql(name);
+        let pending = &self.ctx.pending;
+        // A transactional stage has one database.
+        let answer = match &self.ctx.transaction {
+            None => {
+                pending
+                    .during(store.clone(), database.call(statement, work))
+                    .await
+            }
+            Some(transaction) => {
+                let call = transaction.call(statement, work);
+                let answer = pending.during(store.clone(), call).await;
+                // The guest must not go on, with effects elsewhere, as if its earlier ones held.
+                if transaction.broken().is_some() {
+                    let why = answer
+                        .err()
+                        .map_or(String::new(), |error| format!(": {error}"));
+                    wasmtime::bail!(
+                        "the transaction of {store} is void, and the batch will be run again{why}"
+                    );
+                }
+                answer
+            }
+        };
+        if let Err(Error::Unavailable(_)) = &answer {
+            self.ctx.away.get_or_insert(store);
+        }
+        Ok(answer)
     }
 }
 
@@ -136,8 +190,9 @@ impl sql::HostConnection for SqlView<'_> {
         statement: String,
         params: Vec<Value>,
     ) -> wasmtime::Result<Result<Rows, Error>> {
-        self.call(&handle, async |db| db.query(&statement, &params).await)
-            .await
+        let work = Work::Query(&params);
+        let answer = self.call(&handle, &statement, work).await?;
+        Ok(answer.map(|done| done.rows))
     }
 
     async fn execute(
@@ -146,8 +201,9 @@ impl sql::HostConnection for SqlView<'_> {
         statement: String,
         params: Vec<Value>,
     ) -> wasmtime::Result<Result<u64, Error>> {
-        self.call(&handle, async |db| db.execute(&statement, &params).await)
-            .await
+        let work = Work::Execute(&params);
+        let answer = self.call(&handle, &statement, work).await?;
+        Ok(answer.map(|done| done.affected))
     }
 
     async fn execute_many(
@@ -156,29 +212,13 @@ impl sql::HostConnection for SqlView<'_> {
         statement: String,
         params: Vec<Vec<Value>>,
     ) -> wasmtime::Result<Result<u64, Error>> {
-        self.call(&handle, async |db| {
-            db.execute_many(&statement, &params).await
-        })
-        .await
+        let work = Work::ExecuteMany(&params);
+        let answer = self.call(&handle, &statement, work).await?;
+        Ok(answer.map(|done| done.affected))
     }
 
     async fn drop(&mut self, handle: Resource<Connection>) -> wasmtime::Result<()> {
         self.table.delete(handle)?;
-        Ok(())
-    }
-}
-
-impl SqlCtx {
-    /// stub
-    pub fn take_away(&mut self) -> Option<crate::capability::StoreName> {
-        None
-    }
-    /// stub
-    pub fn set_transaction(&mut self, _: Option<super::Transaction>) {}
-}
-impl SqlGrants {
-    /// stub
-    pub async fn ping(&self, _: &str) -> Result<(), crate::capability::StoreError> {
         Ok(())
     }
 }

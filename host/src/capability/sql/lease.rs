@@ -20,10 +20,15 @@ impl<D: sqlx::Database> Lease<D> {
         }
     }
 
+    /// Gives the connection back, which is at rest.
+    pub(super) fn give_back(mut self) {
+        drop(self.0.take());
+    }
+
     /// Gives the connection back, or closes it where the outcome says that it is not at rest.
-    pub(super) fn finish<T>(mut self, outcome: Result<T, Error>) -> Result<T, Error> {
+    pub(super) fn finish<T>(self, outcome: Result<T, Error>) -> Result<T, Error> {
         if is_at_rest(&outcome) {
-            drop(self.0.take());
+            self.give_back();
         }
         outcome
     }

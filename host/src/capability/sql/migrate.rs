@@ -1,6 +1,7 @@
 //! Migrations: `<number>_<what>.sql` files of a folder, each run once, in the order of their numbers.
 
 use std::collections::BTreeMap;
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use sqlx::sqlite::SqliteConnection;
 use super::StoreError;
 
 /// How long all migrations may take together, waiting for another host that runs them included.
-const TIMEOUT: Duration = Duration::from_secs(600);
+pub(super) const TIMEOUT: Duration = Duration::from_secs(600);
 
 /// The migrations of one folder.
 pub(super) struct Migrations {
@@ -50,20 +51,9 @@ impl Migrations {
         &self,
         connection: &mut SqliteConnection,
     ) -> Result<(), StoreError> {
-        self.in_time(TIMEOUT, self.run_in_one(connection)).await?
-    }
-
-    async fn run_in_one(&self, connection: &mut SqliteConnection) -> Result<(), StoreError> {
-        if self.migrator.iter().any(|migration| migration.no_tx) {
-            let outcome = self.migrator.run(connection).await;
-            return outcome.map_err(|error| self.explain(error));
-        }
-        let transaction = connection.begin_with("BEGIN IMMEDIATE").await;
-        let mut transaction = transaction.map_err(|error| self.explain(error.into()))?;
-        let outcome = self.migrator.run(&mut *transaction).await;
-        outcome.map_err(|error| self.explain(error))?;
-        let committed = transaction.commit().await;
-        committed.map_err(|error| self.explain(error.into()))
+        let run = run_on_sqlite(&self.migrator, connection);
+        let outcome = self.in_time(TIMEOUT, run).await?;
+        outcome.map_err(|error| self.explain(error))
     }
 
     async fn in_time<T>(
@@ -72,14 +62,7 @@ impl Migrations {
         work: impl Future<Output = T>,
     ) -> Result<T, StoreError> {
         let outcome = tokio::time::timeout(limit, work).await;
-        outcome.map_err(|_| {
-            StoreError::Unavailable(format!(
-                "migrations of {} did not end within {} s: another host may be running them, or something \
-                 keeps a table locked",
-                self.folder.display(),
-                limit.as_secs()
-            ))
-        })
+        outcome.map_err(|_| out_of_time(self.folder.display(), limit))
     }
 
     fn explain(&self, error: MigrateError) -> StoreError {
@@ -140,6 +123,28 @@ impl Migrations {
             .take(position.saturating_sub(1));
         Some(before.filter(|char| *char == '\n').count() + 1)
     }
+}
+
+/// Migrations that do not come to an end.
+pub(super) fn out_of_time(of: impl Display, limit: Duration) -> StoreError {
+    StoreError::Unavailable(format!(
+        "migrations of {of} did not end within {} s: another host may be running them, or something keeps a table \
+         locked",
+        limit.as_secs()
+    ))
+}
+
+/// All in one transaction, unless one of them has none.
+pub(super) async fn run_on_sqlite(
+    migrator: &Migrator,
+    connection: &mut SqliteConnection,
+) -> Result<(), MigrateError> {
+    if migrator.iter().any(|migration| migration.no_tx) {
+        return migrator.run(connection).await;
+    }
+    let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await?;
+    migrator.run(&mut *transaction).await?;
+    Ok(transaction.commit().await?)
 }
 
 /// The `.sql` files by number. A name that the migrator would pass over in silence is an error.

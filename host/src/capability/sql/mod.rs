@@ -1,11 +1,12 @@
 //! `stagehost:stage/sql`: relational databases, PostgreSQL and SQLite.
 //!
-//! `guest` is what components call, [`Database`] what the host holds. Every statement is prepared,
-//! is one statement, and commits by itself; transactions belong to the host.
+//! `guest` is what components call, [`Database`] what the host holds. Every statement is prepared and
+//! is one statement. It commits by itself, unless the host has put a [`Transaction`] around the call.
 
 mod decimal;
 mod guest;
 mod lease;
+mod ledger;
 mod migrate;
 mod postgres;
 mod sqlite;
@@ -13,7 +14,10 @@ mod statement;
 mod transaction;
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
+
+use tokio::sync::Semaphore;
 
 pub use guest::bindings::{DatabaseError, Error, Rows, Value};
 pub use guest::{SqlCtx, SqlGrants, SqlView, add_to_linker};
@@ -21,6 +25,7 @@ pub use transaction::Transaction;
 
 use super::StoreError;
 use crate::pipeline::{SqlStore, SqlUrl};
+use statement::Dialect;
 
 /// Bytes of one statement's text.
 pub const MAX_STATEMENT_BYTES: usize = 1024 * 1024;
@@ -46,7 +51,11 @@ pub fn check_postgres_url(url: &str) -> Result<(), String> {
 
 /// An open database: a bounded pool of connections. Clones share it.
 #[derive(Clone)]
-pub struct Database(Kind);
+pub struct Database {
+    kind: Kind,
+    /// One for each transaction that may be open at a time: at least one connection is left for single statements.
+    slots: Arc<Semaphore>,
+}
 
 #[derive(Clone)]
 enum Kind {
@@ -55,10 +64,11 @@ enum Kind {
 }
 
 impl Database {
-    /// Connects, and runs the migrations.
-    pub async fn open(settings: &SqlStore) -> Result<Self, StoreError> {
+    /// Connects, and runs the migrations. `pause` is the longest time that a transaction may have to wait for its
+    /// next statement; `None` where there are no transactions.
+    pub async fn open(settings: &SqlStore, pause: Option<Duration>) -> Result<Self, StoreError> {
         let migrations = settings.migrations.as_deref();
-        Self::connect(&settings.url, migrations, settings.max_connections).await
+        Self::connect(&settings.url, migrations, settings.max_connections, pause).await
     }
 
     /// As [`Database::open`], from the settings one by one.
@@ -66,34 +76,35 @@ impl Database {
         url: &SqlUrl,
         migrations: Option<&Path>,
         max_connections: u32,
+        pause: Option<Duration>,
     ) -> Result<Self, StoreError> {
         let migrations = match migrations {
             Some(folder) => Some(migrate::Migrations::load(folder).await?),
             None => None,
         };
-        Ok(Self(match url {
+        let migrations = migrations.as_ref();
+        let kind = match url {
             SqlUrl::Postgres(url) => {
-                Kind::Postgres(postgres::open(url, migrations.as_ref(), max_connections).await?)
+                Kind::Postgres(postgres::open(url, migrations, max_connections, pause).await?)
             }
             SqlUrl::Sqlite(file) => {
-                Kind::Sqlite(sqlite::open(file, migrations.as_ref(), max_connections).await?)
+                Kind::Sqlite(sqlite::open(file, migrations, max_connections).await?)
             }
-        }))
+        };
+        let slots = max_connections.saturating_sub(1).max(1) as usize;
+        let slots = Arc::new(Semaphore::new(slots));
+        Ok(Self { kind, slots })
     }
 
     /// Asks the database for nothing, to see that it answers.
     pub async fn ping(&self) -> Result<(), StoreError> {
-        match self.query("SELECT 1", &[]).await {
-            Ok(_) => Ok(()),
-            Err(Error::Unavailable(why)) => Err(StoreError::Unavailable(why)),
-            Err(Error::Database(error)) => Err(StoreError::Refused(error.message)),
-            Err(other) => Err(StoreError::Refused(other.to_string())),
-        }
+        let answer = self.query("SELECT 1", &[]).await;
+        answer.map(drop).map_err(StoreError::from)
     }
 
     /// Waits for the statements that are running, and closes the connections.
     pub async fn close(&self) {
-        match &self.0 {
+        match &self.kind {
             Kind::Postgres(database) => database.close().await,
             Kind::Sqlite(database) => database.close().await,
         }
@@ -101,29 +112,130 @@ impl Database {
 
     /// Runs one statement and answers its rows.
     pub async fn query(&self, statement: &str, params: &[Value]) -> Result<Rows, Error> {
-        match &self.0 {
-            Kind::Postgres(database) => database.query(statement, params).await,
-            Kind::Sqlite(database) => database.query(statement, params).await,
-        }
+        let done = self.call(statement, Work::Query(params)).await?;
+        Ok(done.rows)
     }
 
     /// Runs one statement and answers how many rows it affected.
     pub async fn execute(&self, statement: &str, params: &[Value]) -> Result<u64, Error> {
-        match &self.0 {
-            Kind::Postgres(database) => database.execute(statement, params).await,
-            Kind::Sqlite(database) => database.execute(statement, params).await,
-        }
+        let done = self.call(statement, Work::Execute(params)).await?;
+        Ok(done.affected)
     }
 
     /// Runs one statement once for every list of parameters in one transaction, and answers how
     /// many rows were affected in all.
     pub async fn execute_many(&self, statement: &str, params: &[Vec<Value>]) -> Result<u64, Error> {
-        match &self.0 {
-            Kind::Postgres(database) => database.execute_many(statement, params).await,
-            Kind::Sqlite(database) => database.execute_many(statement, params).await,
+        let done = self.call(statement, Work::ExecuteMany(params)).await?;
+        Ok(done.affected)
+    }
+
+    async fn call(&self, text: &str, work: Work<'_>) -> Result<Done, Error> {
+        match &self.kind {
+            Kind::Postgres(database) => database.call(text, work).await,
+            Kind::Sqlite(database) => database.call(text, work).await,
         }
     }
 }
+
+/// What a statement is run for, and its parameters.
+#[derive(Clone, Copy)]
+enum Work<'a> {
+    /// Its rows.
+    Query(&'a [Value]),
+    /// How many rows it affects.
+    Execute(&'a [Value]),
+    /// The same, once for every list: all or none of them.
+    ExecuteMany(&'a [Vec<Value>]),
+}
+
+impl Work<'_> {
+    /// The statement's first word, if it may be sent.
+    fn check(self, dialect: Dialect, text: &str) -> Result<String, Error> {
+        match self {
+            Work::Query(params) | Work::Execute(params) => {
+                statement::check(dialect, text, params.len())
+            }
+            Work::ExecuteMany(lists) => statement::check_many(dialect, text, lists),
+        }
+    }
+
+    fn is_many(self) -> bool {
+        matches!(self, Work::ExecuteMany(_))
+    }
+}
+
+/// What a statement answered.
+struct Done {
+    /// To a query.
+    rows: Rows,
+    /// To what is no query.
+    affected: u64,
+}
+
+impl Done {
+    fn rows(rows: Rows) -> Self {
+        Self { rows, affected: 0 }
+    }
+
+    fn affected(affected: u64) -> Self {
+        let rows = Answer::default().finish();
+        Self { rows, affected }
+    }
+}
+
+/// Why a statement failed, and what that means for the transaction around it.
+#[derive(Debug)]
+enum Failure {
+    /// It is the statement's own failure.
+    Statement(Error),
+    /// The transaction has failed as a whole. The connection is at rest.
+    Transaction(Error),
+    /// Nobody knows what the connection is doing: it is to be closed.
+    Lost(Error),
+}
+
+impl Failure {
+    fn into_error(self) -> Error {
+        match self {
+            Self::Statement(error) | Self::Transaction(error) | Self::Lost(error) => error,
+        }
+    }
+
+    /// Where the statement was what had to keep a transaction in order.
+    fn lost(self) -> Self {
+        Self::Lost(self.into_error())
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self::Statement(error)
+    }
+}
+
+impl From<Error> for StoreError {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Unavailable(why) => Self::Unavailable(why),
+            Error::Database(error) => Self::Refused(error.message),
+            other => Self::Refused(other.to_string()),
+        }
+    }
+}
+
+/// Commands that make several statements one.
+struct Bracket {
+    open: &'static str,
+    keep: &'static str,
+    undo: &'static str,
+}
+
+/// Around a statement in a transaction.
+const STATEMENT_SAVEPOINT: Bracket = Bracket {
+    open: "SAVEPOINT stagehost_statement",
+    keep: "RELEASE SAVEPOINT stagehost_statement",
+    undo: "ROLLBACK TO SAVEPOINT stagehost_statement; RELEASE SAVEPOINT stagehost_statement",
+};
 
 /// An answer as it grows, up to the limits.
 #[derive(Default)]

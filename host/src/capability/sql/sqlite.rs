@@ -4,27 +4,28 @@ use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use futures::TryStreamExt;
 use sqlx::sqlite::{
-    SqliteArguments, SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePool,
-    SqlitePoolOptions, SqliteSynchronous,
+    SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePool, SqlitePoolOptions,
+    SqliteSynchronous,
 };
-use sqlx::{
-    AssertSqlSafe, ConnectOptions, Connection, Either, Executor, SqlSafeStr, Statement as _,
-};
+use sqlx::{ConnectOptions, Connection};
 use tokio::sync::{Mutex, MutexGuard};
 
 use super::lease::Lease;
+use super::ledger::{self, Statements};
 use super::migrate::Migrations;
-use super::statement::{self, Dialect};
-use super::{
-    ACQUIRE_TIMEOUT, Answer, DatabaseError, Error, MAX_ANSWER_BYTES, Rows, STATEMENT_TIMEOUT,
-    StoreError, Value, out_of_time, transport_error,
-};
+use super::{ACQUIRE_TIMEOUT, Done, Error, Failure, MAX_ANSWER_BYTES, StoreError, Work};
+use call::{Call, Means, Running};
+use error::{failure_of, open_error};
+use value::DeclaredTypes;
 
+mod call;
+mod error;
+mod progress;
+mod session;
 mod value;
 
-use value::DeclaredTypes;
+pub(super) use session::Session;
 
 /// How long SQLite waits for another process that writes.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -32,8 +33,6 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 const STATEMENT_CACHE: usize = 256;
 /// Rows that the database's thread reads ahead. Each may have as many bytes as [`limit_values`] allows.
 const ROWS_AHEAD: usize = 4;
-/// Instructions of SQLite's machine between two looks at the clock: some tens of microseconds.
-const INSTRUCTIONS_PER_LOOK: i32 = 10_000;
 
 /// A SQLite database.
 #[derive(Clone)]
@@ -43,6 +42,7 @@ pub(super) struct Sqlite {
     writer: Arc<Mutex<()>>,
     declared: DeclaredTypes,
     altered: Altered,
+    progress: Arc<Statements>,
 }
 
 /// When a table was last altered. The driver keeps the columns of prepared statements, and a connection whose
@@ -113,7 +113,7 @@ pub(super) async fn open(
         .max_connections(max_connections)
         .acquire_timeout(ACQUIRE_TIMEOUT)
         .test_before_acquire(false)
-        .after_connect(|connection, _| Box::pin(limit_values(connection)))
+        .after_connect(|connection, _| Box::pin(limit_values(connection, MAX_ANSWER_BYTES)))
         .before_acquire({
             let altered = altered.clone();
             move |_, metadata| {
@@ -127,6 +127,7 @@ pub(super) async fn open(
         writer: Arc::default(),
         declared,
         altered,
+        progress: Arc::new(Statements::of(&format!("main.{}", ledger::TABLE))),
     })
 }
 
@@ -135,74 +136,45 @@ impl Sqlite {
         self.pool.close().await;
     }
 
-    pub(super) async fn query(&self, text: &str, params: &[Value]) -> Result<Rows, Error> {
-        let statement = Statement::new(text, params.len())?;
-        let query = statement.with(params)?;
-        let _writing = self.writing(&statement).await?;
-        let mut connection = Lease::take(&self.pool).await?;
-        let mut answer = self.fetch(&mut connection, &statement, query).await;
-        if answer.is_ok() {
-            let noted = self.note_altered(&mut connection, &statement).await;
-            answer = answer.and_then(|rows| noted.map(|()| rows));
+    /// Runs a statement on a connection of the pool, where it commits by itself.
+    pub(super) async fn call(&self, text: &str, work: Work<'_>) -> Result<Done, Error> {
+        let mut call = Call::new(text, work)?;
+        if let Work::ExecuteMany([]) = work {
+            return Ok(Done::affected(0));
         }
+        let _writing = match call.only_reads() && !call.is_many() {
+            true => None,
+            false => Some(self.write().await?),
+        };
+        let mut connection = Lease::take(&self.pool).await?;
+        let answer = self.run(&mut connection, &mut call).await;
         connection.finish(answer)
     }
 
-    pub(super) async fn execute(&self, text: &str, params: &[Value]) -> Result<u64, Error> {
-        let statement = Statement::new(text, params.len())?;
-        let query = statement.with(params)?;
-        let _writing = self.writing(&statement).await?;
-        let mut connection = Lease::take(&self.pool).await?;
-        let running = Running::default();
-        let mut answer = execute(&mut connection, &running, &statement, query).await;
-        if answer.is_ok() {
-            let noted = self.note_altered(&mut connection, &statement).await;
-            answer = answer.and_then(|rows| noted.map(|()| rows));
-        }
-        connection.finish(answer)
-    }
-
-    async fn note_altered(
+    async fn run(
         &self,
         connection: &mut SqliteConnection,
-        statement: &Statement,
-    ) -> Result<(), Error> {
-        if !statement.alters_tables() {
-            return Ok(());
+        call: &mut Call<'_>,
+    ) -> Result<Done, Error> {
+        let running = Running::on(connection).await?;
+        let mut means = Means {
+            connection,
+            running: &running,
+            declared: &self.declared,
+        };
+        let answer = call.run_alone(&mut means).await;
+        let answer = answer.map_err(Failure::into_error)?;
+        if call.alters_tables() {
+            self.altered.note();
+            running.renew();
+            self.read_declared(connection).await?;
         }
-        self.altered.note();
-        let running = Running::default();
-        running.limit(connection).await?;
+        Ok(answer)
+    }
+
+    async fn read_declared(&self, connection: &mut SqliteConnection) -> Result<(), Error> {
         let read = self.declared.read(connection).await;
-        read.map_err(|error| error_of(&error))
-    }
-
-    pub(super) async fn execute_many(
-        &self,
-        text: &str,
-        params: &[Vec<Value>],
-    ) -> Result<u64, Error> {
-        let keyword = statement::check_many(Dialect::Sqlite, text, params)?;
-        if params.is_empty() {
-            return Ok(0);
-        }
-        let text = text.into();
-        let statement = Statement { keyword, text };
-        let _writing = self.write().await?;
-        let mut connection = Lease::take(&self.pool).await?;
-        let mut answer = execute_many(&mut connection, &statement, params).await;
-        if answer.is_ok() {
-            let noted = self.note_altered(&mut connection, &statement).await;
-            answer = answer.and_then(|rows| noted.map(|()| rows));
-        }
-        connection.finish(answer)
-    }
-
-    async fn writing(&self, statement: &Statement) -> Result<Option<MutexGuard<'_, ()>>, Error> {
-        if statement.only_reads() {
-            return Ok(None);
-        }
-        self.write().await.map(Some)
+        read.map_err(|error| error::error_of(&error))
     }
 
     async fn write(&self) -> Result<MutexGuard<'_, ()>, Error> {
@@ -212,174 +184,6 @@ impl Sqlite {
             Error::Unavailable(format!("other writers kept the database for {waited} s"))
         })
     }
-
-    async fn fetch(
-        &self,
-        connection: &mut SqliteConnection,
-        statement: &Statement,
-        query: Query,
-    ) -> Result<Rows, Error> {
-        let running = Running::default();
-        running.limit(connection).await?;
-        let mut answer = Answer::default();
-        {
-            let mut stream = query.fetch(&mut *connection);
-            while let Some(row) = stream.try_next().await.map_err(|e| error_of(&e))? {
-                if answer.columns.is_empty() {
-                    answer.columns = value::names(sqlx::Row::columns(&row));
-                }
-                answer.push(value::row(&row, &self.declared)?)?;
-            }
-        }
-        if answer.rows.is_empty() {
-            // The names come with the rows, so an empty answer has to ask for them.
-            let text = AssertSqlSafe(statement.text.clone()).into_sql_str();
-            let prepared = (&mut *connection).prepare(text).await;
-            let prepared = prepared.map_err(|error| error_of(&error))?;
-            answer.columns = value::names(prepared.columns());
-        }
-        Ok(answer.finish())
-    }
-}
-
-/// A statement that may be sent.
-struct Statement {
-    keyword: String,
-    text: Arc<str>,
-}
-
-/// It and its parameters.
-type Query = sqlx::query::Query<'static, sqlx::Sqlite, SqliteArguments>;
-
-impl Statement {
-    fn new(text: &str, params: usize) -> Result<Self, Error> {
-        let keyword = statement::check(Dialect::Sqlite, text, params)?;
-        let text = text.into();
-        Ok(Self { keyword, text })
-    }
-
-    fn with(&self, params: &[Value]) -> Result<Query, Error> {
-        let mut arguments = SqliteArguments::default();
-        for param in params {
-            value::bind(&mut arguments, param)?;
-        }
-        Ok(sqlx::query_with(
-            AssertSqlSafe(self.text.clone()),
-            arguments,
-        ))
-    }
-
-    fn only_reads(&self) -> bool {
-        matches!(self.keyword.as_str(), "SELECT" | "VALUES" | "EXPLAIN")
-    }
-
-    fn alters_tables(&self) -> bool {
-        matches!(self.keyword.as_str(), "CREATE" | "ALTER" | "DROP")
-    }
-}
-
-/// How many rows were changed or, as PostgreSQL counts, answered.
-async fn execute(
-    connection: &mut SqliteConnection,
-    running: &Running,
-    statement: &Statement,
-    query: Query,
-) -> Result<u64, Error> {
-    running.limit(connection).await?;
-    // SQLite's count of changed rows is about the last statement that may have changed some.
-    let earlier = match statement.keyword.as_str() {
-        "WITH" => Some(total_changes(connection).await?),
-        _ => None,
-    };
-    let (mut answered, mut changed) = (0, 0);
-    {
-        let mut stream = connection.fetch_many(query);
-        while let Some(item) = stream.try_next().await.map_err(|error| error_of(&error))? {
-            match item {
-                Either::Left(done) => changed += done.rows_affected(),
-                Either::Right(_) => answered += 1,
-            }
-        }
-    }
-    let changes_rows = match statement.keyword.as_str() {
-        "INSERT" | "UPDATE" | "DELETE" | "REPLACE" => true,
-        "WITH" => earlier != Some(total_changes(connection).await?),
-        _ => false,
-    };
-    Ok(match answered {
-        0 if changes_rows => changed,
-        answered => answered,
-    })
-}
-
-async fn total_changes(connection: &mut SqliteConnection) -> Result<i64, Error> {
-    let count = sqlx::query_scalar("SELECT total_changes()").fetch_one(connection);
-    count.await.map_err(|error| error_of(&error))
-}
-
-/// All or none, in a transaction; what is not committed is rolled back.
-async fn execute_many(
-    connection: &mut SqliteConnection,
-    statement: &Statement,
-    params: &[Vec<Value>],
-) -> Result<u64, Error> {
-    let running = Running::default();
-    running.limit(connection).await?;
-    let begun = connection.begin_with("BEGIN IMMEDIATE").await;
-    let mut transaction = begun.map_err(|error| error_of(&error))?;
-    match execute_all(&mut transaction, &running, statement, params).await {
-        Ok(affected) => {
-            let committed = transaction.commit().await;
-            committed.map_err(|error| error_of(&error))?;
-            Ok(affected)
-        }
-        Err(error) => {
-            let rolled_back = transaction.rollback().await;
-            Err(rolled_back.map_or_else(|error| error_of(&error), |()| error))
-        }
-    }
-}
-
-async fn execute_all(
-    connection: &mut SqliteConnection,
-    running: &Running,
-    statement: &Statement,
-    params: &[Vec<Value>],
-) -> Result<u64, Error> {
-    let mut affected = 0;
-    for params in params {
-        let query = statement.with(params)?;
-        affected += execute(connection, running, statement, query).await?;
-    }
-    Ok(affected)
-}
-
-/// A call that waits for SQLite. Dropped with the call, and SQLite sees it.
-#[derive(Default)]
-struct Running(Arc<()>);
-
-impl Running {
-    /// Has SQLite give up on the next statement in time, and when nobody waits for it any more.
-    async fn limit(&self, connection: &mut SqliteConnection) -> Result<(), Error> {
-        self.limit_to(connection, Instant::now() + STATEMENT_TIMEOUT)
-            .await
-    }
-
-    async fn limit_to(
-        &self,
-        connection: &mut SqliteConnection,
-        ends: Instant,
-    ) -> Result<(), Error> {
-        let mut handle = connection
-            .lock_handle()
-            .await
-            .map_err(|error| error_of(&error))?;
-        let running = Arc::downgrade(&self.0);
-        handle.set_progress_handler(INSTRUCTIONS_PER_LOOK, move || {
-            running.strong_count() > 0 && Instant::now() < ends
-        });
-        Ok(())
-    }
 }
 
 /// Has SQLite refuse values and rows that no answer could carry, before it makes them.
@@ -387,9 +191,9 @@ impl Running {
     unsafe_code,
     reason = "neither the driver nor any statement sets this limit"
 )]
-async fn limit_values(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
+async fn limit_values(connection: &mut SqliteConnection, bytes: usize) -> Result<(), sqlx::Error> {
     let mut handle = connection.lock_handle().await?;
-    let bytes = i32::try_from(MAX_ANSWER_BYTES).unwrap_or(i32::MAX);
+    let bytes = i32::try_from(bytes).unwrap_or(i32::MAX);
     // SAFETY: the pointer is the connection's own, open and ours alone for as long as `handle` is locked, and the
     // call keeps nothing of it.
     unsafe {
@@ -400,102 +204,4 @@ async fn limit_values(connection: &mut SqliteConnection) -> Result<(), sqlx::Err
         );
     }
     Ok(())
-}
-
-fn error_of(error: &sqlx::Error) -> Error {
-    let sqlx::Error::Database(database) = error else {
-        return transport_error(error);
-    };
-    let code: i32 = match database.code().and_then(|code| code.parse().ok()) {
-        Some(code) => code,
-        None => return transport_error(error),
-    };
-    match code & 0xff {
-        INTERRUPT => return out_of_time(),
-        BUSY | LOCKED | NO_MEMORY | IO_ERROR | FULL | CANNOT_OPEN => {
-            return Error::Unavailable(database.message().to_owned());
-        }
-        _ => {}
-    }
-    let message = database.message();
-    Error::Database(DatabaseError {
-        sqlstate: sqlstate(code).map(str::to_owned),
-        message: message.to_owned(),
-        constraint: constraint(code, message).map(str::to_owned),
-    })
-}
-
-// SQLite's result codes.
-const BUSY: i32 = 5;
-const LOCKED: i32 = 6;
-const NO_MEMORY: i32 = 7;
-const INTERRUPT: i32 = 9;
-const IO_ERROR: i32 = 10;
-const FULL: i32 = 13;
-const CANNOT_OPEN: i32 = 14;
-const TOO_BIG: i32 = 18;
-const CONSTRAINT: i32 = 19;
-const MISMATCH: i32 = 20;
-const CONSTRAINT_CHECK: i32 = 275;
-const CONSTRAINT_FOREIGN_KEY: i32 = 787;
-const CONSTRAINT_NOT_NULL: i32 = 1299;
-const CONSTRAINT_PRIMARY_KEY: i32 = 1555;
-const CONSTRAINT_TRIGGER: i32 = 1811;
-const CONSTRAINT_UNIQUE: i32 = 2067;
-const CONSTRAINT_ROW_ID: i32 = 2579;
-const CONSTRAINT_DATA_TYPE: i32 = 3091;
-
-/// What PostgreSQL calls it.
-fn sqlstate(code: i32) -> Option<&'static str> {
-    Some(match code {
-        CONSTRAINT_UNIQUE | CONSTRAINT_PRIMARY_KEY | CONSTRAINT_ROW_ID => "23505",
-        CONSTRAINT_NOT_NULL => "23502",
-        CONSTRAINT_FOREIGN_KEY => "23503",
-        CONSTRAINT_CHECK => "23514",
-        CONSTRAINT_TRIGGER => "P0001",
-        CONSTRAINT_DATA_TYPE => "42804",
-        _ => match code & 0xff {
-            CONSTRAINT => "23000",
-            MISMATCH => "42804",
-            TOO_BIG => "54000",
-            _ => return None,
-        },
-    })
-}
-
-/// `UNIQUE constraint failed: posts.slug` names the columns, `CHECK constraint failed: positive` the constraint.
-fn constraint(code: i32, message: &str) -> Option<&str> {
-    match code {
-        CONSTRAINT_UNIQUE | CONSTRAINT_PRIMARY_KEY | CONSTRAINT_CHECK => message
-            .split_once(" constraint failed: ")
-            .map(|(_, name)| name),
-        _ => None,
-    }
-}
-
-fn open_error(place: &str, error: &sqlx::Error) -> StoreError {
-    match error_of(error) {
-        Error::Unavailable(why) => StoreError::Unavailable(format!("{place}: {why}")),
-        Error::Database(database) => StoreError::Refused(format!("{place}: {}", database.message)),
-        other => StoreError::Refused(format!("{place}: {other}")),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn a_statement_that_does_not_end_is_interrupted() {
-        let options = SqliteConnectOptions::new().in_memory(true);
-        let mut connection = options.connect().await.expect("a database in memory");
-        let running = Running::default();
-        let limited = running.limit_to(&mut connection, Instant::now()).await;
-        limited.expect("a connection");
-        let endless = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) \
-                       SELECT count(*) FROM n";
-        let answer = sqlx::query(endless).fetch_all(&mut connection).await;
-        let error = answer.map(|rows| rows.len()).expect_err("an interruption");
-        assert_eq!(error_of(&error), out_of_time());
-    }
 }

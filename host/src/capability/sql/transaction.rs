@@ -1,43 +1,291 @@
-//! stub
-use super::super::StoreError;
-use super::Database;
-use crate::delivery::progress::{Broken, Claim, Commit, CommitError, LaneId, Ledger, Mode};
+//! One open transaction, shared by the lane that it belongs to and the calls of its stage.
 
-/// stub
+use std::mem;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::OwnedSemaphorePermit;
+
+use super::{
+    Database, Done, Error, Failure, Kind, Rows, StoreError, Value, Work, postgres, sqlite,
+};
+use crate::delivery::progress::{self, Broken, Commit, CommitError, Mode};
+
+/// An open transaction of a [`Database`]. Clones are the same one. When the last is dropped, or while a statement runs,
+/// its connection is closed, and it is rolled back.
 #[derive(Clone)]
-pub struct Transaction;
+pub struct Transaction(Arc<Shared>);
 
-impl crate::delivery::progress::Transaction for Transaction {
-    fn statements(&self) -> u64 {
-        0
-    }
-    fn broken(&self) -> Option<Broken> {
-        None
-    }
-    async fn savepoint(&self) -> Result<(), StoreError> {
-        Ok(())
-    }
-    async fn rollback_to_savepoint(&self) -> Result<(), StoreError> {
-        Ok(())
-    }
-    async fn commit(self, _: Commit<'_>) -> Result<(), CommitError> {
-        Ok(())
-    }
-    async fn rollback(self) {}
+struct Shared {
+    mode: Mode,
+    statements: AtomicU64,
+    state: Mutex<State>,
 }
 
-impl Ledger for Database {
-    type Transaction = Transaction;
-    async fn claim(&self, _: &LaneId) -> Result<Claim, StoreError> {
-        Err(StoreError::Refused("stub".into()))
+enum State {
+    /// At rest.
+    Open(Box<Held>),
+    /// A statement runs; or ran, and was given up, and the connection with it.
+    Busy,
+    /// It can only be rolled back.
+    Doomed(Box<Held>),
+    /// There is no connection any more.
+    Gone(String),
+}
+
+/// The connection is let go before its turn is.
+struct Held {
+    session: Session,
+    _turn: OwnedSemaphorePermit,
+}
+
+enum Session {
+    Postgres(postgres::Session),
+    Sqlite(sqlite::Session),
+}
+
+/// What a statement has answered, and what is left of the transaction.
+pub(super) struct Outcome {
+    answer: Result<Done, Error>,
+    fate: Fate,
+}
+
+/// What becomes of a transaction after a statement.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fate {
+    /// The statement was not begun.
+    Untouched,
+    /// It goes on, and if the statement failed, nothing of it is left.
+    Kept,
+    /// It can only be rolled back.
+    Doomed,
+    /// Its connection is to be closed.
+    Lost,
+}
+
+impl Outcome {
+    pub(super) fn done(done: Done) -> Self {
+        Self {
+            answer: Ok(done),
+            fate: Fate::Kept,
+        }
     }
-    async fn reclaim(&self, _: &LaneId, _: i64) -> Result<Option<Claim>, StoreError> {
-        Ok(None)
+
+    pub(super) fn untouched(error: Error) -> Self {
+        Self::failed(error, Fate::Untouched)
     }
-    async fn begin(&self, _: Mode) -> Result<Transaction, StoreError> {
-        Ok(Transaction)
+
+    pub(super) fn failed(error: Error, fate: Fate) -> Self {
+        Self {
+            answer: Err(error),
+            fate,
+        }
     }
-    async fn save(&self, _: Commit<'_>) -> Result<(), CommitError> {
-        Ok(())
+
+    /// Whatever was answered, the connection can't be used any more.
+    pub(super) fn lost(self) -> Self {
+        let fate = Fate::Lost;
+        Self { fate, ..self }
     }
+}
+
+impl Transaction {
+    pub(super) async fn begin(database: &Database, mode: Mode) -> Result<Self, StoreError> {
+        // The semaphore is never closed; without it, the pool's own limit holds.
+        let turn = database.slots.clone().acquire_owned().await;
+        let turn = turn.map_err(|error| StoreError::Unavailable(error.to_string()))?;
+        let session = match &database.kind {
+            Kind::Postgres(database) => {
+                Session::Postgres(postgres::Session::begin(database).await?)
+            }
+            Kind::Sqlite(database) => Session::Sqlite(sqlite::Session::begin(database).await?),
+        };
+        let held = Box::new(Held {
+            session,
+            _turn: turn,
+        });
+        Ok(Self(Arc::new(Shared {
+            mode,
+            statements: AtomicU64::new(0),
+            state: Mutex::new(State::Open(held)),
+        })))
+    }
+
+    /// As [`Database::query`], in the transaction.
+    pub async fn query(&self, statement: &str, params: &[Value]) -> Result<Rows, Error> {
+        let done = self.call(statement, Work::Query(params)).await?;
+        Ok(done.rows)
+    }
+
+    /// As [`Database::execute`], in the transaction.
+    pub async fn execute(&self, statement: &str, params: &[Value]) -> Result<u64, Error> {
+        let done = self.call(statement, Work::Execute(params)).await?;
+        Ok(done.affected)
+    }
+
+    /// As [`Database::execute_many`], in the transaction.
+    pub async fn execute_many(&self, statement: &str, params: &[Vec<Value>]) -> Result<u64, Error> {
+        let done = self.call(statement, Work::ExecuteMany(params)).await?;
+        Ok(done.affected)
+    }
+
+    /// Runs a statement. After an error, [`progress::Transaction::broken`] tells whether there can be another.
+    pub(super) async fn call(&self, text: &str, work: Work<'_>) -> Result<Done, Error> {
+        let mut held = self.take()?;
+        self.0.statements.fetch_add(1, Ordering::Relaxed);
+        let mode = self.0.mode;
+        let Outcome { answer, fate } = match &mut held.session {
+            Session::Postgres(session) => session.call(mode, text, work).await,
+            Session::Sqlite(session) => session.call(mode, text, work).await,
+        };
+        if fate == Fate::Untouched {
+            self.0.statements.fetch_sub(1, Ordering::Relaxed);
+        }
+        let state = match (fate, &answer) {
+            (Fate::Untouched | Fate::Kept, _) => State::Open(held),
+            (Fate::Doomed, _) => State::Doomed(held),
+            (Fate::Lost, Ok(_)) => State::Gone("a statement broke the connection".to_owned()),
+            (Fate::Lost, Err(error)) => State::Gone(StoreError::from(error.clone()).to_string()),
+        };
+        *self.state() = state;
+        answer
+    }
+
+    /// The connection, for a statement that runs alone.
+    fn take(&self) -> Result<Box<Held>, Error> {
+        let mut state = self.state();
+        match mem::replace(&mut *state, State::Busy) {
+            State::Open(held) => Ok(held),
+            other => {
+                *state = other;
+                let why = "the transaction can't go on".to_owned();
+                Err(Error::Unavailable(why))
+            }
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts the connection back after a command of the host's own, which must not fail.
+    fn put_back(&self, held: Box<Held>, done: Result<(), Error>) -> Result<(), StoreError> {
+        let done = done.map_err(StoreError::from);
+        *self.state() = match &done {
+            Ok(()) => State::Open(held),
+            Err(error) => State::Gone(error.to_string()),
+        };
+        done
+    }
+}
+
+impl progress::Transaction for Transaction {
+    fn statements(&self) -> u64 {
+        self.0.statements.load(Ordering::Relaxed)
+    }
+
+    fn broken(&self) -> Option<Broken> {
+        match &*self.state() {
+            State::Open(_) => None,
+            State::Busy => {
+                let why = "a statement was given up half-way";
+                Some(Broken::Connection(why.to_owned()))
+            }
+            State::Doomed(_) => Some(Broken::Statement),
+            State::Gone(why) => Some(Broken::Connection(why.clone())),
+        }
+    }
+
+    async fn savepoint(&self) -> Result<(), StoreError> {
+        let mut held = self.take()?;
+        let set = match &mut held.session {
+            Session::Postgres(session) => session.savepoint().await,
+            Session::Sqlite(session) => session.savepoint().await,
+        };
+        self.put_back(held, set)
+    }
+
+    async fn rollback_to_savepoint(&self) -> Result<(), StoreError> {
+        let mut held = self.take()?;
+        let undone = match &mut held.session {
+            Session::Postgres(session) => session.rollback_to_savepoint().await,
+            Session::Sqlite(session) => session.rollback_to_savepoint().await,
+        };
+        self.put_back(held, undone)
+    }
+
+    async fn commit(self, commit: Commit<'_>) -> Result<(), CommitError> {
+        let mut held = self.take().map_err(|error| unanswered(&error))?;
+        let saved = match &mut held.session {
+            Session::Postgres(session) => session.save(commit).await,
+            Session::Sqlite(session) => session.save(commit).await,
+        };
+        match saved {
+            Ok(true) => held.session.commit().await.map_err(commit_error),
+            Ok(false) => {
+                held.session.rollback().await;
+                Err(CommitError::Fenced)
+            }
+            // The row is the host's, so it's not for the stage if it can't be written: whoever asks
+            // for it next will meet the same, or not.
+            Err(Failure::Statement(error)) => {
+                let has_traces = held.session.has_traces();
+                held.session.rollback().await;
+                match error {
+                    Error::Database(error) if has_traces => {
+                        Err(CommitError::Refused(error.message))
+                    }
+                    error => Err(unanswered(&error)),
+                }
+            }
+            Err(failure) => Err(unanswered(&failure.into_error())),
+        }
+    }
+
+    async fn rollback(self) {
+        let ended = State::Gone("it was rolled back".to_owned());
+        let state = mem::replace(&mut *self.state(), ended);
+        if let State::Open(held) | State::Doomed(held) = state {
+            held.session.rollback().await;
+        }
+    }
+}
+
+impl Session {
+    async fn commit(self) -> Result<(), Failure> {
+        match self {
+            Self::Postgres(session) => session.commit().await,
+            Self::Sqlite(session) => session.commit().await,
+        }
+    }
+
+    async fn rollback(self) {
+        match self {
+            Self::Postgres(session) => session.rollback().await,
+            Self::Sqlite(session) => session.rollback().await,
+        }
+    }
+
+    /// Whether what a statement has left behind may hinder the host's own.
+    fn has_traces(&self) -> bool {
+        match self {
+            Self::Postgres(session) => session.has_traces(),
+            Self::Sqlite(_) => false,
+        }
+    }
+}
+
+fn commit_error(failure: Failure) -> CommitError {
+    match failure {
+        Failure::Statement(Error::Database(error)) => CommitError::Refused(error.message),
+        other => unanswered(&other.into_error()),
+    }
+}
+
+fn unanswered(error: &Error) -> CommitError {
+    CommitError::Unanswered(match error {
+        Error::Unavailable(why) => why.clone(),
+        Error::Database(error) => error.message.clone(),
+        other => other.to_string(),
+    })
 }

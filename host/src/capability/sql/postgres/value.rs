@@ -10,7 +10,7 @@ use sqlx::{Arguments, Column, Encode, Row, Type, TypeInfo, ValueRef};
 use uuid::Uuid;
 
 use super::super::decimal;
-use super::{Error, Value};
+use super::super::{Error, Value};
 
 /// Adds a parameter; answers a letter that stands for the type that it was given.
 pub(super) fn bind(arguments: &mut PgArguments, value: &Value) -> Result<char, Error> {

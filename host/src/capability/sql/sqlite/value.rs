@@ -13,8 +13,8 @@ use sqlx::{Arguments, Column, Row, TypeInfo, ValueRef};
 use time::{Date, Month, OffsetDateTime, Time, UtcOffset};
 use uuid::Uuid;
 
+use super::super::{Error, Value};
 use super::super::{database_error, decimal};
-use super::{Error, Value};
 
 /// Digits that SQLite keeps of a text that is a number, in a column declared `DECIMAL`, `NUMERIC` or `JSON`.
 const EXACT_DIGITS: usize = 15;

@@ -1,0 +1,200 @@
+//! How far transactional lanes have got: the table `stagehost_progress`.
+
+use std::sync::Arc;
+
+use sqlx::migrate::{MigrateError, Migration, MigrationType, Migrator};
+use sqlx::{AssertSqlSafe, Encode, Executor, FromRow, IntoArguments, SqlSafeStr, Type};
+
+use super::{Database, Error, Kind, StoreError, Transaction};
+use crate::delivery::progress::{Checkpoint, Claim, Commit, CommitError, LaneId, Ledger, Mode};
+
+/// The table's name, without its schema.
+pub(super) const TABLE: &str = "stagehost_progress";
+/// What the host's own migrations are kept in; `_sqlx_migrations` is the user's.
+const MIGRATIONS: &str = "_stagehost_migrations";
+/// What makes the table on PostgreSQL.
+pub(super) const POSTGRES: &str = include_str!("ledger/postgres.sql");
+/// What makes the table on SQLite.
+pub(super) const SQLITE: &str = include_str!("ledger/sqlite.sql");
+
+/// The host's migrations of one kind of database.
+pub(super) fn migrator(table: &'static str) -> Migrator {
+    let simple = MigrationType::Simple;
+    let first = Migration::new(1, "progress".into(), simple, table.into_sql_str(), false);
+    let mut migrator = Migrator::with_migrations(vec![first]);
+    migrator.dangerous_set_table_name(MIGRATIONS);
+    migrator
+}
+
+/// What went wrong when they ran, where the database said it.
+pub(super) fn migration_error(error: MigrateError) -> Result<sqlx::Error, StoreError> {
+    match error {
+        MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _) => Ok(error),
+        MigrateError::VersionMissing(version) => Err(StoreError::Refused(format!(
+            "a newer version of the host has changed {TABLE} (its migration {version}): use that one here too"
+        ))),
+        other => Err(StoreError::Refused(format!("{TABLE}: {other}"))),
+    }
+}
+
+/// The statements on the table.
+pub(super) struct Statements {
+    /// Asks for every column, and no row.
+    pub(super) probe: Arc<str>,
+    claim: Arc<str>,
+    reclaim: Arc<str>,
+    save: Arc<str>,
+}
+
+impl Statements {
+    /// `table` with its schema, as it may stand in a statement.
+    pub(super) fn of(table: &str) -> Self {
+        const KEY: &str = "consumer_group, topic, partition";
+        const ROW: &str = "epoch, generation, commits, next_offset, attempts, pending, seen";
+        const OWN: &str = "consumer_group = $1 AND topic = $2 AND partition = $3 AND epoch = $4";
+        const NOW: &str = "updated_at = CURRENT_TIMESTAMP";
+        Self {
+            probe: format!("SELECT {KEY}, {ROW}, updated_at FROM {table} LIMIT 0").into(),
+            claim: format!(
+                "INSERT INTO {table} AS p ({KEY}, {ROW}) VALUES ($1, $2, $3, 1, 0, 0, NULL, 0, $4, $4) \
+                 ON CONFLICT ({KEY}) DO UPDATE SET epoch = p.epoch + 1, {NOW} RETURNING {ROW}"
+            )
+            .into(),
+            reclaim: format!("UPDATE {table} SET epoch = epoch + 1, {NOW} WHERE {OWN} RETURNING {ROW}").into(),
+            save: format!(
+                "UPDATE {table} SET commits = $5, next_offset = $6, attempts = $7, pending = $8, seen = $9, {NOW} \
+                 WHERE {OWN}"
+            )
+            .into(),
+        }
+    }
+}
+
+type Row = (i64, i64, i64, Option<i64>, i32, Vec<u8>, Vec<u8>);
+
+/// Takes the lane over; only from `epoch`, if one is given.
+pub(super) async fn claim<D>(
+    connection: &mut D::Connection,
+    statements: &Statements,
+    lane: &LaneId,
+    epoch: Option<i64>,
+) -> Result<Option<Claim>, sqlx::Error>
+where
+    D: sqlx::Database,
+    D::Arguments: IntoArguments<D>,
+    for<'c> &'c mut D::Connection: Executor<'c, Database = D>,
+    for<'q> &'q str: Encode<'q, D> + Type<D>,
+    for<'q> &'q [u8]: Encode<'q, D> + Type<D>,
+    for<'q> i32: Encode<'q, D> + Type<D>,
+    for<'q> i64: Encode<'q, D> + Type<D>,
+    for<'r> Row: FromRow<'r, D::Row>,
+{
+    let text = match epoch {
+        None => &statements.claim,
+        Some(_) => &statements.reclaim,
+    };
+    let query = sqlx::query_as::<D, Row>(AssertSqlSafe(text.clone()));
+    let query = query.bind(&*lane.group).bind(&*lane.topic);
+    let query = query.bind(lane.partition);
+    let query = match epoch {
+        None => query.bind(&[][..]),
+        Some(epoch) => query.bind(epoch),
+    };
+    let row = query.fetch_optional(connection).await?;
+    Ok(row.map(|row| {
+        let (epoch, generation, commits, next_offset, attempts, pending, seen) = row;
+        Claim {
+            epoch,
+            generation,
+            commits,
+            checkpoint: Checkpoint {
+                next_offset,
+                attempts: u32::try_from(attempts).unwrap_or_default(),
+                pending,
+                seen,
+            },
+        }
+    }))
+}
+
+/// Writes the lane's new state, if the epoch still is the commit's: the answer's affected rows tell.
+pub(super) async fn save<D>(
+    connection: &mut D::Connection,
+    statements: &Statements,
+    commit: Commit<'_>,
+) -> Result<D::QueryResult, sqlx::Error>
+where
+    D: sqlx::Database,
+    D::Arguments: IntoArguments<D>,
+    for<'c> &'c mut D::Connection: Executor<'c, Database = D>,
+    for<'q> &'q str: Encode<'q, D> + Type<D>,
+    for<'q> &'q [u8]: Encode<'q, D> + Type<D>,
+    for<'q> i32: Encode<'q, D> + Type<D>,
+    for<'q> i64: Encode<'q, D> + Type<D>,
+    for<'q> Option<i64>: Encode<'q, D> + Type<D>,
+{
+    let Commit {
+        lane,
+        epoch,
+        commits,
+        checkpoint,
+    } = commit;
+    let query = sqlx::query::<D>(AssertSqlSafe(statements.save.clone()));
+    let query = query.bind(&*lane.group).bind(&*lane.topic);
+    let query = query.bind(lane.partition).bind(epoch).bind(commits);
+    let query = query
+        .bind(checkpoint.next_offset)
+        .bind(i32::try_from(checkpoint.attempts).unwrap_or(i32::MAX))
+        .bind(&checkpoint.pending[..])
+        .bind(&checkpoint.seen[..]);
+    query.execute(connection).await
+}
+
+impl Database {
+    /// Sees to it that the table `stagehost_progress` is there and may be used: makes it, where it is not.
+    pub async fn prepare_progress(&self) -> Result<(), StoreError> {
+        match &self.kind {
+            Kind::Postgres(database) => database.prepare_progress().await,
+            Kind::Sqlite(database) => database.prepare_progress().await,
+        }
+    }
+
+    async fn own(&self, lane: &LaneId, epoch: Option<i64>) -> Result<Option<Claim>, StoreError> {
+        let claim = match &self.kind {
+            Kind::Postgres(database) => database.claim(lane, epoch).await,
+            Kind::Sqlite(database) => database.claim(lane, epoch).await,
+        };
+        claim.map_err(StoreError::from)
+    }
+}
+
+impl Ledger for Database {
+    type Transaction = Transaction;
+
+    async fn claim(&self, lane: &LaneId) -> Result<Claim, StoreError> {
+        let claim = self.own(lane, None).await?;
+        claim.ok_or_else(|| StoreError::Refused(format!("{TABLE} takes no rows")))
+    }
+
+    async fn reclaim(&self, lane: &LaneId, epoch: i64) -> Result<Option<Claim>, StoreError> {
+        self.own(lane, Some(epoch)).await
+    }
+
+    async fn begin(&self, mode: Mode) -> Result<Transaction, StoreError> {
+        Transaction::begin(self, mode).await
+    }
+
+    async fn save(&self, commit: Commit<'_>) -> Result<(), CommitError> {
+        let saved = match &self.kind {
+            Kind::Postgres(database) => database.save(commit).await,
+            Kind::Sqlite(database) => database.save(commit).await,
+        };
+        match saved {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(CommitError::Fenced),
+            Err(Error::Database(error)) => Err(CommitError::Refused(error.message)),
+            Err(Error::Unavailable(why)) => Err(CommitError::Unanswered(why)),
+            Err(other) => Err(CommitError::Unanswered(other.to_string())),
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! What SQLite's errors mean.
+
+use super::super::{DatabaseError, Error, Failure, StoreError, out_of_time, transport_error};
+
+/// The error of a statement, in the terms of the interface.
+pub(super) fn error_of(error: &sqlx::Error) -> Error {
+    let sqlx::Error::Database(database) = error else {
+        return transport_error(error);
+    };
+    let code: i32 = match database.code().and_then(|code| code.parse().ok()) {
+        Some(code) => code,
+        None => return transport_error(error),
+    };
+    match code & 0xff {
+        INTERRUPT => return out_of_time(),
+        BUSY | LOCKED | NO_MEMORY | IO_ERROR | FULL | CANNOT_OPEN => {
+            return Error::Unavailable(database.message().to_owned());
+        }
+        _ => {}
+    }
+    let message = database.message();
+    Error::Database(DatabaseError {
+        sqlstate: sqlstate(code).map(str::to_owned),
+        message: message.to_owned(),
+        constraint: constraint(code, message).map(str::to_owned),
+    })
+}
+
+/// What is known of the connection after a statement that failed.
+pub(super) fn failure_of(error: &sqlx::Error) -> Failure {
+    match (error, error_of(error)) {
+        (sqlx::Error::Database(_), error) | (_, error @ Error::Unsupported(_)) => {
+            Failure::Statement(error)
+        }
+        (_, error) => Failure::Lost(error),
+    }
+}
+
+// SQLite's result codes.
+const BUSY: i32 = 5;
+const LOCKED: i32 = 6;
+const NO_MEMORY: i32 = 7;
+const INTERRUPT: i32 = 9;
+const IO_ERROR: i32 = 10;
+const FULL: i32 = 13;
+const CANNOT_OPEN: i32 = 14;
+const TOO_BIG: i32 = 18;
+const CONSTRAINT: i32 = 19;
+const MISMATCH: i32 = 20;
+const CONSTRAINT_CHECK: i32 = 275;
+const CONSTRAINT_FOREIGN_KEY: i32 = 787;
+const CONSTRAINT_NOT_NULL: i32 = 1299;
+const CONSTRAINT_PRIMARY_KEY: i32 = 1555;
+const CONSTRAINT_TRIGGER: i32 = 1811;
+const CONSTRAINT_UNIQUE: i32 = 2067;
+const CONSTRAINT_ROW_ID: i32 = 2579;
+const CONSTRAINT_DATA_TYPE: i32 = 3091;
+
+/// What PostgreSQL calls it.
+fn sqlstate(code: i32) -> Option<&'static str> {
+    Some(match code {
+        CONSTRAINT_UNIQUE | CONSTRAINT_PRIMARY_KEY | CONSTRAINT_ROW_ID => "23505",
+        CONSTRAINT_NOT_NULL => "23502",
+        CONSTRAINT_FOREIGN_KEY => "23503",
+        CONSTRAINT_CHECK => "23514",
+        CONSTRAINT_TRIGGER => "P0001",
+        CONSTRAINT_DATA_TYPE => "42804",
+        _ => match code & 0xff {
+            CONSTRAINT => "23000",
+            MISMATCH => "42804",
+            TOO_BIG => "54000",
+            _ => return None,
+        },
+    })
+}
+
+/// `UNIQUE constraint failed: posts.slug` names the columns, `CHECK constraint failed: positive` the constraint.
+fn constraint(code: i32, message: &str) -> Option<&str> {
+    match code {
+        CONSTRAINT_UNIQUE | CONSTRAINT_PRIMARY_KEY | CONSTRAINT_CHECK => message
+            .split_once(" constraint failed: ")
+            .map(|(_, name)| name),
+        _ => None,
+    }
+}
+
+pub(super) fn open_error(place: &str, error: &sqlx::Error) -> StoreError {
+    match error_of(error) {
+        Error::Unavailable(why) => StoreError::Unavailable(format!("{place}: {why}")),
+        Error::Database(database) => StoreError::Refused(format!("{place}: {}", database.message)),
+        other => StoreError::Refused(format!("{place}: {other}")),
+    }
+}
