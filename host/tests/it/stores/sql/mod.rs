@@ -56,7 +56,7 @@ impl Place {
     }
 
     async fn open(&self, migrations: Option<&Path>) -> Result<Database, StoreError> {
-        Database::connect(&self.url, migrations, CONNECTIONS).await
+        Database::connect(&self.url, migrations, CONNECTIONS, None).await
     }
 
     async fn remove(self) {
