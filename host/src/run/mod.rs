@@ -277,16 +277,16 @@ fn breaker(pipeline: &Pipeline, readiness: &Arc<Readiness>, metrics: &Arc<Metric
         .redis
         .keys()
         .map(|name| StoreName::Redis(name.as_str().into()));
-    Breaker::new(sql.chain(redis), readiness.clone(), metrics.clone())
+    let stores = sql.chain(redis);
+    Breaker::new(stores, readiness.clone(), metrics.clone(), rand::random())
 }
 
 /// How long a transaction in the database may wait for its next statement: as long as a call of a stage that has
 /// transactions there. `None` where no stage has.
 fn longest_pause(pipeline: &Pipeline, database: &String) -> Option<Duration> {
     let stages = pipeline.stages.iter();
-    let stages = stages.filter(|stage| {
-        stage.delivery == Delivery::Transactional && stage.sql.contains(database)
-    });
+    let stages = stages
+        .filter(|stage| stage.delivery == Delivery::Transactional && stage.sql.contains(database));
     stages.map(|stage| stage.limits.deadline).max()
 }
 
