@@ -2,9 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
+use rand::SeedableRng;
+use rand::rngs::StdRng;
 use tokio::sync::Mutex;
 use tracing::{info, warn};
 
@@ -31,14 +33,17 @@ pub struct Breaker {
     metrics: Arc<Metrics>,
     /// Whoever holds a store's lock asks for it; the others wait for the lock.
     stores: BTreeMap<StoreName, Mutex<()>>,
+    /// Jitters waits; seeded, so that a simulation can be repeated.
+    rng: std::sync::Mutex<StdRng>,
 }
 
 impl Breaker {
-    /// For these stores.
+    /// For these stores. Its waits are jittered by `seed`.
     pub fn new(
         stores: impl IntoIterator<Item = StoreName>,
         readiness: Arc<Readiness>,
         metrics: Arc<Metrics>,
+        seed: u64,
     ) -> Self {
         let stores: BTreeMap<_, _> = stores
             .into_iter()
@@ -51,6 +56,7 @@ impl Breaker {
             readiness,
             metrics,
             stores,
+            rng: std::sync::Mutex::new(StdRng::seed_from_u64(seed)),
         }
     }
 
@@ -80,7 +86,7 @@ impl Breaker {
                 // One that refuses answers, whatever it says.
                 Ok(Ok(()) | Err(StoreError::Refused(_))) => break,
             };
-            let wait = backoff(&PATIENCE, tries, &mut rand::rng());
+            let wait = self.wait(tries);
             if tries % REMIND_EVERY == 1 {
                 warn!("{store} is away, its lanes wait for it, next try in {wait:.1?}: {why}");
             }
@@ -96,6 +102,11 @@ impl Breaker {
         self.metrics.set_circuit_open(store.name(), false);
         tries > 1
     }
+
+    fn wait(&self, tries: u32) -> Duration {
+        let mut rng = self.rng.lock().unwrap_or_else(PoisonError::into_inner);
+        backoff(&PATIENCE, tries, &mut *rng)
+    }
 }
 
 #[cfg(test)]
@@ -106,7 +117,7 @@ mod tests {
 
     fn breaker(readiness: &Arc<Readiness>) -> (Breaker, StoreName) {
         let store = StoreName::Sql(Arc::from("posts"));
-        let breaker = Breaker::new([store.clone()], readiness.clone(), Arc::default());
+        let breaker = Breaker::new([store.clone()], readiness.clone(), Arc::default(), 1);
         (breaker, store)
     }
 

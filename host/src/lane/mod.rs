@@ -126,6 +126,8 @@ impl<K, H> Common<K, H> {
 
     async fn wait(&self, time: Duration) -> Result<(), Stopped> {
         tokio::select! {
+            // In one order, so that a simulation can be repeated.
+            biased;
             // Both are cancel-safe: neither holds anything.
             () = tokio::time::sleep(time) => Ok(()),
             () = self.stopping.cancelled() => Err(Stopped),
@@ -141,6 +143,7 @@ impl<K, H> Common<K, H> {
             breaker, handler, ..
         } = &self.equipment;
         tokio::select! {
+            biased;
             // Both are cancel-safe: to ask a store changes nothing.
             was_away = breaker.until_there(store, || handler.probe(store)) => Ok(was_away),
             () = self.stopping.cancelled() => Err(Stopped),

@@ -183,11 +183,11 @@ pub struct RedisGrant {
 #[derive(Clone, Copy, Debug)]
 pub struct Retry {
     /// Deliveries in all, at least 1.
-    pub(crate) max_attempts: u32,
+    pub max_attempts: u32,
     /// The first wait; doubled each time, with jitter.
-    pub(crate) initial: Duration,
+    pub initial: Duration,
     /// The longest wait.
-    pub(crate) max: Duration,
+    pub max: Duration,
 }
 
 /// What one call may use.

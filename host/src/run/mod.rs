@@ -277,7 +277,8 @@ fn breaker(pipeline: &Pipeline, readiness: &Arc<Readiness>, metrics: &Arc<Metric
         .redis
         .keys()
         .map(|name| StoreName::Redis(name.as_str().into()));
-    Breaker::new(sql.chain(redis), readiness.clone(), metrics.clone())
+    let stores = sql.chain(redis);
+    Breaker::new(stores, readiness.clone(), metrics.clone(), rand::random())
 }
 
 /// How long a transaction in the database may wait for its next statement: as long as a call of a stage that has
