@@ -109,9 +109,16 @@ impl ClientSettings {
     }
 }
 
-/// What librdkafka warns of and deals with by itself: lost connections, of which the host says once that
-/// the log is away, and a coordinator that is not ready yet.
-const HANDLED: &[&str] = &["ERROR", "FAIL", "GETPID", "REQTMOUT", "SESSTMOUT"];
+/// What librdkafka warns of and it or the host deals with: lost connections, of which the host says once that
+/// the log is away, a coordinator that is not ready yet, and commits, of which the host hears by itself.
+const HANDLED: &[&str] = &[
+    "COMMITFAIL",
+    "ERROR",
+    "FAIL",
+    "GETPID",
+    "REQTMOUT",
+    "SESSTMOUT",
+];
 
 /// Sends what librdkafka has to say into the host's log.
 fn log_line(level: RDKafkaLogLevel, facility: &str, message: &str) {
