@@ -13,9 +13,13 @@ use tempfile::TempDir;
 
 use crate::support::server;
 
+mod commits;
 mod lifecycle;
+mod progress;
+mod proxy;
 mod sessions;
 mod statements;
+mod transactions;
 mod values;
 
 const CONNECTIONS: u32 = 4;
