@@ -4,7 +4,7 @@ use std::mem;
 use std::time::Duration;
 
 use tokio::time::timeout;
-use tracing::{error, warn};
+use tracing::{debug, error, warn};
 
 use super::batch::{Batch, Note};
 use super::turn::{After, Plan};
@@ -122,6 +122,31 @@ where
         tenure.outbox.launch(delivery, outputs, next_offset);
         self.settled(batch);
         self.follow(tenure, batch, after).await
+    }
+
+    /// Takes outputs out of the row that the log has.
+    pub(super) async fn clear_pending(&mut self, tenure: &mut Tenure) -> Result<(), Ending> {
+        let checkpoint = self.checkpoint(tenure, tenure.next_offset, tenure.attempts, &[])?;
+        let commit = Commit {
+            lane: &self.id,
+            epoch: tenure.epoch,
+            commits: tenure.commits + 1,
+            checkpoint: &checkpoint,
+        };
+        let cleared = match self.ledger.save(commit).await {
+            Ok(()) => true,
+            Err(CommitError::Fenced) => return Err(Ending::Fenced),
+            Err(CommitError::Unanswered(why)) => self.find_out(tenure, why).await?,
+            Err(CommitError::Refused(why)) => {
+                debug!("outputs stay in the row, and may be produced once more: {why}");
+                return Ok(());
+            }
+        };
+        if cleared {
+            tenure.commits += 1;
+            tenure.has_pending = false;
+        }
+        Ok(())
     }
 
     /// Waits for the log for as long as it takes, unless the partition is to be given up.

@@ -25,7 +25,7 @@ use super::{Common, Equipment, Halt, LOG_PATIENCE, Stopped};
 use crate::capability::{StoreError, StoreName};
 use crate::delivery::Handler;
 use crate::delivery::output;
-use crate::delivery::progress::{Checkpoint, Claim, Commit, LaneId, Ledger, Transaction};
+use crate::delivery::progress::{Checkpoint, Claim, LaneId, Ledger, Transaction};
 use crate::delivery::retry::backoff;
 use crate::delivery::seen::Seen;
 use crate::log::{Addressed, Gap, Source};
@@ -33,6 +33,9 @@ use crate::record::Record;
 
 /// How long a lane that another host has taken over waits for its group to say so too.
 const FENCED_WAIT: Duration = Duration::from_secs(2);
+
+/// After so long without a record, outputs that the log has are taken out of the row: a crash would produce them again.
+const IDLE: Duration = Duration::from_secs(5);
 
 /// One stage on one partition.
 pub struct Lane<S, K, H, L> {
@@ -145,7 +148,7 @@ where
             let started = self.common.start(&mut self.source, from).await;
             tenure.next_offset = started.map_err(Ending::Halted)?;
             let gap = loop {
-                match self.next(&mut tenure).await {
+                match self.next(&mut tenure).await? {
                     Ok(Some(records)) => {
                         self.common.metrics().batch(records.len());
                         let mut batch = Batch::new(records, &tenure.seen);
@@ -238,16 +241,24 @@ where
     }
 
     /// The next records; tells the log meanwhile what is done.
-    async fn next(&mut self, tenure: &mut Tenure) -> Result<Option<Vec<Record>>, Gap> {
+    async fn next(
+        &mut self,
+        tenure: &mut Tenure,
+    ) -> Result<Result<Option<Vec<Record>>, Gap>, Ending> {
         loop {
             if let Some(done) = tenure.outbox.take_done() {
                 self.source.done(done);
             }
+            let is_aloft = tenure.outbox.is_aloft();
             tokio::select! {
                 biased;
-                // Both are cancel-safe: the flight goes on at the next call, and records stay where they are.
-                () = tenure.outbox.landed(), if tenure.outbox.is_aloft() => {}
-                records = self.source.next(&self.common.policy().batch) => return records,
+                // All are cancel-safe: the flight goes on at the next call, records stay where they are, and a sleep
+                // holds nothing.
+                () = tenure.outbox.landed(), if is_aloft => {}
+                records = self.source.next(&self.common.policy().batch) => return Ok(records),
+                () = tokio::time::sleep(IDLE), if !is_aloft && tenure.has_pending => {
+                    self.clear_pending(tenure).await?;
+                }
             }
         }
     }
@@ -255,20 +266,11 @@ where
     /// So that nothing is produced again after a stop: waits for what is on its way and takes it out of the row.
     async fn finish(&mut self, tenure: &mut Tenure) -> Result<(), Ending> {
         tenure.outbox.landed().await;
-        if tenure.has_pending {
-            let checkpoint = self.checkpoint(tenure, tenure.next_offset, tenure.attempts, &[])?;
-            let commit = Commit {
-                lane: &self.id,
-                epoch: tenure.epoch,
-                commits: tenure.commits + 1,
-                checkpoint: &checkpoint,
-            };
-            if let Err(error) = self.ledger.save(commit).await {
-                debug!("outputs stay in the row, and may be produced once more: {error}");
-            }
-        }
         if let Some(done) = tenure.outbox.take_done() {
             self.source.done(done);
+        }
+        if tenure.has_pending {
+            self.clear_pending(tenure).await?;
         }
         Ok(())
     }
