@@ -129,9 +129,11 @@ where
         attempts: u32,
     ) -> Ran {
         while batch.handled < batch.records.len() {
-            let full = batch.since.elapsed() >= self.common.policy().batch.max_time
-                || batch.held_bytes >= MAX_PENDING_BYTES
-                || (batch.one_by_one && batch.handled > batch.settled);
+            // A call that takes longer than a batch may is no reason to end it with nothing.
+            let full = batch.handled > batch.settled
+                && (batch.one_by_one
+                    || batch.since.elapsed() >= self.common.policy().batch.max_time
+                    || batch.held_bytes >= MAX_PENDING_BYTES);
             if full || self.common.stopping.is_cancelled() {
                 return Ran::Good(After::GoOn);
             }
