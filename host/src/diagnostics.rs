@@ -78,6 +78,9 @@ impl Problems {
     }
 }
 
+/// Problems that are printed: a file that is none of ours has one a line.
+const MAX_SHOWN: usize = 50;
+
 /// All problems of one pipeline file, in the order of their places. `Display` is plain text.
 #[derive(Debug)]
 pub struct Diagnostics {
@@ -125,9 +128,12 @@ impl Diagnostics {
 
     fn render(&self, renderer: &Renderer) -> String {
         let mut out = String::new();
-        for problem in &self.problems {
+        for problem in self.problems.iter().take(MAX_SHOWN) {
             out.push_str(&renderer.render(&[self.group(problem)]));
             out.push_str("\n\n");
+        }
+        if let Some(more @ 1..) = self.problems.len().checked_sub(MAX_SHOWN) {
+            out.push_str(&format!("… and {more} more\n\n"));
         }
         let count = match self.problems.len() {
             1 => "1 problem".to_owned(),

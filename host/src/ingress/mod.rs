@@ -3,6 +3,7 @@
 mod body;
 mod read;
 mod router;
+mod starting;
 mod trace;
 
 use std::collections::BTreeMap;
@@ -22,6 +23,7 @@ use uuid::Uuid;
 
 use self::read::Read;
 use self::router::{Found, Router};
+pub use self::starting::Starting;
 use crate::capability::redis::Store;
 use crate::http::{self, Answer, BodyRoom, Handler, busy, method_not_allowed, not_found, text};
 use crate::log::{LogError, Sink, Unsent};
@@ -303,7 +305,13 @@ fn log_refusal(unsent: &[Unsent], topic: &str) -> Answer {
     let Some(Unsent { error, .. }) = unsent.first() else {
         return busy("the log is not available");
     };
-    tracing::warn!(topic, "a request's record was not acknowledged: {error}");
+    match error {
+        // That the log is away is said once, by who watches it, and not for every request.
+        LogError::Unavailable(_) => {
+            tracing::debug!(topic, "a record was not acknowledged: {error}")
+        }
+        _ => tracing::warn!(topic, "a request's record was not acknowledged: {error}"),
+    }
     match error {
         LogError::Unavailable(_) => busy("the log is not available"),
         LogError::TooLarge(_) => text(

@@ -381,9 +381,13 @@ fn check_key(checks: &Checks<'_>, key: &Text, parameters: Option<&[&str]>) -> bo
         let Some(parameters) = parameters.filter(|known| !known.contains(&name)) else {
             continue;
         };
-        let help = suggestion(name, parameters.iter().copied(), |all| {
-            format!("the path has {all}")
-        });
+        let help = if parameters.is_empty() {
+            format!("write it into the path, as `/…/{{{name}}}`")
+        } else {
+            suggestion(name, parameters.iter().copied(), |all| {
+                format!("the path has {all}")
+            })
+        };
         checks.report(Problem::at(&key.span, format!("the path has no `{{{name}}}`")).help(help));
         good = false;
     }

@@ -20,7 +20,7 @@ use crate::admin::{self, Readiness};
 use crate::capability::{StoreError, StoreName, Stores, redis, sql};
 use crate::component::Runtime;
 use crate::delivery::breaker::Breaker;
-use crate::ingress::{self, Ingress};
+use crate::ingress::{self, Ingress, Starting};
 use crate::log::kafka::ClientSettings;
 use crate::log::kafka::consumer::StopHandle;
 use crate::log::kafka::producer::{Patience, Producer};
@@ -66,7 +66,8 @@ pub async fn run(pipeline: Pipeline, shutdown: CancellationToken) -> anyhow::Res
         readiness: &readiness,
         shutdown: &shutdown,
     };
-    let result = match Host::start(&pipeline, &settings, &waiting, &metrics, listeners.http).await {
+    let starting = listeners.http.map(Starting::serve).transpose()?;
+    let result = match Host::start(&pipeline, &settings, &waiting, &metrics, starting).await {
         Ok(Some(mut host)) => {
             banner::print(&pipeline, &settings.brokers, &listeners.addresses);
             let failed = host.serve(&shutdown).await;
@@ -159,7 +160,7 @@ impl Host {
         settings: &ClientSettings,
         waiting: &Waiting<'_>,
         metrics: &Arc<Metrics>,
-        http: Option<TcpListener>,
+        starting: Option<Starting>,
     ) -> anyhow::Result<Option<Self>> {
         let admin = Admin::new(settings)?;
         let Some(()) = topics::prepare(pipeline, &admin, waiting, &settings.brokers).await? else {
@@ -192,16 +193,17 @@ impl Host {
             loaded.push((stage, stage::load(stage, &runtime, &host.stores).await?));
         }
         for (stage, loaded) in loaded {
-            let stop = loaded.start(&shared, &mut host.ended)?;
+            let ready = wait::stage(&stage.name);
+            let stop = loaded.start(&shared, ready, &mut host.ended)?;
             host.stages.push(stop);
-            waiting.readiness.ready(&wait::stage(&stage.name));
         }
-        if let (Some(config), Some(listener)) = (&pipeline.http, http) {
+        if let (Some(config), Some(starting)) = (&pipeline.http, starting) {
             let patience = Patience::Bounded(INGRESS_PATIENCE);
             let sink = GatedSink::new(Producer::new(settings, patience)?, &host.watch);
             let limits = ingress::Limits::default();
             let stores = &host.stores.redis;
             let ingress = Ingress::new(config, Arc::new(sink), stores, metrics.clone(), limits)?;
+            let listener = starting.end().await?;
             host.ingress = Some(tokio::spawn(
                 ingress.serve(listener, host.ingress_stop.clone()),
             ));

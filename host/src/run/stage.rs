@@ -122,10 +122,12 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 impl LoadedStage {
-    /// Joins the stage's group, with a task in `tasks` that runs its lanes until it has left it again.
+    /// Joins the stage's group, with a task in `tasks` that runs its lanes until it has left it again. The condition
+    /// `ready` holds once the group has given it its share of the partitions.
     pub(super) fn start(
         self,
         shared: &Shared,
+        ready: String,
         tasks: &mut JoinSet<anyhow::Result<()>>,
     ) -> anyhow::Result<StopHandle> {
         let producer = match self.ledger {
@@ -145,7 +147,7 @@ impl LoadedStage {
         let consumer =
             GroupConsumer::start(&shared.settings, subscription, shared.metrics.clone())?;
         let stop = consumer.stop.clone();
-        tasks.spawn(self.run_lanes(consumer, equipment));
+        tasks.spawn(self.run_lanes(consumer, equipment, ready));
         Ok(stop)
     }
 
@@ -154,11 +156,17 @@ impl LoadedStage {
         self,
         mut consumer: GroupConsumer,
         equipment: Equipment<Producer, StageComponent>,
+        ready: String,
     ) -> anyhow::Result<()> {
         let mut lanes = JoinSet::new();
+        let mut is_ready = false;
         loop {
             tokio::select! {
-                // All three are cancel-safe: what was not taken stays in its channel or set.
+                // All are cancel-safe: what was not taken stays in its channel or set.
+                () = consumer.joined.cancelled(), if !is_ready => {
+                    equipment.readiness.ready(&ready);
+                    is_ready = true;
+                }
                 Some(source) = consumer.assigned.recv() => {
                     lanes.spawn(self.lane(source, equipment.clone()));
                 }

@@ -41,6 +41,8 @@ impl Bench {
             name = "bench"
             [kafka]
             brokers = "{brokers}"
+            # So that a host which was killed is soon taken for dead.
+            properties."session.timeout.ms" = "6000"
             [topics."{input}"]
             partitions = {partitions}
             [topics."{output}"]

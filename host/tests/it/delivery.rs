@@ -272,7 +272,8 @@ async fn a_refused_output_costs_its_message_alone() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_refused_output_of_a_batch_call_loses_nothing() {
     let small = "config = { \"max.message.bytes\" = \"2000\" }";
-    let bench = Bench::with("test-batch", 1, "", "sqlite:db.sqlite", small);
+    let settings = "delivery = \"at-least-once\"";
+    let bench = Bench::with("test-batch", 1, settings, "sqlite:db.sqlite", small);
     let messages: Vec<_> = (0..9)
         .map(|n| match n {
             4 => json!({ "do": "emit-huge", "topic": bench.output, "bytes": 5000 }),

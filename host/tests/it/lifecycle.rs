@@ -204,6 +204,45 @@ async fn a_log_that_is_away_is_waited_for() {
     assert!(status.success(), "{said}");
 }
 
+/// A client that gave up must not find later that its request was carried out after all.
+#[tokio::test(flavor = "multi_thread")]
+async fn http_clients_are_told_at_once_that_the_pipeline_is_starting() {
+    let nobody = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let brokers = nobody.local_addr().expect("its address").to_string();
+    drop(nobody);
+    let http = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = http.local_addr().expect("its address").to_string();
+    drop(http);
+    let pipeline = format!(
+        r#"
+        name = "starting"
+        kafka.brokers = "{brokers}"
+        admin.listen = "127.0.0.1:0"
+        [topics.posts]
+        [http]
+        listen = "{address}"
+        [[http.routes]]
+        path = "/post"
+        method = "POST"
+        produce = {{ topic = "posts", fields = ["title"] }}
+        "#
+    );
+    let folder = Arc::new(tempfile::tempdir().expect("a folder"));
+    let host = Host::spawn(folder, &pipeline, &[]);
+    let head = host.wait_for("an answer", || {
+        let (status, head, _) = http_post(&address, "title=a");
+        (status == 503).then_some(head)
+    });
+    assert!(head.to_lowercase().contains("retry-after"), "{head}");
+    let (status, said) = host.stop();
+    assert!(status.success(), "{said}");
+}
+
+fn http_post(address: &str, body: &str) -> (u16, String, String) {
+    let head = "POST /post HTTP/1.1\r\ncontent-type: application/x-www-form-urlencoded";
+    crate::support::http(address, head, body)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn too_few_partitions_are_an_error_and_not_changed() {
     let brokers = server("KAFKA_BROKERS");

@@ -186,10 +186,14 @@ impl Words<'_> {
     }
 }
 
-/// One statement, and placeholders `$1` to `$params` only.
+/// One statement, and placeholders `$1` to `$params` only; and none that ends a transaction when it fails.
 fn check_sqlite(text: &[u8], params: usize) -> Result<(), Error> {
     let mut at = 0;
+    let mut before = Before::default();
     while at < text.len() {
+        if !text[at].is_ascii_whitespace() && !is_comment(text, at) {
+            before.check(&text[at..])?;
+        }
         at = match text[at] {
             b'\'' | b'"' | b'`' => skip_quoted(text, at, text[at]),
             b'[' => skip_quoted(text, at, b']'),
@@ -216,6 +220,31 @@ fn check_sqlite(text: &[u8], params: usize) -> Result<(), Error> {
         };
     }
     Ok(())
+}
+
+/// The last two tokens of a statement of SQLite.
+#[derive(Default)]
+struct Before<'a>(&'a [u8], &'a [u8]);
+
+impl<'a> Before<'a> {
+    /// Refuses what has a failure undo the whole transaction, and end it: `OR ROLLBACK`, `ON CONFLICT ROLLBACK` and
+    /// `RAISE(ROLLBACK, …)`. Elsewhere it is a name like others.
+    fn check(&mut self, rest: &'a [u8]) -> Result<(), Error> {
+        let token = &rest[..word_len(rest).max(1)];
+        if token.eq_ignore_ascii_case(b"ROLLBACK") {
+            let follows = |first: &[u8], second: &[u8]| {
+                self.0.eq_ignore_ascii_case(first) && self.1.eq_ignore_ascii_case(second)
+            };
+            if follows(b"INSERT", b"OR") || follows(b"UPDATE", b"OR") {
+                return Err(refusal("OR ROLLBACK", TRANSACTIONS));
+            }
+            if follows(b"ON", b"CONFLICT") || follows(b"RAISE", b"(") {
+                return Err(refusal("ROLLBACK", TRANSACTIONS));
+            }
+        }
+        *self = Self(self.1, token);
+        Ok(())
+    }
 }
 
 /// The place after the `::type`s at `at`: SQLite takes them for a part of the placeholder's name, so
@@ -410,6 +439,29 @@ mod tests {
                 Ok("CREATE"),
             );
         }
+    }
+
+    #[test]
+    fn sqlite_ends_no_transaction_by_itself() {
+        let sqlite = Dialect::Sqlite;
+        for text in [
+            "insert or rollback into t values (1)",
+            "update or /* a */ rollback t set a = 1",
+            "create table t (a unique on conflict Rollback)",
+            "create trigger x before insert on t begin select raise ( -- \n rollback, 'no'); end",
+            "with x as (select 1) insert or rollback into t select * from x",
+        ] {
+            check(sqlite, text, 0, Err("the host runs the transactions"));
+        }
+        for text in [
+            "insert or ignore into t values ('or rollback')",
+            "insert into t values (1) on conflict do nothing",
+            "select a or rollback, \"rollback\" from t",
+        ] {
+            let keyword = text.split(' ').next().unwrap_or_default();
+            check(sqlite, text, 0, Ok(&keyword.to_ascii_uppercase()));
+        }
+        check(Dialect::Postgres, "select 1 or rollback", 0, Ok("SELECT"));
     }
 
     #[test]

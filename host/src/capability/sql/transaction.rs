@@ -145,7 +145,7 @@ impl Transaction {
             (Fate::Untouched | Fate::Kept, _) => State::Open(held),
             (Fate::Doomed, _) => State::Doomed(held),
             (Fate::Lost, Ok(_)) => State::Gone("a statement broke the connection".to_owned()),
-            (Fate::Lost, Err(error)) => State::Gone(StoreError::from(error.clone()).to_string()),
+            (Fate::Lost, Err(error)) => State::Gone(words(error.clone())),
         };
         *self.state() = state;
         answer
@@ -215,7 +215,9 @@ impl progress::Transaction for Transaction {
     }
 
     async fn commit(self, commit: Commit<'_>) -> Result<(), CommitError> {
-        let mut held = self.take().map_err(|error| unanswered(&error))?;
+        let mut held = self
+            .take()
+            .map_err(|error| CommitError::Unanswered(words(error)))?;
         let saved = match &mut held.session {
             Session::Postgres(session) => session.save(commit).await,
             Session::Sqlite(session) => session.save(commit).await,
@@ -226,19 +228,17 @@ impl progress::Transaction for Transaction {
                 held.session.rollback().await;
                 Err(CommitError::Fenced)
             }
-            // The row is the host's, so it's not for the stage if it can't be written: whoever asks
-            // for it next will meet the same, or not.
+            // The row is the host's, and that it can't be written is no fault of the effects, unless the stage has
+            // changed what the session may do.
             Err(Failure::Statement(error)) => {
                 let has_traces = held.session.has_traces();
                 held.session.rollback().await;
-                match error {
-                    Error::Database(error) if has_traces => {
-                        Err(CommitError::Refused(error.message))
-                    }
-                    error => Err(unanswered(&error)),
-                }
+                Err(match has_traces {
+                    true => CommitError::Refused(words(error)),
+                    false => CommitError::Unanswered(words(error)),
+                })
             }
-            Err(failure) => Err(unanswered(&failure.into_error())),
+            Err(failure) => Err(unanswered(failure)),
         }
     }
 
@@ -278,14 +278,18 @@ impl Session {
 fn commit_error(failure: Failure) -> CommitError {
     match failure {
         Failure::Statement(Error::Database(error)) => CommitError::Refused(error.message),
-        other => unanswered(&other.into_error()),
+        other => unanswered(other),
     }
 }
 
-fn unanswered(error: &Error) -> CommitError {
-    CommitError::Unanswered(match error {
-        Error::Unavailable(why) => why.clone(),
-        Error::Database(error) => error.message.clone(),
+fn unanswered(failure: Failure) -> CommitError {
+    CommitError::Unanswered(words(failure.into_error()))
+}
+
+fn words(error: Error) -> String {
+    match error {
+        Error::Unavailable(why) => why,
+        Error::Database(error) => error.message,
         other => other.to_string(),
-    })
+    }
 }

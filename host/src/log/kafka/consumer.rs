@@ -18,6 +18,7 @@ use rdkafka::message::{BorrowedMessage, Headers, Message};
 use rdkafka::statistics::Statistics;
 use rdkafka::{Offset, TopicPartitionList};
 use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use super::super::{Gap, LogError};
@@ -57,6 +58,8 @@ pub struct Subscription {
 pub struct GroupConsumer {
     /// Ends it.
     pub stop: StopHandle,
+    /// Cancelled once the group has given it partitions for the first time, or none where it has too few.
+    pub joined: CancellationToken,
     /// Each partition that it is assigned, as a source; dropping the source says that its lane has ended.
     pub assigned: mpsc::UnboundedReceiver<PartitionSource>,
     /// Resolves when the member has left the group; an error says why it did so by itself.
@@ -127,9 +130,11 @@ impl GroupConsumer {
         let config = Self::config(settings, &subscription.group);
         let (assigned, sources) = mpsc::unbounded_channel();
         let attention = Arc::<AtomicBool>::default();
+        let joined = CancellationToken::new();
         let context = Context(Mutex::new(State {
             partitions: HashMap::new(),
             assigned,
+            joined: joined.clone(),
             attention: attention.clone(),
             metrics,
             group: subscription.group.clone(),
@@ -161,6 +166,7 @@ impl GroupConsumer {
             .map_err(|error| LogError::Unavailable(format!("cannot start a thread: {error}")))?;
         Ok(Self {
             stop,
+            joined,
             assigned: sources,
             ended,
         })
@@ -327,6 +333,7 @@ pub(super) struct Context(Mutex<State>);
 struct State {
     partitions: HashMap<(String, i32), Arc<Partition>>,
     assigned: mpsc::UnboundedSender<PartitionSource>,
+    joined: CancellationToken,
     attention: Arc<AtomicBool>,
     metrics: Arc<Metrics>,
     group: String,
@@ -350,7 +357,10 @@ impl Context {
 
     fn assign(&self, list: &TopicPartitionList) {
         let mut state = self.lock();
-        info!(group = state.group, "assigned {}", names(list));
+        state.joined.cancel();
+        if list.count() > 0 {
+            info!(group = state.group, "assigned {}", names(list));
+        }
         for element in list.elements() {
             let (topic, number) = (element.topic(), element.partition());
             let partition = Partition::new(topic, number, state.attention.clone());
@@ -519,7 +529,12 @@ impl ConsumerContext for Context {
 
     fn commit_callback(&self, result: KafkaResult<()>, offsets: &TopicPartitionList) {
         if let Err(error) = result {
-            warn!("offsets were not committed, trying again: {error}");
+            // While the group hands partitions round, it takes no commits from before; the next one is taken.
+            if is_rebalancing(&error) {
+                debug!("offsets were not committed, trying again: {error}");
+            } else {
+                warn!("offsets were not committed, trying again: {error}");
+            }
             let state = self.lock();
             for element in offsets.elements() {
                 if let Some(partition) = state.partition(element.topic(), element.partition()) {
@@ -528,6 +543,15 @@ impl ConsumerContext for Context {
             }
         }
     }
+}
+
+fn is_rebalancing(error: &KafkaError) -> bool {
+    use rdkafka::error::RDKafkaErrorCode as Code;
+    let code = error.rdkafka_error_code();
+    matches!(
+        code,
+        Some(Code::IllegalGeneration | Code::RebalanceInProgress | Code::WaitingForCoordinator)
+    )
 }
 
 /// `topic 0 1 2, other 5`.

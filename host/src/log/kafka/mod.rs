@@ -109,14 +109,23 @@ impl ClientSettings {
     }
 }
 
-/// What librdkafka warns of and deals with by itself: lost connections, of which the host says once that
-/// the log is away, and a coordinator that is not ready yet.
-const HANDLED: &[&str] = &["ERROR", "FAIL", "GETPID", "REQTMOUT", "SESSTMOUT"];
+/// What librdkafka warns of and it or the host deals with: lost connections, of which the host says once that
+/// the log is away, a coordinator that is not ready yet, and commits, of which the host hears by itself.
+const HANDLED: &[&str] = &[
+    "COMMITFAIL",
+    "ERROR",
+    "FAIL",
+    "GETPID",
+    "REQTMOUT",
+    "SESSTMOUT",
+];
 
 /// Sends what librdkafka has to say into the host's log.
 fn log_line(level: RDKafkaLogLevel, facility: &str, message: &str) {
-    // That it calls experimental what the host's promise rests on is no news to whoever runs a pipeline.
-    if facility == "CONFWARN" && message.contains(producer::GAPLESS) {
+    // That it calls experimental what the host's promise rests on, and that it stops where it would break it, is no news to
+    // whoever runs a pipeline: the host deals with it.
+    let of_gaps = message.contains(producer::GAPLESS) || message.contains("gap-less guarantee");
+    if of_gaps {
         debug!(target: "librdkafka", "{facility}: {message}");
         return;
     }

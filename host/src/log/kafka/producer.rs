@@ -11,7 +11,7 @@ use rdkafka::producer::{
     BaseRecord, DeliveryResult, Producer as _, ProducerContext, PurgeConfig, ThreadedProducer,
 };
 use tokio::sync::Notify;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use super::super::{Addressed, LogError, Sink, Unsent};
 use super::partitioner::Partitioner;
@@ -88,7 +88,12 @@ impl Producer {
         if !Arc::ptr_eq(&current, failed) {
             return;
         }
-        warn!("the producer failed for good ({code}: {why}); going on with a new one");
+        if code == RDKafkaErrorCode::GaplessGuarantee {
+            info!("the log refused a record: what was sent behind it is sent again");
+            debug!("{why}");
+        } else {
+            warn!("the producer failed for good ({code}: {why}); going on with a new one");
+        }
         match create(&config(&self.settings, self.patience)) {
             Ok(client) => *current = Arc::new(client),
             Err(error) => warn!("cannot make a new producer: {error}"),

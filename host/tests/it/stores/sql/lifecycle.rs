@@ -181,7 +181,7 @@ async fn who_is_away_is_unavailable_and_who_refuses_is_refused() {
         (unknown.into(), true),
         (stranger.into(), true),
     ] {
-        let opened = Database::connect(&SqlUrl::Postgres(url.clone()), None, 1).await;
+        let opened = Database::connect(&SqlUrl::Postgres(url.clone()), None, 1, None).await;
         let why = match (opened.map(drop), available) {
             (Err(StoreError::Unavailable(why)), false) => why,
             (Err(StoreError::Refused(why)), true) => why,
@@ -194,7 +194,7 @@ async fn who_is_away_is_unavailable_and_who_refuses_is_refused() {
     }
     let file = tempfile::NamedTempFile::new().expect("a temporary file");
     std::fs::write(file.path(), "this is no database, however long it may be").expect("a disk");
-    let opened = Database::connect(&SqlUrl::Sqlite(file.path().to_owned()), None, 1).await;
+    let opened = Database::connect(&SqlUrl::Sqlite(file.path().to_owned()), None, 1, None).await;
     assert!(matches!(opened.map(drop), Err(StoreError::Refused(_))));
 }
 

@@ -13,9 +13,13 @@ use tempfile::TempDir;
 
 use crate::support::server;
 
+mod commits;
 mod lifecycle;
+mod progress;
+mod proxy;
 mod sessions;
 mod statements;
+mod transactions;
 mod values;
 
 const CONNECTIONS: u32 = 4;
@@ -56,7 +60,7 @@ impl Place {
     }
 
     async fn open(&self, migrations: Option<&Path>) -> Result<Database, StoreError> {
-        Database::connect(&self.url, migrations, CONNECTIONS).await
+        Database::connect(&self.url, migrations, CONNECTIONS, None).await
     }
 
     async fn remove(self) {

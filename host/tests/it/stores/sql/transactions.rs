@@ -1,0 +1,707 @@
+//! What a stage's statements do in a transaction of the host.
+
+use std::time::Duration;
+
+use host::capability::sql::{Database, Error, Transaction};
+use host::delivery::progress::{Broken, CommitError, LaneId, Ledger, Mode, Transaction as _};
+use host::pipeline::SqlUrl;
+use sqlx::{ConnectOptions, Executor};
+
+use super::Value::{Int64, Text};
+use super::progress::{checkpoint, commit, lane};
+use super::{CONNECTIONS, Kind, Place, Value, execute, on, on_each, query, text};
+
+const INSERT: &str = "INSERT INTO t VALUES ($1)";
+const MODES: [Mode; 2] = [Mode::Optimistic, Mode::Careful];
+
+/// A lane that is claimed, beside a table `t` of unique numbers.
+pub(super) struct Owner {
+    pub(super) database: Database,
+    pub(super) lane: LaneId,
+    pub(super) epoch: i64,
+    pub(super) commits: i64,
+}
+
+impl Owner {
+    pub(super) async fn new(database: &Database) -> Self {
+        database.prepare_progress().await.expect("a new table");
+        execute(database, "CREATE TABLE t (id BIGINT PRIMARY KEY)", &[]).await;
+        let lane = lane();
+        let epoch = database.claim(&lane).await.expect("a claim").epoch;
+        Self {
+            database: database.clone(),
+            lane,
+            epoch,
+            commits: 0,
+        }
+    }
+
+    pub(super) async fn begin(&self, mode: Mode) -> Transaction {
+        self.database.begin(mode).await.expect("a transaction")
+    }
+
+    pub(super) async fn commit(&mut self, transaction: Transaction) -> Result<(), CommitError> {
+        let state = checkpoint(self.commits);
+        let commit = commit(&self.lane, self.epoch, self.commits + 1, &state);
+        transaction.commit(commit).await?;
+        self.commits += 1;
+        Ok(())
+    }
+
+    async fn numbers(&self) -> Vec<i64> {
+        let rows = query(&self.database, "SELECT id FROM t ORDER BY id", &[]).await;
+        let number = |row: &Vec<Value>| match row[..] {
+            [Int64(number)] => number,
+            _ => panic!("{row:?}"),
+        };
+        rows.iter().map(number).collect()
+    }
+}
+
+async fn insert(transaction: &Transaction, id: i64) -> Result<u64, Error> {
+    transaction.execute(INSERT, &[Int64(id)]).await
+}
+
+#[track_caller]
+fn is_violation<T: std::fmt::Debug>(answer: &Result<T, Error>) {
+    match answer {
+        Err(Error::Database(error)) if error.sqlstate.as_deref() == Some("23505") => {}
+        other => panic!("{other:?}"),
+    }
+}
+
+#[track_caller]
+fn is_lost(transaction: &Transaction) {
+    let broken = transaction.broken();
+    assert!(matches!(broken, Some(Broken::Connection(_))), "{broken:?}");
+}
+
+#[tokio::test]
+async fn effects_and_progress_are_committed_together_or_not_at_all() {
+    on_each(async |kind, database| {
+        let mut owner = Owner::new(&database).await;
+        for (at, mode) in MODES.into_iter().enumerate() {
+            let id = 10 * at as i64;
+            let transaction = owner.begin(mode).await;
+            assert_eq!(insert(&transaction, id).await, Ok(1), "{kind:?}");
+            let clone = transaction.clone();
+            let seen = clone
+                .query("SELECT count(*) FROM t WHERE id = $1", &[Int64(id)])
+                .await;
+            assert_eq!(
+                seen.map(|seen| seen.rows),
+                Ok(vec![vec![Int64(1)]]),
+                "{kind:?}"
+            );
+            assert!(
+                !owner.numbers().await.contains(&id),
+                "{kind:?}: nobody else sees it"
+            );
+            assert_eq!((transaction.statements(), transaction.broken()), (2, None));
+            let committed = owner.commit(transaction).await;
+            assert!(committed.is_ok(), "{kind:?}: {committed:?}");
+            assert!(owner.numbers().await.contains(&id), "{kind:?}");
+            let late = insert(&clone, id + 1).await;
+            assert!(matches!(late, Err(Error::Unavailable(_))), "{late:?}");
+
+            let transaction = owner.begin(mode).await;
+            assert_eq!(insert(&transaction, id + 2).await, Ok(1), "{kind:?}");
+            transaction.rollback().await;
+            let transaction = owner.begin(mode).await;
+            assert_eq!(insert(&transaction, id + 3).await, Ok(1), "{kind:?}");
+            drop(transaction);
+        }
+        let transaction = owner.begin(Mode::Optimistic).await;
+        assert_eq!(transaction.statements(), 0);
+        transaction.rollback().await;
+        let claim = database.claim(&owner.lane).await.expect("a claim");
+        assert_eq!(claim.commits, 2, "{kind:?}");
+        assert_eq!(claim.checkpoint, checkpoint(1), "{kind:?}");
+        assert_eq!(owner.numbers().await, [0, 10], "{kind:?}");
+    })
+    .await;
+}
+
+/// Two hosts, each with its own pool.
+#[tokio::test]
+async fn who_has_lost_the_lane_commits_nothing() {
+    for kind in [Kind::Sqlite, Kind::Postgres] {
+        let place = Place::new(kind).await;
+        let (here, there) = (place.open(None).await, place.open(None).await);
+        let (here, there) = (here.expect("a database"), there.expect("a database"));
+        let mut owner = Owner::new(&here).await;
+        let zombie = match kind {
+            Kind::Postgres => {
+                let transaction = owner.begin(Mode::Optimistic).await;
+                assert_eq!(insert(&transaction, 1).await, Ok(1));
+                let claim = there.claim(&owner.lane).await.expect("a claim");
+                assert_eq!(claim.epoch, owner.epoch + 1);
+                transaction
+            }
+            // The file has one writer.
+            Kind::Sqlite => {
+                there.claim(&owner.lane).await.expect("a claim");
+                let transaction = owner.begin(Mode::Optimistic).await;
+                assert_eq!(insert(&transaction, 1).await, Ok(1));
+                transaction
+            }
+        };
+        let fenced = owner.commit(zombie).await;
+        assert!(
+            matches!(fenced, Err(CommitError::Fenced)),
+            "{kind:?}: {fenced:?}"
+        );
+        assert!(owner.numbers().await.is_empty(), "{kind:?}");
+        // Its connection is good for others.
+        let transaction = owner.begin(Mode::Optimistic).await;
+        assert_eq!(insert(&transaction, 2).await, Ok(1));
+        transaction.rollback().await;
+        here.close().await;
+        there.close().await;
+        place.remove().await;
+    }
+}
+
+#[tokio::test]
+async fn a_failed_statement_costs_itself_or_the_optimistic_transaction() {
+    on_each(async |kind, database| {
+        let mut owner = Owner::new(&database).await;
+        execute(&database, INSERT, &[Int64(0)]).await;
+        let many = [vec![Int64(5)], vec![Int64(6)], vec![Int64(0)]];
+        for mode in MODES {
+            let transaction = owner.begin(mode).await;
+            assert_eq!(insert(&transaction, 1).await, Ok(1));
+            is_violation(&insert(&transaction, 0).await);
+            if kind == Kind::Postgres && mode == Mode::Optimistic {
+                assert_eq!(transaction.broken(), Some(Broken::Statement));
+                let next = insert(&transaction, 2).await;
+                assert!(matches!(next, Err(Error::Unavailable(_))), "{next:?}");
+                assert_eq!(transaction.statements(), 2);
+                transaction.rollback().await;
+                let transaction = owner.begin(mode).await;
+                is_violation(&transaction.execute_many(INSERT, &many).await);
+                assert_eq!(transaction.broken(), Some(Broken::Statement));
+                transaction.rollback().await;
+                assert_eq!(owner.numbers().await, [0]);
+                continue;
+            }
+            assert_eq!(transaction.broken(), None, "{kind:?}");
+            is_violation(&transaction.execute_many(INSERT, &many).await);
+            assert_eq!(transaction.execute_many(INSERT, &many[..1]).await, Ok(1));
+            assert_eq!(transaction.execute_many(INSERT, &[]).await, Ok(0));
+            let wrong = transaction.query("SELEC 1", &[]).await;
+            assert!(matches!(wrong, Err(Error::Database(_))), "{wrong:?}");
+            assert_eq!(insert(&transaction, 2).await, Ok(1), "{kind:?}");
+            assert_eq!(transaction.broken(), None, "{kind:?}");
+            let committed = owner.commit(transaction).await;
+            assert!(committed.is_ok(), "{kind:?}: {committed:?}");
+            assert_eq!(owner.numbers().await, [0, 1, 2, 5], "{kind:?}");
+            execute(&database, "DELETE FROM t WHERE id > 0", &[]).await;
+        }
+    })
+    .await;
+}
+
+/// What the host refuses, or can't encode, is no statement.
+#[tokio::test]
+async fn what_is_never_sent_harms_nothing() {
+    on_each(async |kind, database| {
+        let mut owner = Owner::new(&database).await;
+        for mode in MODES {
+            let transaction = owner.begin(mode).await;
+            for refused in ["COMMIT", "ROLLBACK", "SAVEPOINT a", ""] {
+                let answer = transaction.execute(refused, &[]).await;
+                assert!(matches!(answer, Err(Error::Database(_))), "{answer:?}");
+            }
+            let uuid = Value::Uuid("no".to_owned());
+            let answer = transaction.execute(INSERT, &[uuid]).await;
+            assert!(matches!(answer, Err(Error::Unsupported(_))), "{answer:?}");
+            assert_eq!((transaction.statements(), transaction.broken()), (0, None));
+            assert_eq!(insert(&transaction, owner.commits).await, Ok(1), "{kind:?}");
+            let committed = owner.commit(transaction).await;
+            assert!(committed.is_ok(), "{kind:?}: {committed:?}");
+        }
+        assert_eq!(owner.numbers().await, [0, 1], "{kind:?}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn savepoints_undo_one_call() {
+    on_each(async |kind, database| {
+        let mut owner = Owner::new(&database).await;
+        execute(&database, INSERT, &[Int64(0)]).await;
+        let transaction = owner.begin(Mode::Careful).await;
+        for call in 1..=50 {
+            transaction.savepoint().await.expect("a savepoint");
+            assert_eq!(insert(&transaction, 2 * call).await, Ok(1), "{kind:?}");
+            is_violation(&insert(&transaction, 0).await);
+            assert_eq!(insert(&transaction, 2 * call + 1).await, Ok(1), "{kind:?}");
+            if call % 2 == 0 {
+                let undone = transaction.rollback_to_savepoint().await;
+                undone.expect("a savepoint");
+                // It is still there.
+                assert_eq!(insert(&transaction, 2 * call).await, Ok(1), "{kind:?}");
+                let undone = transaction.rollback_to_savepoint().await;
+                undone.expect("a savepoint");
+            }
+        }
+        assert_eq!(transaction.broken(), None);
+        let committed = owner.commit(transaction).await;
+        assert!(committed.is_ok(), "{kind:?}: {committed:?}");
+        let expected = (2..=100).filter(|n| n / 2 % 2 == 1);
+        let expected: Vec<i64> = [0].into_iter().chain(expected).collect();
+        assert_eq!(owner.numbers().await, expected, "{kind:?}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_statement_that_is_given_up_takes_the_transaction_with_it() {
+    for kind in [Kind::Sqlite, Kind::Postgres] {
+        let place = Place::new(kind).await;
+        // One transaction at a time, so that the next shows that the turn and the lock are given back.
+        let database = Database::connect(&place.url, None, 2, None).await;
+        let database = database.expect("a database");
+        let owner = Owner::new(&database).await;
+        let endless = match kind {
+            Kind::Postgres => "SELECT pg_sleep(60)",
+            Kind::Sqlite => {
+                "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i FROM n) SELECT count(*) FROM n"
+            }
+        };
+        for mode in MODES {
+            let transaction = owner.begin(mode).await;
+            assert_eq!(insert(&transaction, 1).await, Ok(1), "{kind:?}");
+            let slow = transaction.query(endless, &[]);
+            let given_up = tokio::time::timeout(Duration::from_millis(200), slow).await;
+            assert!(given_up.is_err(), "{given_up:?}");
+            is_lost(&transaction);
+            let next = insert(&transaction, 2).await;
+            assert!(matches!(next, Err(Error::Unavailable(_))), "{next:?}");
+            let next = tokio::time::timeout(Duration::from_secs(5), owner.begin(mode)).await;
+            next.expect("a turn").rollback().await;
+            transaction.rollback().await;
+        }
+        assert!(owner.numbers().await.is_empty(), "{kind:?}");
+        database.close().await;
+        place.remove().await;
+    }
+}
+
+#[tokio::test]
+async fn a_session_that_the_server_ends_is_lost() {
+    on(Kind::Postgres, async |_, database| {
+        let mut owner = Owner::new(&database).await;
+        const PID: &str = "SELECT pg_backend_pid()::bigint";
+        const END: &str = "SELECT pg_terminate_backend($1::bigint::int)";
+        for mode in MODES {
+            let transaction = owner.begin(mode).await;
+            let pid = transaction.query(PID, &[]).await.expect("a session").rows;
+            query(&database, END, &pid[0]).await;
+            let answer = insert(&transaction, 1).await;
+            assert!(matches!(answer, Err(Error::Unavailable(_))), "{answer:?}");
+            is_lost(&transaction);
+        }
+        let transaction = owner.begin(Mode::Optimistic).await;
+        let pid = transaction.query(PID, &[]).await.expect("a session").rows;
+        query(&database, END, &pid[0]).await;
+        let commit = owner.commit(transaction).await;
+        assert!(
+            matches!(commit, Err(CommitError::Unanswered(_))),
+            "{commit:?}"
+        );
+        let claim = database.reclaim(&owner.lane, owner.epoch).await;
+        assert_eq!(claim.expect("an answer").expect("a claim").commits, 0);
+    })
+    .await;
+}
+
+/// The guest learns of it only where it costs nothing but the statement.
+#[tokio::test]
+async fn timeouts_and_deadlocks_of_the_server_cost_a_statement() {
+    on(Kind::Postgres, async |_, database| {
+        let owner = Owner::new(&database).await;
+        execute(&database, INSERT, &[Int64(0)]).await;
+        for mode in MODES {
+            let holding = owner.begin(Mode::Optimistic).await;
+            let delete = "DELETE FROM t WHERE id = 0";
+            assert_eq!(holding.execute(delete, &[]).await, Ok(1));
+            let transaction = owner.begin(mode).await;
+            for limit in ["lock_timeout", "statement_timeout"] {
+                let set = format!("SELECT set_config('{limit}', '50ms', true)");
+                assert!(transaction.query(&set, &[]).await.is_ok());
+                let answer = transaction.execute(delete, &[]).await;
+                assert!(matches!(answer, Err(Error::Unavailable(_))), "{answer:?}");
+                if mode == Mode::Optimistic {
+                    assert_eq!(transaction.broken(), Some(Broken::Statement));
+                    break;
+                }
+                assert_eq!(transaction.broken(), None);
+                assert_eq!(insert(&transaction, 1).await, Ok(1));
+                assert!(
+                    transaction
+                        .execute("DELETE FROM t WHERE id = 1", &[])
+                        .await
+                        .is_ok()
+                );
+            }
+            transaction.rollback().await;
+            holding.rollback().await;
+        }
+    })
+    .await;
+}
+
+/// A plan that is out of date is no fault of the message's.
+#[tokio::test]
+async fn stale_plans_are_made_anew() {
+    let place = Place::new(Kind::Postgres).await;
+    let (database, other) = (
+        Database::connect(&place.url, None, 1, None)
+            .await
+            .expect("a database"),
+        place.open(None).await.expect("a database"),
+    );
+    let owner = Owner::new(&database).await;
+    const ALL: &str = "SELECT * FROM t";
+    let ask = async |transaction: &Transaction| {
+        transaction
+            .query(ALL, &[])
+            .await
+            .map(|answer| answer.columns.len())
+    };
+    let add = async |column: &str| {
+        execute(
+            &other,
+            &format!("ALTER TABLE t ADD COLUMN {column} TEXT"),
+            &[],
+        )
+        .await;
+    };
+    let transaction = owner.begin(Mode::Optimistic).await;
+    assert_eq!(ask(&transaction).await, Ok(1));
+    transaction.rollback().await;
+    add("a").await;
+    let transaction = owner.begin(Mode::Optimistic).await;
+    let stale = ask(&transaction).await;
+    assert!(matches!(stale, Err(Error::Unavailable(_))), "{stale:?}");
+    assert_eq!(transaction.broken(), Some(Broken::Statement));
+    transaction.rollback().await;
+    let transaction = owner.begin(Mode::Optimistic).await;
+    assert_eq!(ask(&transaction).await, Ok(2));
+    transaction.rollback().await;
+    add("b").await;
+    let transaction = owner.begin(Mode::Careful).await;
+    assert_eq!(ask(&transaction).await, Ok(3));
+    assert_eq!(transaction.broken(), None);
+    transaction.rollback().await;
+    database.close().await;
+    other.close().await;
+    place.remove().await;
+}
+
+/// An answer that can't be carried is the statement's failure: nothing of it stays.
+#[tokio::test]
+async fn answers_beyond_the_limit_undo_their_statement() {
+    on_each(async |kind, database| {
+        let owner = Owner::new(&database).await;
+        let (large, write) = match kind {
+            Kind::Postgres => ("SELECT repeat('x', 9000000) FROM generate_series(1, 3)", "repeat('x', 9000000)"),
+            Kind::Sqlite => (
+                "SELECT hex(zeroblob(4500000)) FROM (SELECT 1 UNION ALL SELECT 2 UNION ALL SELECT 3)",
+                "hex(zeroblob(4500000))",
+            ),
+        };
+        let write = format!("INSERT INTO t VALUES (1), (2), (3) RETURNING id, {write}");
+        for mode in MODES {
+            for (statement, reads) in [(large, true), (&write, false)] {
+                let transaction = owner.begin(mode).await;
+                let answer = transaction.query(statement, &[]).await;
+                let answer = answer.map(|rows| rows.rows.len());
+                assert!(matches!(answer, Err(Error::TooLarge(_))), "{kind:?}: {answer:?}");
+                let goes_on = mode == Mode::Careful || (kind == Kind::Sqlite && reads);
+                let broken = (!goes_on).then_some(Broken::Statement);
+                assert_eq!(transaction.broken(), broken, "{kind:?}: {mode:?}");
+                if goes_on {
+                    let count = transaction.query("SELECT count(*) FROM t", &[]).await;
+                    assert_eq!(count.map(|rows| rows.rows), Ok(vec![vec![Int64(0)]]), "{kind:?}");
+                }
+                transaction.rollback().await;
+            }
+        }
+    })
+    .await;
+}
+
+/// However SQLite comes to end a transaction by itself, nothing after it commits by itself.
+#[tokio::test]
+async fn a_transaction_that_sqlite_ends_is_lost() {
+    let place = Place::new(Kind::Sqlite).await;
+    let database = place.open(None).await.expect("a new database");
+    let owner = Owner::new(&database).await;
+    let SqlUrl::Sqlite(file) = &place.url else {
+        panic!("not SQLite");
+    };
+    // No stage may make this, but a migration may.
+    let options = sqlx::sqlite::SqliteConnectOptions::new().filename(file);
+    let mut connection = options.connect().await.expect("the file");
+    let made = connection.execute(
+        "CREATE TRIGGER no_more BEFORE INSERT ON t WHEN new.id > 9 BEGIN SELECT RAISE(ROLLBACK, 'too many'); END; \
+         CREATE TABLE u (id BIGINT UNIQUE ON CONFLICT ROLLBACK)",
+    );
+    made.await.expect("a trigger and a table");
+    for mode in MODES {
+        for (statement, lists) in [(INSERT, [1, 10]), ("INSERT INTO u VALUES ($1)", [1, 1])] {
+            let lists = lists.map(|id| vec![Int64(id)]);
+            let transaction = owner.begin(mode).await;
+            for params in &lists[..1] {
+                assert_eq!(transaction.execute(statement, params).await, Ok(1));
+            }
+            let ended = transaction.execute(statement, &lists[1]).await;
+            assert!(matches!(ended, Err(Error::Database(_))), "{ended:?}");
+            is_lost(&transaction);
+            let next = insert(&transaction, 2).await;
+            assert!(matches!(next, Err(Error::Unavailable(_))), "{next:?}");
+            drop(transaction);
+
+            let transaction = owner.begin(mode).await;
+            let ended = transaction.execute_many(statement, &lists).await;
+            assert!(matches!(ended, Err(Error::Database(_))), "{ended:?}");
+            is_lost(&transaction);
+        }
+    }
+    let both = "SELECT (SELECT count(*) FROM t), (SELECT count(*) FROM u)";
+    assert_eq!(query(&database, both, &[]).await, [[Int64(0), Int64(0)]]);
+    database.close().await;
+}
+
+/// Tables that are made and altered half-way, and are not there after all.
+#[tokio::test]
+async fn tables_change_in_a_transaction() {
+    on_each(async |kind, database| {
+        let mut owner = Owner::new(&database).await;
+        let ask = async |transaction: &Transaction| {
+            let answer = transaction.query("SELECT * FROM new", &[]).await;
+            answer.map(|answer| (answer.columns.len(), answer.rows.len()))
+        };
+        let transaction = owner.begin(Mode::Careful).await;
+        for statement in [
+            "CREATE TABLE new (at TIMESTAMP)",
+            "INSERT INTO new VALUES ('2026-01-02 03:04:05')",
+        ] {
+            assert!(
+                transaction.execute(statement, &[]).await.is_ok(),
+                "{statement}"
+            );
+        }
+        assert_eq!(ask(&transaction).await, Ok((1, 1)), "{kind:?}");
+        transaction.savepoint().await.expect("a savepoint");
+        let added = transaction
+            .execute("ALTER TABLE new ADD COLUMN more TEXT", &[])
+            .await;
+        assert!(added.is_ok(), "{added:?}");
+        assert_eq!(ask(&transaction).await, Ok((2, 1)), "{kind:?}");
+        transaction
+            .rollback_to_savepoint()
+            .await
+            .expect("a savepoint");
+        assert_eq!(ask(&transaction).await, Ok((1, 1)), "{kind:?}");
+        transaction.rollback().await;
+        let gone = database.query("SELECT * FROM new", &[]).await;
+        assert!(
+            matches!(gone, Err(Error::Database(_))),
+            "{kind:?}: {gone:?}"
+        );
+
+        let transaction = owner.begin(Mode::Optimistic).await;
+        let made = transaction
+            .execute("CREATE TABLE new (is_new BOOLEAN, name TEXT)", &[])
+            .await;
+        assert!(made.is_ok(), "{made:?}");
+        let row = [Value::Boolean(true), text("a")];
+        let inserted = transaction
+            .execute("INSERT INTO new VALUES ($1, $2)", &row)
+            .await;
+        assert_eq!(inserted, Ok(1), "{kind:?}");
+        let committed = owner.commit(transaction).await;
+        assert!(committed.is_ok(), "{kind:?}: {committed:?}");
+        let rows = query(&database, "SELECT * FROM new", &[]).await;
+        assert_eq!(rows, [row.to_vec()], "{kind:?}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_deferred_constraint_refuses_the_commit() {
+    on_each(async |kind, database| {
+        let mut owner = Owner::new(&database).await;
+        let child =
+            "CREATE TABLE child (id BIGINT REFERENCES t (id) DEFERRABLE INITIALLY DEFERRED)";
+        execute(&database, child, &[]).await;
+        let child = "INSERT INTO child VALUES (1)";
+        let transaction = owner.begin(Mode::Optimistic).await;
+        assert_eq!(transaction.execute(child, &[]).await, Ok(1), "{kind:?}");
+        match owner.commit(transaction).await {
+            Err(CommitError::Refused(why)) => {
+                assert!(
+                    why.to_lowercase().contains("foreign key"),
+                    "{kind:?}: {why}"
+                );
+            }
+            other => panic!("{kind:?}: {other:?}"),
+        }
+        let claim = database.reclaim(&owner.lane, owner.epoch).await;
+        let claim = claim.expect("an answer").expect("a claim");
+        assert_eq!(claim.commits, 0, "{kind:?}");
+        owner.epoch = claim.epoch;
+        let transaction = owner.begin(Mode::Optimistic).await;
+        assert_eq!(transaction.execute(child, &[]).await, Ok(1), "{kind:?}");
+        assert_eq!(insert(&transaction, 1).await, Ok(1), "{kind:?}");
+        let committed = owner.commit(transaction).await;
+        assert!(committed.is_ok(), "{kind:?}: {committed:?}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_a_stage_leaves_in_its_session_ends_with_the_transaction() {
+    const LEAVING: &[&str] = &[
+        "SELECT set_config('stagehost.test', 'mine', false)",
+        "WITH it AS (SELECT pg_advisory_lock(7)) SELECT 1 FROM it",
+        "SELECT 1 AS id INTO TEMP mine",
+    ];
+    const CLEAN: &str = "SELECT coalesce(current_setting('stagehost.test', true), '') = '' \
+                         AND current_setting('statement_timeout') = '30s' \
+                         AND to_regclass('pg_temp.mine') IS NULL \
+                         AND NOT EXISTS (SELECT FROM pg_locks \
+                                         WHERE locktype = 'advisory' AND pid = pg_backend_pid())";
+    on(Kind::Postgres, async |_, database| {
+        let mut owner = Owner::new(&database).await;
+        for statement in LEAVING {
+            for commits in [true, false] {
+                let transaction = owner.begin(Mode::Optimistic).await;
+                let left = transaction.execute(statement, &[]).await;
+                assert!(left.is_ok(), "{left:?}");
+                if commits {
+                    let committed = owner.commit(transaction).await;
+                    assert!(committed.is_ok(), "{committed:?}");
+                } else {
+                    transaction.rollback().await;
+                }
+                let all = (0..CONNECTIONS).map(|_| query(&database, CLEAN, &[]));
+                for rows in futures::future::join_all(all).await {
+                    assert_eq!(rows, [[Value::Boolean(true)]], "{statement}");
+                }
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn lanes_take_turns() {
+    const LANES: i64 = 16;
+    const ROUNDS: i64 = 10;
+    on_each(async |kind, database| {
+        Owner::new(&database).await;
+        let lane_of = |partition: i64| LaneId {
+            partition: partition as i32,
+            ..lane()
+        };
+        let work = |partition: i64| {
+            let database = &database;
+            async move {
+                let lane = lane_of(partition);
+                let mut owner = Owner {
+                    epoch: database.claim(&lane).await.expect("a claim").epoch,
+                    database: database.clone(),
+                    commits: 0,
+                    lane,
+                };
+                for round in 0..ROUNDS {
+                    let transaction = owner.begin(Mode::Optimistic).await;
+                    let id = partition * ROUNDS + round;
+                    assert_eq!(insert(&transaction, id).await, Ok(1));
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                    owner.commit(transaction).await.expect("a commit");
+                }
+            }
+        };
+        futures::future::join_all((0..LANES).map(work)).await;
+        let expected: Vec<i64> = (0..LANES * ROUNDS).collect();
+        let owner = Owner {
+            database: database.clone(),
+            lane: lane(),
+            epoch: 0,
+            commits: 0,
+        };
+        assert_eq!(owner.numbers().await, expected, "{kind:?}");
+    })
+    .await;
+}
+
+/// Nobody's message is at fault when a turn takes long, and single statements need none.
+#[tokio::test]
+async fn a_turn_is_waited_for_as_long_as_it_takes() {
+    on_each(async |kind, database| {
+        let owner = Owner::new(&database).await;
+        let turns = match kind {
+            Kind::Postgres => CONNECTIONS - 1,
+            Kind::Sqlite => 1,
+        };
+        let mut taken = Vec::new();
+        for _ in 0..turns {
+            taken.push(owner.begin(Mode::Optimistic).await);
+        }
+        let next = owner.begin(Mode::Optimistic);
+        tokio::pin!(next);
+        // Longer than a statement waits for a connection.
+        let early = tokio::time::timeout(Duration::from_secs(6), &mut next).await;
+        assert!(early.is_err(), "{kind:?}");
+        assert_eq!(
+            query(&database, "SELECT 7", &[]).await,
+            [[Int64(7)]],
+            "{kind:?}"
+        );
+        assert!(database.ping().await.is_ok(), "{kind:?}");
+        taken.clear();
+        next.await.rollback().await;
+    })
+    .await;
+}
+
+/// Text of many kinds, so that statements of both paths are encoded alike.
+#[tokio::test]
+async fn values_are_those_of_single_statements() {
+    on_each(async |kind, database| {
+        let owner = Owner::new(&database).await;
+        execute(&database, "CREATE TABLE v (n BIGINT, s TEXT)", &[]).await;
+        for mode in MODES {
+            let transaction = owner.begin(mode).await;
+            for params in [[Int64(1), text("ü")], [Value::Null, Value::Null]] {
+                let insert = "INSERT INTO v VALUES ($1, $2)";
+                assert_eq!(
+                    transaction.execute(insert, &params).await,
+                    Ok(1),
+                    "{kind:?}"
+                );
+            }
+            let rows = transaction
+                .query("SELECT s, n FROM v ORDER BY n", &[])
+                .await;
+            let rows = rows.expect("what was inserted");
+            assert_eq!(rows.columns, ["s", "n"], "{kind:?}");
+            assert!(
+                rows.rows.contains(&vec![Text("ü".to_owned()), Int64(1)]),
+                "{kind:?}"
+            );
+            let none = transaction
+                .query("SELECT n AS none FROM v WHERE n = 9", &[])
+                .await;
+            assert_eq!(none.map(|none| none.columns), Ok(vec!["none".to_owned()]));
+            transaction.rollback().await;
+        }
+    })
+    .await;
+}
