@@ -182,8 +182,7 @@ impl Host {
             match ledger {
                 Some(ledger) => {
                     let store = StoreName::Sql(DATABASE.into());
-                    let lane =
-                        transactional::Lane::new(source, equipment, ledger, store, id, seed);
+                    let lane = transactional::Lane::new(source, equipment, ledger, store, id, seed);
                     Box::pin(lane.run()).await;
                 }
                 None => {

@@ -87,7 +87,8 @@ impl Outcome {
             partitions: Vec::new(),
         };
         let mut wrongly_dropped = Vec::new();
-        for ((_, partition), records) in self.topics.iter().filter(|((name, _), _)| **name == *topic)
+        for ((_, partition), records) in
+            self.topics.iter().filter(|((name, _), _)| **name == *topic)
         {
             let mut seen = Seen::default();
             let mut known = BTreeSet::new();
@@ -98,7 +99,9 @@ impl Outcome {
                 let dropped = seen.admit(record);
                 if dropped && !repeats {
                     let value = id_of_record(record);
-                    wrongly_dropped.push(format!("{value} in {topic} {partition} is below a newer one"));
+                    wrongly_dropped.push(format!(
+                        "{value} in {topic} {partition} is below a newer one"
+                    ));
                 }
                 if !repeats {
                     let id = id_of_record(record);
@@ -119,7 +122,12 @@ impl Outcome {
         let records = self.topics.iter().filter(|((name, _), _)| name == topic);
         records
             .flat_map(|(_, records)| records)
-            .map(|record| (id_of_record(record), cause(&record.headers).unwrap_or_default()))
+            .map(|record| {
+                (
+                    id_of_record(record),
+                    cause(&record.headers).unwrap_or_default(),
+                )
+            })
             .collect()
     }
 
@@ -146,9 +154,17 @@ impl Outcome {
                 (1, 0) | (0, 1) => {}
                 (0, 0) if self.removed.contains(&(spec.input.clone(), id.clone())) => {}
                 (0, 0) => self.anomaly("lost-write", stage, format!("{id} has no effects")),
-                (0, _) => self.anomaly("duplicate", stage, format!("{id} has {given_up} dead letters")),
+                (0, _) => self.anomaly(
+                    "duplicate",
+                    stage,
+                    format!("{id} has {given_up} dead letters"),
+                ),
                 (_, 0) => self.anomaly("duplicate", stage, format!("{id} has {effects} rows")),
-                _ => self.anomaly("duplicate", stage, format!("{id} has effects and a dead letter")),
+                _ => self.anomaly(
+                    "duplicate",
+                    stage,
+                    format!("{id} has effects and a dead letter"),
+                ),
             }
             self.judge_verdict(stage, id, effects > 0, causes.get(id));
             if effects == 0 {
@@ -156,7 +172,10 @@ impl Outcome {
             }
             for name in self.topology.outputs(stage, id) {
                 let name: Arc<str> = name.into();
-                let refused = spec.output.as_ref().is_some_and(|t| self.topology.refuses(t, &name));
+                let refused = spec
+                    .output
+                    .as_ref()
+                    .is_some_and(|t| self.topology.refuses(t, &name));
                 let counts = match (&output, refused) {
                     (Some(output), false) => &output.counts,
                     _ => &letters.counts,
@@ -164,7 +183,11 @@ impl Outcome {
                 match counts.get(&name).copied().unwrap_or(0) {
                     1 => {}
                     0 => self.anomaly("lost-write", stage, format!("output {name} is not there")),
-                    n => self.anomaly("duplicate", stage, format!("output {name} is there {n} times")),
+                    n => self.anomaly(
+                        "duplicate",
+                        stage,
+                        format!("output {name} is there {n} times"),
+                    ),
                 }
                 if refused {
                     expected_letters.insert(name);
@@ -192,7 +215,11 @@ impl Outcome {
         let max = self.topology.stages[stage].max_attempts;
         let script = self.topology.script(stage, id);
         if effects && !script.succeeds(max) {
-            self.anomaly("wrong-verdict", stage, format!("{id} has effects, and is {script:?}"));
+            self.anomaly(
+                "wrong-verdict",
+                stage,
+                format!("{id} has effects, and is {script:?}"),
+            );
         }
         let Some(cause) = cause.filter(|_| !effects && script.succeeds(max)) else {
             return;

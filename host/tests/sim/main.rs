@@ -71,13 +71,19 @@ fn promises_hold_under_random_schedules() {
         ran += 1;
         if !report.anomalies.is_empty() {
             bad.push(report);
-            if bad.len() > 20 { break; }
+            if bad.len() > 20 {
+                break;
+            }
         }
     }
     let a_minute = ran as f64 / began.elapsed().as_secs_f64() * 60.0;
     println!("{ran} schedules, {a_minute:.0} a minute");
     for report in &bad {
-        println!("seed {}: {:?}", report.seed, report.anomalies.iter().take(3).collect::<Vec<_>>());
+        println!(
+            "seed {}: {:?}",
+            report.seed,
+            report.anomalies.iter().take(3).collect::<Vec<_>>()
+        );
     }
     if let Some(report) = bad.first() {
         failed(report);

@@ -24,7 +24,10 @@ pub(crate) enum Move {
 #[derive(Clone, Debug)]
 pub(crate) enum Event {
     /// A message for the first topic.
-    Input { id: u32, key: Option<u32> },
+    Input {
+        id: u32,
+        key: Option<u32>,
+    },
     Crash(usize),
     Freeze(usize, u64),
     Move(u64, Move),
@@ -34,7 +37,11 @@ pub(crate) enum Event {
     ProducerFails(usize, usize),
     Weather(Weather, u64),
     /// Retention removes this part of a partition, in per cent.
-    Retention { topic: usize, partition: u64, part: i64 },
+    Retention {
+        topic: usize,
+        partition: u64,
+        part: i64,
+    },
 }
 
 #[derive(Clone, Debug)]
@@ -157,7 +164,7 @@ fn topology(seed: u64, rng: &mut StdRng, hasty: bool) -> Topology {
             true => rng.random_range(5..=100),
             false => 60_000,
         },
-        mix: mix(rng),
+        mix: mix(rng, kind),
     };
     let last = databases - 1;
     let mut stages = vec![
@@ -183,18 +190,23 @@ fn topology(seed: u64, rng: &mut StdRng, hasty: bool) -> Topology {
 }
 
 /// Mostly fine messages, and few kinds of trouble at a time.
-fn mix(rng: &mut StdRng) -> Mix {
+fn mix(rng: &mut StdRng, kind: Kind) -> Mix {
     let mut share = || match rng.random_ratio(1, 3) {
         true => rng.random_range(2..=15),
         false => 0,
     };
+    let mut in_transactions = || match kind {
+        Kind::Transactional(_) => share() / 2,
+        Kind::Ordered => 0,
+    };
+    let (refused_commits, kills) = (in_transactions(), in_transactions());
     Mix {
         rejects: share(),
         traps: share(),
         retries: share(),
         failures: share(),
-        refused_commits: share() / 2,
-        kills: share() / 2,
+        refused_commits,
+        kills,
         slow: share(),
         refused_outputs: share() / 2,
         needs_store: share(),

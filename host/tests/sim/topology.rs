@@ -99,12 +99,21 @@ impl Topology {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Script {
     Fine,
-    Reject { wrote: bool },
-    Trap { wrote: bool },
+    Reject {
+        wrote: bool,
+    },
+    Trap {
+        wrote: bool,
+    },
     /// Takes longer than a call may.
-    Hangs { wrote: bool },
+    Hangs {
+        wrote: bool,
+    },
     /// Wants another delivery on each attempt before this one.
-    Retry { until: u32, wrote: bool },
+    Retry {
+        until: u32,
+        wrote: bool,
+    },
     /// A statement of its fails, and it goes on.
     CaughtFailure,
     /// The database refuses its row at the commit.

@@ -116,7 +116,14 @@ impl Ledger for Client {
                 session,
             }))
         });
-        match opened.await {
+        let opened = opened.await;
+        let is_careful = i64::from(mode == Mode::Careful);
+        self.process.note(
+            "begin",
+            Subject::None,
+            [is_careful, i64::from(matches!(opened, Ok(Ok(_))))],
+        );
+        match opened {
             Ok(Ok(end)) => Ok(Open {
                 process: self.process.clone(),
                 stage: self.stage,
@@ -134,9 +141,11 @@ impl Ledger for Client {
     async fn save(&self, commit: Commit<'_>) -> Result<(), CommitError> {
         let database = self.database.clone();
         let update = Update::from(commit);
-        let saved = request(&self.process, "save", async move {
-            database.save(update).await
-        });
+        let saved = request(
+            &self.process,
+            "save",
+            async move { database.save(update).await },
+        );
         match saved.await {
             Ok(Ok(true)) => Ok(()),
             Ok(Ok(false)) => Err(CommitError::Fenced),
@@ -199,10 +208,8 @@ impl Open {
     }
 
     pub(crate) async fn fail(&self) -> Result<(), Denial> {
-        self.statement("fail", |end| async move {
-            end.database.fail(end.session)
-        })
-        .await
+        self.statement("fail", |end| async move { end.database.fail(end.session) })
+            .await
     }
 
     /// A statement that the server's process does not survive.
@@ -338,6 +345,7 @@ impl Transaction for Open {
 
     async fn rollback(self) {
         let end = self.end.clone();
+        self.process.note("rollback", Subject::None, [0, 0]);
         // Whether it arrives or not, the session ends with its client's end.
         let _ = request(&self.process, "rollback", async move {
             end.database.close(end.session);

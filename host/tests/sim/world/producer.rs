@@ -236,8 +236,11 @@ impl Sink for Producer {
         for (index, record) in records.iter().enumerate() {
             self.process.point("enqueue").await;
             let id = id_of(record.value.as_deref());
-            self.process
-                .note("produce", Subject::Name(id), [index.try_into().unwrap_or(0), 0]);
+            self.process.note(
+                "produce",
+                Subject::Name(id),
+                [index.try_into().unwrap_or(0), 0],
+            );
             let partition = match record.partition {
                 Some(partition) => partition,
                 None => self.choose(record),
