@@ -1,6 +1,7 @@
 //! What a transaction comes to: the commit, and what follows it.
 
 use std::mem;
+use std::ops::Range;
 use std::time::Duration;
 
 use tokio::time::timeout;
@@ -29,7 +30,12 @@ where
 {
     /// After the connection broke in the middle of a run. Where the database had not been away, the message that was
     /// worked on may be the reason, and it counts.
-    pub(super) async fn after_loss(&mut self, at: usize, why: String) -> Result<Plan, Ending> {
+    pub(super) async fn after_loss(
+        &mut self,
+        plan: &mut Plan,
+        call: &Range<usize>,
+        why: String,
+    ) -> Result<Plan, Ending> {
         warn!(
             stage = self.common.stage(),
             topic = &*self.id.topic,
@@ -44,7 +50,7 @@ where
             return Ok(Plan::optimistic());
         }
         let why = format!("{}: {why}", self.store);
-        Ok(Plan::careful(Some((at, Fault::new(Cause::Retry, why)))))
+        Ok(plan.after_loss(call, Fault::new(Cause::Retry, why)))
     }
 
     /// Commits what is handled, has its outputs produced, and does what comes after.

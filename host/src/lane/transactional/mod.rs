@@ -290,10 +290,10 @@ where
                     batch.rewind();
                     next
                 }
-                Ran::Lost(at, why) => {
+                Ran::Lost(call, why) => {
                     drop(transaction);
                     batch.rewind();
-                    self.after_loss(at, why).await?
+                    self.after_loss(&mut plan, &call, why).await?
                 }
                 Ran::Good(after) => self.commit(tenure, batch, transaction, after).await?,
             };

@@ -1,5 +1,7 @@
 //! What the stage does in one transaction.
 
+use std::collections::BTreeMap;
+use std::mem;
 use std::ops::Range;
 
 use tracing::debug;
@@ -17,8 +19,8 @@ use crate::record::Outgoing;
 /// How the rest of a batch is to be run.
 pub(super) struct Plan {
     pub(super) mode: Mode,
-    /// A fault that is known from a transaction that was rolled back: its message is not called again.
-    known: Option<(usize, Fault)>,
+    /// Faults that are known from transactions that were rolled back: their messages are not called again.
+    known: BTreeMap<usize, Fault>,
     /// Messages that a call of a batch stage takes at most, up to `suspect_until`.
     run: usize,
     suspect_until: usize,
@@ -28,7 +30,7 @@ impl Plan {
     pub(super) fn optimistic() -> Self {
         Self {
             mode: Mode::Optimistic,
-            known: None,
+            known: BTreeMap::new(),
             run: usize::MAX,
             suspect_until: 0,
         }
@@ -37,8 +39,31 @@ impl Plan {
     pub(super) fn careful(known: Option<(usize, Fault)>) -> Self {
         Self {
             mode: Mode::Careful,
-            known,
+            known: known.into_iter().collect(),
             ..Self::optimistic()
+        }
+    }
+
+    /// The same messages again, carefully, with what is known of them.
+    fn again(&mut self, known: Option<(usize, Fault)>) -> Self {
+        let mut all = mem::take(&mut self.known);
+        all.extend(known);
+        Self {
+            known: all,
+            ..Self::careful(None)
+        }
+    }
+
+    /// The same after the connection broke in a call, which may be a reason for it: a message that was called alone is
+    /// at fault, and a larger call is halved.
+    pub(super) fn after_loss(&mut self, call: &Range<usize>, fault: Fault) -> Self {
+        if call.len() == 1 {
+            return self.again(Some((call.start, fault)));
+        }
+        Self {
+            run: call.len().div_ceil(2),
+            suspect_until: self.suspect_until.max(call.end),
+            ..self.again(None)
         }
     }
 }
@@ -49,8 +74,8 @@ pub(super) enum Ran {
     Good(After),
     /// Nothing of it counts: to be rolled back, and run again by this plan.
     Void(Plan),
-    /// The connection broke while the message of this index was worked on.
-    Lost(usize, String),
+    /// The connection broke while the messages of these indices were worked on.
+    Lost(Range<usize>, String),
 }
 
 /// What follows a commit.
@@ -129,9 +154,11 @@ where
         attempts: u32,
     ) -> Ran {
         while batch.handled < batch.records.len() {
-            let full = batch.since.elapsed() >= self.common.policy().batch.max_time
-                || batch.held_bytes >= MAX_PENDING_BYTES
-                || (batch.one_by_one && batch.handled > batch.settled);
+            // A call that takes longer than a batch may is no reason to end it with nothing.
+            let full = batch.handled > batch.settled
+                && (batch.one_by_one
+                    || batch.since.elapsed() >= self.common.policy().batch.max_time
+                    || batch.held_bytes >= MAX_PENDING_BYTES);
             if full || self.common.stopping.is_cancelled() {
                 return Ran::Good(After::GoOn);
             }
@@ -143,9 +170,8 @@ where
             }
             // Failed deliveries are counted of the first message that is not settled; others had none.
             let failed = if at == batch.settled { attempts } else { 0 };
-            let known = plan.known.take_if(|(index, _)| *index == at);
-            let answer = match known {
-                Some((_, fault)) => Answer::Fault(fault),
+            let answer = match plan.known.get(&at) {
+                Some(fault) => Answer::Fault(fault.clone()),
                 None => self.call(transaction, batch, plan, failed + 1).await,
             };
             match answer {
@@ -172,7 +198,7 @@ where
         let end = self.call_end(batch, plan);
         let careful = plan.mode == Mode::Careful;
         if careful && let Err(error) = transaction.savepoint().await {
-            return Answer::Ran(Ran::Lost(at, error.to_string()));
+            return Answer::Ran(Ran::Lost(at..end, error.to_string()));
         }
         let before = transaction.statements();
         let records: Vec<_> = (at..end).filter(|i| !batch.duplicate[*i]).collect();
@@ -181,8 +207,8 @@ where
             self.common.invoke(&records, attempt, transaction).await
         };
         match transaction.broken() {
-            Some(Broken::Statement) => return Answer::Ran(Ran::Void(Plan::careful(None))),
-            Some(Broken::Connection(why)) => return Answer::Ran(Ran::Lost(at, why)),
+            Some(Broken::Statement) => return Answer::Ran(Ran::Void(plan.again(None))),
+            Some(Broken::Connection(why)) => return Answer::Ran(Ran::Lost(at..end, why)),
             None => {}
         }
         let outputs = match invocation.outcomes {
@@ -208,10 +234,10 @@ where
         let wrote = transaction.statements() > before;
         if wrote && !careful {
             let known = (!undo.whole && !undo.worn).then_some((undo.index, undo.fault));
-            return Answer::Ran(Ran::Void(Plan::careful(known)));
+            return Answer::Ran(Ran::Void(plan.again(known)));
         }
         if wrote && let Err(error) = transaction.rollback_to_savepoint().await {
-            return Answer::Ran(Ran::Lost(at, error.to_string()));
+            return Answer::Ran(Ran::Lost(at..end, error.to_string()));
         }
         self.undone(plan, undo, at..end)
     }
@@ -238,7 +264,7 @@ where
             return Answer::Done;
         }
         if index > call.start {
-            plan.known = Some((index, fault));
+            plan.known.insert(index, fault);
             return Answer::Done;
         }
         Answer::Fault(fault)
@@ -253,7 +279,8 @@ where
         if at >= plan.suspect_until {
             plan.run = usize::MAX;
         }
-        let known = plan.known.as_ref().map_or(usize::MAX, |(index, _)| *index);
+        let known = plan.known.range(at + 1..).next();
+        let known = known.map_or(usize::MAX, |(index, _)| *index);
         batch
             .records
             .len()

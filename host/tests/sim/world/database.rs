@@ -1,0 +1,306 @@
+//! A database's server: tables, the lanes' rows, locks on them, and sessions with their transactions.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use host::delivery::progress::{Checkpoint, Claim, Commit, LaneId, Mode};
+use tokio::sync::Notify;
+
+use super::trace::Subject;
+use super::{World, lock};
+
+/// A row that a stage has written.
+#[derive(Clone, Debug)]
+pub(crate) struct Row {
+    pub(crate) stage: usize,
+    pub(crate) id: Arc<str>,
+    /// The partition of the stage's input that its message was in, and the message's offset.
+    pub(crate) partition: i32,
+    pub(crate) offset: i64,
+    /// The commit is refused because of it.
+    pub(crate) poison: bool,
+}
+
+/// What the server answers where it does not do what it was asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Denial {
+    /// The session is closed, or the server is down.
+    Gone,
+    /// The statement fails.
+    Failed,
+}
+
+/// A commit as it travels.
+#[derive(Clone, Debug)]
+pub(crate) struct Update {
+    pub(crate) lane: LaneId,
+    pub(crate) epoch: i64,
+    pub(crate) commits: i64,
+    pub(crate) checkpoint: Checkpoint,
+}
+
+impl From<Commit<'_>> for Update {
+    fn from(commit: Commit<'_>) -> Self {
+        Self {
+            lane: commit.lane.clone(),
+            epoch: commit.epoch,
+            commits: commit.commits,
+            checkpoint: commit.checkpoint.clone(),
+        }
+    }
+}
+
+pub(crate) struct Database {
+    pub(crate) world: World,
+    /// Planted: the row of a lane is not locked by the commit that changes it.
+    pub(crate) without_locks: bool,
+    server: Mutex<Server>,
+    released: Notify,
+}
+
+#[derive(Default)]
+struct Server {
+    is_down: bool,
+    rows: Vec<Row>,
+    lanes: BTreeMap<LaneId, Claim>,
+    sessions: BTreeMap<u64, Session>,
+    last_session: u64,
+    /// Which session holds a lane's row.
+    locks: BTreeMap<LaneId, u64>,
+}
+
+struct Session {
+    mode: Mode,
+    rows: Vec<Row>,
+    savepoint: usize,
+    doomed: bool,
+    update: Option<Update>,
+}
+
+impl Database {
+    pub(crate) fn new(world: World, without_locks: bool) -> Arc<Self> {
+        Arc::new(Self {
+            world,
+            without_locks,
+            server: Mutex::default(),
+            released: Notify::new(),
+        })
+    }
+
+    fn server(&self) -> MutexGuard<'_, Server> {
+        lock(&self.server)
+    }
+
+    pub(crate) fn is_up(&self) -> bool {
+        !self.server().is_down
+    }
+
+    /// A server that goes down forgets its sessions; transactions that are not committed are gone.
+    pub(crate) fn set_up(&self, is_up: bool) {
+        let mut server = self.server();
+        server.is_down = !is_up;
+        if !is_up {
+            server.sessions.clear();
+            server.locks.clear();
+        }
+        drop(server);
+        self.world
+            .note(0, "database", Subject::None, [i64::from(is_up), 0]);
+        self.released.notify_waiters();
+    }
+
+    pub(crate) fn rows(&self) -> Vec<Row> {
+        self.server().rows.clone()
+    }
+
+    pub(crate) fn lane(&self, lane: &LaneId) -> Option<Claim> {
+        self.server().lanes.get(lane).cloned()
+    }
+
+    /// Raises a lane's epoch in its row, if it is `epoch` or that is `None`.
+    pub(crate) async fn claim(
+        &self,
+        lane: LaneId,
+        epoch: Option<i64>,
+    ) -> Result<Option<Claim>, Denial> {
+        let session = self.open(Mode::Optimistic)?;
+        self.lock_row(&lane, session).await?;
+        let mut server = self.server();
+        let row = server.lanes.entry(lane).or_insert_with(|| Claim {
+            epoch: 0,
+            generation: 0,
+            commits: 0,
+            checkpoint: Checkpoint::default(),
+        });
+        let claim = (epoch.is_none_or(|epoch| epoch == row.epoch)).then(|| {
+            row.epoch += 1;
+            row.clone()
+        });
+        drop(server);
+        self.close(session);
+        Ok(claim)
+    }
+
+    /// Commits progress alone; answers whether the epoch was the row's.
+    pub(crate) async fn save(&self, update: Update) -> Result<bool, Denial> {
+        let session = self.open(Mode::Optimistic)?;
+        let done = self.update(session, update).await?;
+        if done {
+            self.commit(session)?;
+        } else {
+            self.close(session);
+        }
+        Ok(done)
+    }
+
+    /// Opens a session, in a transaction.
+    pub(crate) fn open(&self, mode: Mode) -> Result<u64, Denial> {
+        let mut server = self.server();
+        if server.is_down {
+            return Err(Denial::Gone);
+        }
+        server.last_session += 1;
+        let number = server.last_session;
+        let session = Session {
+            mode,
+            rows: Vec::new(),
+            savepoint: 0,
+            doomed: false,
+            update: None,
+        };
+        server.sessions.insert(number, session);
+        Ok(number)
+    }
+
+    /// Closes a session: what it has not committed is rolled back.
+    pub(crate) fn close(&self, session: u64) {
+        let mut server = self.server();
+        server.sessions.remove(&session);
+        server.locks.retain(|_, holder| *holder != session);
+        drop(server);
+        self.released.notify_waiters();
+    }
+
+    pub(crate) fn insert(&self, session: u64, row: Row) -> Result<(), Denial> {
+        self.statement(session, |session| {
+            session.rows.push(row);
+            Ok(())
+        })
+    }
+
+    /// A statement that fails, and that dooms an optimistic transaction.
+    pub(crate) fn fail(&self, session: u64) -> Result<(), Denial> {
+        self.statement(session, |session| {
+            session.doomed = session.mode == Mode::Optimistic;
+            Err(Denial::Failed)
+        })
+    }
+
+    pub(crate) fn savepoint(&self, session: u64) -> Result<(), Denial> {
+        self.statement(session, |session| {
+            session.savepoint = session.rows.len();
+            Ok(())
+        })
+    }
+
+    pub(crate) fn rollback_to_savepoint(&self, session: u64) -> Result<(), Denial> {
+        self.statement(session, |session| {
+            session.rows.truncate(session.savepoint);
+            Ok(())
+        })
+    }
+
+    pub(crate) fn is_open(&self, session: u64) -> bool {
+        self.server().sessions.contains_key(&session)
+    }
+
+    pub(crate) fn is_doomed(&self, session: u64) -> bool {
+        let server = self.server();
+        server.sessions.get(&session).is_some_and(|s| s.doomed)
+    }
+
+    fn statement(
+        &self,
+        session: u64,
+        run: impl FnOnce(&mut Session) -> Result<(), Denial>,
+    ) -> Result<(), Denial> {
+        let mut server = self.server();
+        let session = server.sessions.get_mut(&session).ok_or(Denial::Gone)?;
+        if session.doomed {
+            return Err(Denial::Failed);
+        }
+        run(session)
+    }
+
+    /// Changes a lane's row in a transaction, if its epoch is the update's. The row stays locked until the end.
+    pub(crate) async fn update(&self, session: u64, update: Update) -> Result<bool, Denial> {
+        self.lock_row(&update.lane, session).await?;
+        let mut server = self.server();
+        let is_mine = server
+            .lanes
+            .get(&update.lane)
+            .is_some_and(|row| row.epoch == update.epoch);
+        let held = server.sessions.get_mut(&session).ok_or(Denial::Gone)?;
+        if held.doomed {
+            return Err(Denial::Failed);
+        }
+        if is_mine {
+            held.update = Some(update);
+        }
+        if self.without_locks {
+            server.locks.retain(|_, holder| *holder != session);
+            drop(server);
+            self.released.notify_waiters();
+        }
+        Ok(is_mine)
+    }
+
+    /// Makes a transaction durable.
+    pub(crate) fn commit(&self, session: u64) -> Result<(), Denial> {
+        let mut server = self.server();
+        let Some(ended) = server.sessions.remove(&session) else {
+            return Err(Denial::Gone);
+        };
+        server.locks.retain(|_, holder| *holder != session);
+        let refused = ended.doomed || ended.rows.iter().any(|row| row.poison);
+        if !refused {
+            if let Some(update) = ended.update {
+                let row = server.lanes.get_mut(&update.lane);
+                let row = row.expect("a row is changed only if it is there");
+                row.commits = update.commits;
+                row.checkpoint = update.checkpoint;
+            }
+            let mut evidence = self.world.evidence();
+            for row in &ended.rows {
+                evidence.effect(row.stage, &row.id);
+                let subject = Subject::Name(row.id.clone());
+                self.world
+                    .note(0, "  row", subject, [i64::from(row.partition), row.offset]);
+            }
+            drop(evidence);
+            server.rows.extend(ended.rows);
+        }
+        drop(server);
+        self.released.notify_waiters();
+        if refused { Err(Denial::Failed) } else { Ok(()) }
+    }
+
+    async fn lock_row(&self, lane: &LaneId, session: u64) -> Result<(), Denial> {
+        loop {
+            let released = self.released.notified();
+            tokio::pin!(released);
+            released.as_mut().enable();
+            {
+                let mut server = self.server();
+                if !server.sessions.contains_key(&session) {
+                    return Err(Denial::Gone);
+                }
+                let holder = server.locks.entry(lane.clone()).or_insert(session);
+                if *holder == session {
+                    return Ok(());
+                }
+            }
+            released.await;
+        }
+    }
+}

@@ -1,0 +1,187 @@
+//! One assigned partition, as its lane reads it.
+
+use std::sync::{Arc, Mutex};
+
+use host::log::{BatchLimits, Gap, Source};
+use host::record::Record;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+use super::broker::{Broker, Seat};
+use super::lock;
+use super::process::Process;
+use super::trace::Subject;
+
+/// Records that are at hand at a time, at most.
+const AT_HAND: usize = 12;
+
+/// What a process and the lane on one of its partitions share.
+pub(crate) struct Slot {
+    pub(crate) seat: Seat,
+    /// The lane is asked to end.
+    pub(crate) stopping: CancellationToken,
+    /// The lane is not waited for any longer.
+    pub(crate) abandoned: CancellationToken,
+    settled: Mutex<Settled>,
+    /// Something was settled.
+    pub(crate) dirty: Notify,
+    /// Cancelled when the lane has ended.
+    pub(crate) ended: CancellationToken,
+}
+
+#[derive(Default)]
+struct Settled {
+    offset: Option<i64>,
+    committed: Option<i64>,
+}
+
+impl Slot {
+    pub(crate) fn new(seat: Seat) -> Arc<Self> {
+        Arc::new(Self {
+            seat,
+            stopping: CancellationToken::new(),
+            abandoned: CancellationToken::new(),
+            settled: Mutex::default(),
+            dirty: Notify::new(),
+            ended: CancellationToken::new(),
+        })
+    }
+
+    /// The settled offset, if it is not committed yet.
+    pub(crate) fn uncommitted(&self) -> Option<i64> {
+        let settled = lock(&self.settled);
+        settled
+            .offset
+            .filter(|offset| settled.committed != Some(*offset))
+    }
+
+    pub(crate) fn committed(&self, offset: i64) {
+        lock(&self.settled).committed = Some(offset);
+    }
+}
+
+pub(crate) struct PartitionSource {
+    process: Process,
+    broker: Arc<Broker>,
+    slot: Arc<Slot>,
+    topic: Arc<str>,
+    position: Option<i64>,
+}
+
+impl PartitionSource {
+    pub(crate) fn new(process: Process, broker: Arc<Broker>, slot: Arc<Slot>) -> Self {
+        let topology = process.world().topology();
+        Self {
+            topic: topology.stages[slot.seat.0].input.clone(),
+            process,
+            broker,
+            slot,
+            position: None,
+        }
+    }
+
+    fn partition(&self) -> i32 {
+        self.slot.seat.1
+    }
+
+    /// Waits for the log; false when the partition is to be given up meanwhile.
+    async fn until_up(&self) -> bool {
+        tokio::select! {
+            biased;
+            () = self.slot.stopping.cancelled() => false,
+            () = self.broker.until_up() => true,
+        }
+    }
+
+    fn take(&mut self, limits: &BatchLimits) -> Result<Vec<Record>, Gap> {
+        let Some(position) = self.position else {
+            return Ok(Vec::new());
+        };
+        let (first, end) = self.broker.range(&self.topic, self.partition());
+        if position < first {
+            return Err(Gap::Removed {
+                expected: position,
+                first,
+            });
+        }
+        if position >= end || !self.broker.is_up() {
+            return Ok(Vec::new());
+        }
+        let count = self.process.world().roll(1..=AT_HAND);
+        let count = count.min(limits.max_messages);
+        let records = self
+            .broker
+            .read(&self.topic, self.partition(), position, count);
+        self.position = records.last().map(|record| record.offset + 1);
+        Ok(records)
+    }
+
+    fn note(&self, what: &'static str, numbers: [i64; 2]) {
+        let subject = Subject::Place(self.topic.clone(), self.partition());
+        self.process.note(what, subject, numbers);
+    }
+}
+
+impl Source for PartitionSource {
+    async fn start(&mut self, offset: Option<i64>) -> Result<(), Gap> {
+        self.process.point("start").await;
+        if !self.until_up().await {
+            return Ok(());
+        }
+        self.process.world().travel().await;
+        let known = offset.or_else(|| self.broker.committed(self.slot.seat));
+        let (first, end) = self.broker.range(&self.topic, self.partition());
+        self.note("start at", [known.unwrap_or(-1), end]);
+        match known {
+            Some(expected) if expected < first => return Err(Gap::Removed { expected, first }),
+            Some(expected) if expected > end => return Err(Gap::Recreated { expected, end }),
+            known => self.position = Some(known.unwrap_or(first)),
+        }
+        self.process.point("started").await;
+        Ok(())
+    }
+
+    async fn next(&mut self, limits: &BatchLimits) -> Result<Option<Vec<Record>>, Gap> {
+        self.process.point("next").await;
+        loop {
+            if self.slot.stopping.is_cancelled() {
+                return Ok(None);
+            }
+            let broker = self.broker.clone();
+            let changed = broker.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            let taken = self.take(limits)?;
+            if let (Some(first), Some(last)) = (taken.first(), taken.last()) {
+                self.note("batch", [first.offset, last.offset]);
+                return Ok(Some(taken));
+            }
+            tokio::select! {
+                biased;
+                () = self.slot.stopping.cancelled() => {}
+                () = changed => {}
+            }
+        }
+    }
+
+    fn done(&mut self, next_offset: i64) {
+        // What a dead process says, nobody hears.
+        if self.process.is_dead() {
+            return;
+        }
+        self.broker
+            .check_durable(self.slot.seat, next_offset, "done");
+        lock(&self.slot.settled).offset = Some(next_offset);
+        self.slot.dirty.notify_one();
+    }
+
+    fn stopping(&self) -> CancellationToken {
+        self.slot.stopping.clone()
+    }
+}
+
+impl Drop for PartitionSource {
+    fn drop(&mut self) {
+        self.slot.ended.cancel();
+    }
+}
