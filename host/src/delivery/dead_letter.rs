@@ -64,7 +64,8 @@ impl DeadLetters {
         let mut headers = output.headers.clone();
         headers.extend(self.why(topic, partition, offset, 1, fault));
         // Behind the cause it is the letter's own id.
-        headers.extend(header.cloned());
+        let own = id.as_ref().map(|id| id.of_its_letter().to_string());
+        headers.extend(own.map(|own| Header::new(seen::HEADER, own)));
         Outgoing {
             topic: self.topic_for(topic),
             partition: None,

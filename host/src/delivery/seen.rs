@@ -71,6 +71,19 @@ impl OutputId {
         std::str::from_utf8(value).ok()?.parse().ok()
     }
 
+    /// The id of the dead letter of an output that the log refused. It is produced after later outputs of its lane, so it
+    /// is as if it were another's.
+    pub fn of_its_letter(&self) -> Self {
+        let lane = match self.source() {
+            Some((group, topic, partition)) => format!("{group}!refused/{topic}/{partition}"),
+            None => self.lane.clone(),
+        };
+        Self {
+            lane,
+            place: self.place,
+        }
+    }
+
     /// The lane's parts: group, topic and partition.
     pub fn source(&self) -> Option<(&str, &str, i32)> {
         let (rest, partition) = self.lane.rsplit_once('/')?;

@@ -6,6 +6,7 @@
 pub mod ordered;
 pub mod transactional;
 
+use std::iter;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -110,13 +111,16 @@ impl<K, H> Common<K, H> {
         &self.equipment.metrics
     }
 
+    /// One call. `attempt` is the first record's; the others have not been delivered before.
     async fn invoke<T>(&self, records: &[&Record], attempt: u32, transaction: &T) -> Invocation
     where
         H: Handler<T>,
     {
+        let attempts = iter::once(attempt).chain(iter::repeat(1));
         let deliveries: Vec<_> = records
             .iter()
-            .map(|record| Delivery { record, attempt })
+            .zip(attempts)
+            .map(|(record, attempt)| Delivery { record, attempt })
             .collect();
         let since = Instant::now();
         let invocation = self.equipment.handler.call(&deliveries, transaction).await;

@@ -143,7 +143,7 @@ impl Cluster {
             .broker
             .set_owner(seat, Some(host.process.number()));
         // One that it was not told to have lost.
-        host.end_lane(seat, 0).await;
+        host.lose_lane(seat).await;
         host.start_lane(seat);
         true
     }
@@ -178,7 +178,7 @@ impl Cluster {
                     tokio::spawn(async move {
                         pause(delay).await;
                         if cluster.0.servers.broker.owner(seat) != Some(owner) {
-                            old.end_lane(seat, 0).await;
+                            old.lose_lane(seat).await;
                         }
                     });
                 }
@@ -197,7 +197,7 @@ impl Cluster {
             for seat in seats {
                 let owner = self.0.servers.broker.owner(seat);
                 if owner != Some(host.process.number()) {
-                    host.end_lane(seat, 0).await;
+                    host.lose_lane(seat).await;
                 }
             }
         }

@@ -236,8 +236,17 @@ impl Host {
         }
     }
 
-    /// Ends a lane: it is asked to, and after the budget its future is dropped. Then, its offsets are committed.
+    /// Ends a lane of a partition that is asked back: after the budget its future is dropped. Then, its offsets are committed.
     pub(crate) async fn end_lane(&self, seat: Seat, budget: u64) {
+        self.end(seat, budget, false).await;
+    }
+
+    /// Ends a lane of a partition that another has already.
+    pub(crate) async fn lose_lane(&self, seat: Seat) {
+        self.end(seat, 0, true).await;
+    }
+
+    async fn end(&self, seat: Seat, budget: u64, is_lost: bool) {
         let slot = crate::world::lock(&self.lanes).remove(&seat);
         let Some(slot) = slot else { return };
         self.note_seat("to be given up", seat);
@@ -260,7 +269,7 @@ impl Host {
                 () = self.process.killed().cancelled() => {}
             }
         }
-        if self.servers.broker.is_up() {
+        if !is_lost && self.servers.broker.is_up() {
             self.commit_settled(&slot);
         }
         self.note_seat("given up", seat);

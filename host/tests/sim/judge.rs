@@ -20,7 +20,7 @@ pub(crate) struct Outcome {
     topics: BTreeMap<(Arc<str>, i32), Vec<Record>>,
     rows: Vec<Row>,
     values: BTreeMap<Arc<str>, (i64, Arc<str>)>,
-    calls: BTreeMap<(usize, Arc<str>), Calls>,
+    calls: BTreeMap<(usize, i32, i64), Calls>,
     disturbances: Vec<u32>,
     removed: BTreeSet<(Arc<str>, Arc<str>)>,
     effects: BTreeSet<(usize, Arc<str>)>,
@@ -244,6 +244,13 @@ impl Outcome {
         let mut origins = BTreeMap::new();
         for (partition, records) in input.partitions.iter().enumerate() {
             for (id, offset) in records {
+                // A copy of it that came later may have been the first that was there.
+                if self
+                    .removed
+                    .contains(&(self.topology.stages[stage].input.clone(), id.clone()))
+                {
+                    continue;
+                }
                 origins.insert(id.clone(), (partition, *offset));
             }
         }
@@ -305,11 +312,12 @@ impl Outcome {
         let (max, batches) = (spec.max_attempts, spec.batches);
         let disturbed = self.disturbances[stage];
         let calls: Vec<_> = (self.calls.iter())
-            .filter(|((of, _), _)| *of == stage)
-            .map(|((_, id), calls)| (id.clone(), *calls))
+            .filter(|((of, ..), _)| *of == stage)
+            .map(|(_, calls)| calls.clone())
             .collect();
-        for (id, calls) in calls {
+        for calls in calls {
             let Calls {
+                id,
                 retries,
                 highest_attempt,
             } = calls;

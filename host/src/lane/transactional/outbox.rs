@@ -1,5 +1,7 @@
 //! The outputs of a transactional lane that are committed and on their way into the log.
 
+use std::collections::BTreeMap;
+use std::mem;
 use std::pin::Pin;
 use std::sync::Arc;
 
@@ -11,9 +13,10 @@ use tracing::error;
 
 use crate::delivery::dead_letter;
 use crate::delivery::retry::backoff;
+use crate::delivery::seen;
 use crate::delivery::{Cause, Fault};
 use crate::lane::{LOG_PATIENCE, Policy};
-use crate::log::{LogError, Sink, Unsent};
+use crate::log::{Addressed, LogError, Unsent};
 use crate::metrics::StageMetrics;
 use crate::record::Outgoing;
 
@@ -27,7 +30,7 @@ pub(super) struct Outbox {
 
 impl Outbox {
     /// Has outputs produced. What was launched before must have landed.
-    pub(super) fn launch<K: Sink + 'static>(
+    pub(super) fn launch<K: Addressed + 'static>(
         &mut self,
         delivery: Delivery<K>,
         outputs: Vec<Outgoing>,
@@ -83,54 +86,95 @@ pub(super) struct Delivery<K> {
     pub(super) seed: u64,
 }
 
-impl<K: Sink> Delivery<K> {
+impl<K: Addressed> Delivery<K> {
     /// Produces outputs in their order, for as long as it takes. One that the log refuses for what it is becomes a dead
     /// letter: its message is committed, and nothing is to be lost.
-    async fn run(self, mut outputs: Vec<Outgoing>) {
+    async fn run(self, outputs: Vec<Outgoing>) {
         let mut rng = StdRng::seed_from_u64(self.seed);
+        // Which output is refused first depends on the log, but not the order of their letters: whoever reads them
+        // drops one that comes after a later one.
+        let letters = self.produce(outputs, &mut rng).await;
+        self.produce(letters, &mut rng).await;
+    }
+
+    /// Produces all that the log takes, and answers the dead letters of the rest, in their order.
+    async fn produce(&self, mut outputs: Vec<Outgoing>, rng: &mut StdRng) -> Vec<Outgoing> {
+        let mut letters = BTreeMap::new();
+        let mut numbers: Vec<usize> = (0..outputs.len()).collect();
         let mut attempt = 1;
-        while let Err(mut unsent) = self.sink.produce(&outputs).await {
+        while !outputs.is_empty()
+            && let Err(mut unsent) = self.sink.produce(&outputs).await
+        {
             unsent.sort_by_key(|u| u.index);
-            let mut refused_all = true;
-            let mut slots: Vec<_> = outputs.into_iter().map(Some).collect();
-            outputs = Vec::with_capacity(unsent.len());
+            let sent = mem::take(&mut outputs)
+                .into_iter()
+                .zip(mem::take(&mut numbers));
+            let mut slots: Vec<_> = sent.map(Some).collect();
             for Unsent { index, error } in unsent {
-                let Some(output) = slots.get_mut(index).and_then(Option::take) else {
+                let Some((output, number)) = slots.get_mut(index).and_then(Option::take) else {
                     continue;
                 };
-                let is_letter = dead_letter::is_one(&output);
-                refused_all &= !is_letter && !matches!(error, LogError::Unavailable(_));
-                outputs.push(self.again(output, is_letter, &error));
+                match self.again(output, &error).await {
+                    Again::Same(output) => {
+                        outputs.push(output);
+                        numbers.push(number);
+                    }
+                    Again::Letter(letter) => {
+                        letters.insert(number, letter);
+                    }
+                }
             }
-            if !refused_all {
-                tokio::time::sleep(backoff(&LOG_PATIENCE, attempt, &mut rng)).await;
+            if !outputs.is_empty() {
+                tokio::time::sleep(backoff(&LOG_PATIENCE, attempt, rng)).await;
                 attempt = attempt.saturating_add(1);
             }
         }
+        letters.into_values().collect()
     }
 
-    /// What is produced in the place of an output that the log did not take.
-    fn again(&self, mut output: Outgoing, is_letter: bool, error: &LogError) -> Outgoing {
+    async fn again(&self, mut output: Outgoing, error: &LogError) -> Again {
         let topic = &*output.topic;
         match error {
             LogError::Unavailable(_) => {
                 error!(topic, "cannot produce, trying again: {error}");
-                output
+                Again::Same(output)
             }
-            LogError::Refused(_) | LogError::TooLarge(_) if is_letter => {
+            LogError::Refused(_) | LogError::TooLarge(_) if dead_letter::is_one(&output) => {
                 error!(topic, "cannot produce a dead letter, trying again: {error}");
                 if matches!(error, LogError::TooLarge(_)) {
                     dead_letter::shorten(&mut output);
                 }
-                output
+                Again::Same(output)
             }
             LogError::Refused(why) | LogError::TooLarge(why) => {
                 let why = format!("the log refused a record for {topic}: {why}");
                 error!(topic, "{why}; it goes to the dead letters");
                 self.metrics.dead_letter(Cause::Reject.label());
                 let fault = Fault::new(Cause::Reject, why);
-                self.policy.dead_letters.refused(&output, &fault)
+                Again::Letter(self.letter(&output, &fault).await)
             }
         }
     }
+
+    /// The dead letter of an output, which goes to the same partition if it is made again after a crash.
+    async fn letter(&self, output: &Outgoing, fault: &Fault) -> Outgoing {
+        let mut letter = self.policy.dead_letters.refused(output, fault);
+        let id = letter.headers.iter().rfind(|h| h.name == seen::HEADER);
+        let place = Outgoing {
+            topic: letter.topic.clone(),
+            partition: None,
+            timestamp: None,
+            key: letter.key.clone().or_else(|| id?.value.clone()),
+            value: None,
+            headers: Vec::new(),
+        };
+        letter.partition = self.sink.partition_of(&place).await.ok();
+        letter
+    }
+}
+
+/// What is produced in the place of an output that the log did not take.
+enum Again {
+    Same(Outgoing),
+    Letter(Outgoing),
 }

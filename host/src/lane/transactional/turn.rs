@@ -176,10 +176,13 @@ where
             };
             match answer {
                 Answer::Done => {}
-                Answer::Fault(fault) => match self.verdict(batch, fault, failed + 1) {
-                    None => {}
-                    Some(after) => return Ran::Good(after),
-                },
+                Answer::Fault(fault) => {
+                    // Should the transaction be lost, the message needn't be called again.
+                    plan.known.insert(at, fault.clone());
+                    if let Some(after) = self.verdict(batch, fault, failed + 1) {
+                        return Ran::Good(after);
+                    }
+                }
                 Answer::Ran(ran) => return ran,
             }
         }

@@ -286,7 +286,7 @@ impl Open {
             Err(CommitError::Refused(_)) => "commit refused",
             Err(CommitError::Unanswered(_)) => "commit unanswered",
         };
-        if !matches!(outcome, Ok(()) | Err(CommitError::Refused(_))) {
+        if outcome.is_err() {
             self.disturbed();
         }
         let subject = Subject::Place(update.lane.topic.clone(), update.lane.partition);

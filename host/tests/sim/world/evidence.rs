@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use host::delivery::dead_letter;
+use host::delivery::{Delivery, dead_letter};
 use host::record::{Header, Outgoing, Record};
 
 use crate::topology::{Kind, Topology};
@@ -17,8 +17,9 @@ pub(crate) struct Anomaly {
 }
 
 /// How a message was called for.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(crate) struct Calls {
+    pub(crate) id: Arc<str>,
     /// Calls that answered that they want another delivery, whose transaction was whole.
     pub(crate) retries: u32,
     pub(crate) highest_attempt: u32,
@@ -35,7 +36,8 @@ pub(crate) struct Evidence {
     letters: BTreeSet<(usize, Arc<str>)>,
     /// Up to which offset all was found durable.
     durable: BTreeMap<(usize, i32), usize>,
-    pub(crate) calls: BTreeMap<(usize, Arc<str>), Calls>,
+    /// Of a stage, by partition and offset.
+    pub(crate) calls: BTreeMap<(usize, i32, i64), Calls>,
     /// Of each stage: what may have cost a message a delivery that is not its fault.
     pub(crate) disturbances: Vec<u32>,
     /// Records that retention has removed.
@@ -153,8 +155,14 @@ impl Evidence {
         }
     }
 
-    pub(crate) fn called(&mut self, stage: usize, id: &Arc<str>, attempt: u32, wants_again: bool) {
-        let calls = self.calls.entry((stage, id.clone())).or_default();
+    pub(crate) fn called(&mut self, stage: usize, delivery: &Delivery<'_>, wants_again: bool) {
+        let Delivery { record, attempt } = *delivery;
+        let place = (stage, record.partition, record.offset);
+        let calls = self.calls.entry(place).or_insert_with(|| Calls {
+            id: id_of_record(record),
+            retries: 0,
+            highest_attempt: 0,
+        });
         calls.retries += u32::from(wants_again);
         calls.highest_attempt = calls.highest_attempt.max(attempt);
     }

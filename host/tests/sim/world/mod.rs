@@ -32,6 +32,9 @@ use crate::topology::Topology;
 /// A run that takes more steps than this goes round in circles.
 const MAX_POINTS: u64 = 150_000;
 
+/// Events of the trace that are kept, where nobody asks for more.
+const TRACE: usize = 400;
+
 /// How things go between processes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Weather {
@@ -82,7 +85,7 @@ impl World {
             evidence: Mutex::new(Evidence::new(&topology)),
             topology,
             dice: Mutex::new(StdRng::seed_from_u64(seed)),
-            trace: Mutex::default(),
+            trace: Mutex::new(Trace::new(kept())),
             weather: Mutex::new(Weather::FINE),
             points: Mutex::new(Points {
                 passed: 0,
@@ -194,6 +197,10 @@ impl World {
     pub(crate) fn is_over(&self) -> bool {
         self.0.over.load(Ordering::Relaxed)
     }
+}
+
+fn kept() -> usize {
+    crate::number("SIM_TRACE").map_or(TRACE, |kept| kept.try_into().unwrap_or(usize::MAX))
 }
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -165,11 +165,10 @@ impl Stage {
             offset: record.offset,
             poison: script == Script::RefusedCommit && effects.undoes(),
         };
-        let called = |wants| {
-            let mut evidence = self.process.world().evidence();
-            evidence.called(self.number, &id, attempt, wants);
-        };
-        called(false);
+        self.process
+            .world()
+            .evidence()
+            .called(self.number, delivery, false);
         let faults = self.fault(script, attempt, effects.undoes());
         if let Some((wrote, trouble)) = faults {
             // In a call of many, a stage leaves out what it rejects.
@@ -273,8 +272,7 @@ impl Stage {
         for (delivery, outcome) in deliveries.iter().zip(outcomes) {
             if matches!(outcome, Err(fault) if fault.cause == Cause::Retry && fault.away.is_none())
             {
-                let id = id_of_record(delivery.record);
-                evidence.called(self.number, &id, delivery.attempt, true);
+                evidence.called(self.number, delivery, true);
             }
         }
     }

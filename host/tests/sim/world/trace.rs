@@ -4,9 +4,6 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::sync::Arc;
 
-/// Events that are kept.
-const KEPT: usize = 400;
-
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Subject {
     None,
@@ -23,14 +20,24 @@ struct Event {
     numbers: [i64; 2],
 }
 
-#[derive(Default)]
 pub(crate) struct Trace {
     last: VecDeque<Event>,
+    /// Events that are kept, at most.
+    bound: usize,
     count: u64,
     digest: Digest,
 }
 
 impl Trace {
+    pub(crate) fn new(bound: usize) -> Self {
+        Self {
+            last: VecDeque::new(),
+            bound,
+            count: 0,
+            digest: Digest::default(),
+        }
+    }
+
     pub(crate) fn note(
         &mut self,
         at: u64,
@@ -53,7 +60,7 @@ impl Trace {
         self.digest.add(&numbers[0].to_le_bytes());
         self.digest.add(&numbers[1].to_le_bytes());
         self.count += 1;
-        if self.last.len() == KEPT {
+        if self.last.len() >= self.bound {
             self.last.pop_front();
         }
         self.last.push_back(Event {
