@@ -4,6 +4,7 @@ mod guest;
 pub mod inspect;
 mod instance;
 mod runtime;
+mod stalls;
 
 pub use instance::StageComponent;
 pub use runtime::{Compiled, Runtime};

@@ -1,7 +1,8 @@
 //! The wasmtime engine, the linker with everything that a stage may import, and the clock that interrupts guests.
 
 use std::path::Path;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use wasmtime::component::{Component, Linker};
@@ -11,6 +12,7 @@ use wasmtime_wasi_config::WasiConfig;
 use super::guest::Guest;
 use super::instance::StageComponent;
 use super::plain;
+use super::stalls::Stalls;
 use crate::capability::{self, Stores};
 use crate::pipeline;
 
@@ -28,6 +30,7 @@ pub struct Compiled(Component);
 pub struct Runtime {
     engine: Engine,
     linker: Linker<Guest>,
+    stalls: Arc<Stalls>,
 }
 
 impl Runtime {
@@ -42,8 +45,13 @@ impl Runtime {
             .cache(Some(open_cache(cache)?));
         let engine = Engine::new(&config).map_err(plain)?;
         let linker = link(&engine).map_err(plain)?;
-        start_ticker(engine.weak())?;
-        Ok(Self { engine, linker })
+        let stalls = Arc::<Stalls>::default();
+        start_ticker(engine.weak(), stalls.clone())?;
+        Ok(Self {
+            engine,
+            linker,
+            stalls,
+        })
     }
 
     /// Compiles a component file's bytes. Takes as long as the component is large: call it off the async runtime.
@@ -61,20 +69,22 @@ impl Runtime {
         stores: &Stores,
     ) -> anyhow::Result<StageComponent> {
         let pre = self.linker.instantiate_pre(&component.0).map_err(plain)?;
-        StageComponent::new(stage, &self.engine, pre, stores)
+        StageComponent::new(stage, &self.engine, self.stalls.clone(), pre, stores)
     }
 }
 
 /// A thread of its own: guests that spin may hold every thread of the async runtime until they are
 /// interrupted. It ends with the engine.
-fn start_ticker(engine: EngineWeak) -> anyhow::Result<()> {
+fn start_ticker(engine: EngineWeak, stalls: Arc<Stalls>) -> anyhow::Result<()> {
     std::thread::Builder::new()
         .name("epoch".into())
         .spawn(move || {
             while let Some(engine) = engine.upgrade() {
                 engine.increment_epoch();
                 drop(engine);
+                let before = Instant::now();
                 std::thread::sleep(TICK);
+                stalls.note(before.elapsed().saturating_sub(TICK));
             }
         })
         .context("cannot start the thread that interrupts guests")?;
