@@ -11,7 +11,6 @@ use wasmtime::{Engine, Store};
 
 use super::guest::{Grants, Guest};
 use super::plain;
-use super::stalls::Stalls;
 use crate::capability::logging::Place;
 use crate::capability::producer::ProducerGrant;
 use crate::capability::sql::Transaction;
@@ -54,7 +53,6 @@ use bindings::one::{One, OnePre};
 /// A compiled stage with its grants.
 pub struct StageComponent {
     engine: Engine,
-    stalls: Arc<Stalls>,
     world: World,
     grants: Grants,
     deadline: Duration,
@@ -83,7 +81,6 @@ impl StageComponent {
     pub(super) fn new(
         stage: &pipeline::Stage,
         engine: &Engine,
-        stalls: Arc<Stalls>,
         pre: InstancePre<Guest>,
         stores: &Stores,
     ) -> anyhow::Result<Self> {
@@ -110,7 +107,6 @@ impl StageComponent {
         };
         Ok(Self {
             engine: engine.clone(),
-            stalls,
             world,
             grants,
             deadline: stage.limits.deadline,
@@ -174,7 +170,7 @@ impl StageComponent {
         // On expiry the future is dropped, and with it the instance: wasmtime unwinds its stack.
         let waits = Waits::default();
         let call = self.invoke(deliveries, transaction, &waits);
-        if let Some(invocation) = self.stalls.within(self.deadline, call).await {
+        if let Ok(invocation) = timeout(self.deadline, call).await {
             return invocation;
         }
         // A store that does not answer is no fault of the guest's, and may answer the next time.

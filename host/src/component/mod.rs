@@ -4,7 +4,6 @@ mod guest;
 pub mod inspect;
 mod instance;
 mod runtime;
-mod stalls;
 
 pub use instance::StageComponent;
 pub use runtime::{Compiled, Runtime};

@@ -1,8 +1,7 @@
 //! The wasmtime engine, the linker with everything that a stage may import, and the clock that interrupts guests.
 
 use std::path::Path;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context;
 use wasmtime::component::{Component, Linker};
@@ -12,7 +11,6 @@ use wasmtime_wasi_config::WasiConfig;
 use super::guest::Guest;
 use super::instance::StageComponent;
 use super::plain;
-use super::stalls::Stalls;
 use crate::capability::{self, Stores};
 use crate::pipeline;
 
@@ -30,7 +28,6 @@ pub struct Compiled(Component);
 pub struct Runtime {
     engine: Engine,
     linker: Linker<Guest>,
-    stalls: Arc<Stalls>,
 }
 
 impl Runtime {
@@ -45,13 +42,8 @@ impl Runtime {
             .cache(Some(open_cache(cache)?));
         let engine = Engine::new(&config).map_err(plain)?;
         let linker = link(&engine).map_err(plain)?;
-        let stalls = Arc::<Stalls>::default();
-        start_ticker(engine.weak(), stalls.clone())?;
-        Ok(Self {
-            engine,
-            linker,
-            stalls,
-        })
+        start_ticker(engine.weak())?;
+        Ok(Self { engine, linker })
     }
 
     /// Compiles a component file's bytes. Takes as long as the component is large: call it off the async runtime.
@@ -69,22 +61,20 @@ impl Runtime {
         stores: &Stores,
     ) -> anyhow::Result<StageComponent> {
         let pre = self.linker.instantiate_pre(&component.0).map_err(plain)?;
-        StageComponent::new(stage, &self.engine, self.stalls.clone(), pre, stores)
+        StageComponent::new(stage, &self.engine, pre, stores)
     }
 }
 
 /// A thread of its own: guests that spin may hold every thread of the async runtime until they are
 /// interrupted. It ends with the engine.
-fn start_ticker(engine: EngineWeak, stalls: Arc<Stalls>) -> anyhow::Result<()> {
+fn start_ticker(engine: EngineWeak) -> anyhow::Result<()> {
     std::thread::Builder::new()
         .name("epoch".into())
         .spawn(move || {
             while let Some(engine) = engine.upgrade() {
                 engine.increment_epoch();
                 drop(engine);
-                let before = Instant::now();
                 std::thread::sleep(TICK);
-                stalls.note(before.elapsed().saturating_sub(TICK));
             }
         })
         .context("cannot start the thread that interrupts guests")?;
