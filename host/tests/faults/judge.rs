@@ -269,25 +269,23 @@ pub(crate) fn judge_cache(
     found: &mut Anomalies,
 ) -> usize {
     let mut newest: BTreeMap<&str, (i64, i64)> = BTreeMap::new();
-    for Record {
-        message, timestamp, ..
-    } in inputs
-    {
-        let entry = newest
-            .entry(&message.key)
-            .or_insert((message.seq, *timestamp));
+    let mut last: HashMap<&str, i64> = HashMap::new();
+    for record in inputs {
+        let (Message { key, seq, .. }, at) = (&record.message, record.timestamp);
+        last.insert(key, *seq);
         // A number that is there again was there at the earlier time.
-        if message.seq > entry.0 {
-            *entry = (message.seq, *timestamp);
+        let entry = newest.entry(key).or_insert((*seq, at));
+        if *seq > entry.0 {
+            *entry = (*seq, at);
         }
     }
     let mut judged = 0;
     for (key, (seq, _)) in newest.into_iter().filter(|(_, (_, at))| *at > flushed_at) {
         judged += 1;
-        let cached = cache.get(key);
+        let (cached, last) = (cache.get(key), last.get(key));
         if cached != Some(&seq) {
             found.add(Anomaly::StaleCache, || {
-                format!("{key}: Redis has {cached:?}, the newest is #{seq}")
+                format!("{key}: Redis has {cached:?}, the newest is #{seq}, the last {last:?}")
             });
         }
     }

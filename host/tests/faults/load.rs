@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::pipeline::{FIRST, INPUT, SECOND};
 
-/// Messages a second: 100,000 in twenty minutes.
-const RATE: u64 = 85;
+/// Messages a second: 100,000 in twenty cycles.
+const RATE: u64 = 110;
 /// How often what is due is sent. They take turns: calm, where a batch is a message or two, and bursts.
 const TICKS: [Duration; 2] = [Duration::from_millis(20), Duration::from_secs(1)];
 const TURN: Duration = Duration::from_secs(10);
