@@ -83,8 +83,7 @@ pub(crate) fn text(ways: &Ways, stages: &Path) -> String {
         ),
     ]
     .concat();
-    // Every message of an outage is tried until it is over: what the suite is after is not how long
-    // a stage's patience lasts. The broker's time on what it appends tells what was cached before a flush.
+    // The broker's time on what it appends tells what was cached before a flush.
     format!(
         r#"
 name = "faults"
@@ -133,7 +132,7 @@ component = "{}"
 input = ["{input}"]
 group = "{group}"
 dead-letter = "{letters}"
-retry = {{ max-attempts = 100, initial = "50ms", max = "1s" }}
+retry = {{ max-attempts = 3, initial = "50ms", max = "1s" }}
 {passes_on}{settings}
 "#,
         component.display()
