@@ -16,6 +16,8 @@ use crate::servers::{End, Server};
 
 /// What a frozen host sleeps at least; its groups wait for it for 6 s.
 const FROZEN: Duration = Duration::from_secs(8);
+/// How long a host works without a log before it is frozen.
+const UNSENT: Duration = Duration::from_millis(700);
 /// Further behind than this, the hosts get time before the next round: a fault is of use where
 /// there is work.
 const FAR_BEHIND: i64 = 4_000;
@@ -93,6 +95,15 @@ impl Run {
                 tally.add("host killed");
                 std::thread::sleep(round.hold);
                 hosts.add();
+            }
+            Kind::FreezeHost if round.rough => {
+                // What it has committed can't be sent before it sleeps, and is when others have
+                // long gone on.
+                bench.to_kafka.set(Link::Cut);
+                std::thread::sleep(UNSENT);
+                hosts.freeze(victim, FROZEN + round.hold);
+                bench.to_kafka.set(Link::Open);
+                tally.add("host frozen, outputs unsent");
             }
             Kind::FreezeHost => {
                 hosts.freeze(victim, FROZEN + round.hold);

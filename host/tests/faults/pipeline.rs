@@ -111,7 +111,7 @@ listen = "127.0.0.1:0"
 }
 
 const WRITER: &str = r#"sql = ["effects"]
-limits = { deadline = "500ms" }"#;
+limits = { deadline = "2s" }"#;
 
 fn stage(stage: &Stage, components: &Path, component: &str, settings: &str) -> String {
     let Stage {

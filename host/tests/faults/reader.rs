@@ -17,6 +17,8 @@ use crate::pipeline::{CACHE_PREFIX, STAGES, Stage};
 const ASK: Duration = Duration::from_secs(5);
 const READ_PATIENCE: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(100);
+const ID: &str = "stagehost-id";
+const CAUSE: &str = "stagehost-cause";
 /// Keys that Redis is asked for at once.
 const KEYS_AT_ONCE: usize = 1_000;
 
@@ -97,21 +99,28 @@ fn partitions(consumer: &BaseConsumer, topic: &str) -> KafkaResult<TopicPartitio
 }
 
 fn record(message: &BorrowedMessage<'_>) -> Record {
-    let header = |name: &str| {
-        let header = message
-            .headers()?
-            .iter()
-            .find(|header| header.key == name)?;
-        Some(String::from_utf8_lossy(header.value?).into_owned())
-    };
+    let (mut id, mut cause) = (None, None);
+    for header in message.headers().iter().flat_map(|headers| headers.iter()) {
+        let text = || {
+            header
+                .value
+                .map(|v| String::from_utf8_lossy(v).into_owned())
+        };
+        match header.key {
+            ID => id = text(),
+            // What stands before it is the id of the record that became a dead letter.
+            CAUSE => (id, cause) = (None, text()),
+            _ => {}
+        }
+    }
     Record {
         partition: message.partition(),
         offset: message.offset(),
         timestamp: message.timestamp().to_millis().expect("a timestamp"),
         message: serde_json::from_slice(message.payload().unwrap_or_default())
             .expect("a message of the load"),
-        id: header("stagehost-id"),
-        cause: header("stagehost-cause"),
+        id,
+        cause,
     }
 }
 
