@@ -199,12 +199,14 @@ where
     ) -> Answer {
         let at = batch.handled;
         let end = self.call_end(batch, plan);
+        let records: Vec<_> = (at..end).filter(|i| !batch.duplicate[*i]).collect();
+        // A message that is called alone is alone, whatever duplicates are behind it.
+        let end = if records.len() == 1 { at + 1 } else { end };
         let careful = plan.mode == Mode::Careful;
         if careful && let Err(error) = transaction.savepoint().await {
             return Answer::Ran(Ran::Lost(at..end, error.to_string()));
         }
         let before = transaction.statements();
-        let records: Vec<_> = (at..end).filter(|i| !batch.duplicate[*i]).collect();
         let invocation = {
             let records: Vec<_> = records.iter().map(|i| &batch.records[*i]).collect();
             self.common.invoke(&records, attempt, transaction).await
