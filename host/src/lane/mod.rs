@@ -3,14 +3,16 @@
 //! [`transactional`] commits effects and progress together; [`ordered`] delivers at least
 //! once. What they share is here.
 
+mod held;
+mod message;
 pub mod ordered;
 pub mod transactional;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use rand::SeedableRng;
 use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
@@ -19,6 +21,7 @@ use crate::admin::Readiness;
 use crate::capability::StoreName;
 use crate::delivery::breaker::Breaker;
 use crate::delivery::dead_letter::DeadLetters;
+use crate::delivery::retry::backoff;
 use crate::delivery::{Delivery, Fault, Handler, Invocation};
 use crate::log::{BatchLimits, Gap, Source};
 use crate::metrics::StageMetrics;
@@ -90,7 +93,7 @@ struct Common<K, H> {
     equipment: Equipment<K, H>,
     stopping: CancellationToken,
     /// Jitters waits; seeded, so that a simulation can be repeated.
-    rng: StdRng,
+    rng: Mutex<StdRng>,
 }
 
 impl<K, H> Common<K, H> {
@@ -98,8 +101,21 @@ impl<K, H> Common<K, H> {
         Self {
             equipment,
             stopping: source.stopping(),
-            rng: StdRng::seed_from_u64(seed),
+            rng: Mutex::new(StdRng::seed_from_u64(seed)),
         }
+    }
+
+    /// A seed for what jitters its waits by itself.
+    fn seed(&self) -> u64 {
+        self.rng
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .random()
+    }
+
+    fn backoff(&self, patience: &Retry, attempt: u32) -> Duration {
+        let mut rng = self.rng.lock().unwrap_or_else(PoisonError::into_inner);
+        backoff(patience, attempt, &mut *rng)
     }
 
     fn policy(&self) -> &Policy {
@@ -118,8 +134,15 @@ impl<K, H> Common<K, H> {
             .iter()
             .map(|record| Delivery { record, attempt })
             .collect();
+        self.call(&deliveries, transaction).await
+    }
+
+    async fn call<T>(&self, deliveries: &[Delivery<'_>], transaction: &T) -> Invocation
+    where
+        H: Handler<T>,
+    {
         let since = Instant::now();
-        let invocation = self.equipment.handler.call(&deliveries, transaction).await;
+        let invocation = self.equipment.handler.call(deliveries, transaction).await;
         self.metrics().invocation(since.elapsed());
         invocation
     }
