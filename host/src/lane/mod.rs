@@ -1,8 +1,10 @@
 //! The delivery loop of one lane: one stage on one assigned partition.
 //!
-//! [`transactional`] commits effects and progress together; [`ordered`] delivers at least
-//! once. What they share is here.
+//! [`transactional`] commits effects and progress together; [`ordered`] and [`concurrent`] deliver at
+//! least once, in the partition's order and side by side. What all share is here, what those two share in
+//! [`message`] and [`held`].
 
+pub mod concurrent;
 mod held;
 mod message;
 pub mod ordered;
@@ -25,7 +27,7 @@ use crate::delivery::retry::backoff;
 use crate::delivery::{Delivery, Fault, Handler, Invocation};
 use crate::log::{BatchLimits, Gap, Source};
 use crate::metrics::StageMetrics;
-use crate::pipeline::{OnExhausted, OnGap, Retry};
+use crate::pipeline::{OnExhausted, OnGap, Order, Retry};
 use crate::record::Record;
 
 /// Bytes of outputs that a lane holds before it has them produced.
@@ -43,6 +45,10 @@ const REMIND_INTERVAL: Duration = Duration::from_secs(60);
 pub struct Policy {
     /// How much is taken at a time.
     pub batch: BatchLimits,
+    /// What is kept in order of a partition's messages.
+    pub order: Order,
+    /// Messages of a partition that the stage has at one time.
+    pub concurrency: usize,
     /// How often and how fast a message is tried again.
     pub retry: Retry,
     /// And then.
@@ -102,6 +108,15 @@ impl<K, H> Common<K, H> {
             equipment,
             stopping: source.stopping(),
             rng: Mutex::new(StdRng::seed_from_u64(seed)),
+        }
+    }
+
+    /// The same, with waits that end when this is cancelled.
+    fn until(&self, stopping: CancellationToken) -> Self {
+        Self {
+            equipment: self.equipment.clone(),
+            stopping,
+            rng: Mutex::new(StdRng::seed_from_u64(self.seed())),
         }
     }
 
