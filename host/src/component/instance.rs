@@ -58,7 +58,7 @@ pub struct StageComponent {
     grants: Grants,
     deadline: Duration,
     instances: Instances,
-    /// Instances at rest: at most as many as there were calls at one time, so one a lane.
+    /// Instances at rest: at most as many as there were calls at one time, so `concurrency` a lane.
     idle: Mutex<Vec<Instance>>,
 }
 

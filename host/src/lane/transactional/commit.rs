@@ -12,7 +12,6 @@ use super::turn::{After, Plan};
 use super::{Ending, Lane, Tenure};
 use crate::delivery::output;
 use crate::delivery::progress::{Checkpoint, Commit, CommitError, Ledger, Transaction};
-use crate::delivery::retry::backoff;
 use crate::delivery::{Cause, Fault, Handler};
 use crate::lane::{Halt, LOG_PATIENCE};
 use crate::log::{Addressed, Source};
@@ -91,7 +90,7 @@ where
                 error!("cannot produce, trying again: {}", fault.message);
                 transaction.rollback().await;
                 batch.rewind();
-                let wait = backoff(&LOG_PATIENCE, 3, &mut self.common.rng);
+                let wait = self.common.backoff(&LOG_PATIENCE, 3);
                 self.common.wait(wait).await?;
                 return Ok(Plan::optimistic());
             }
@@ -263,8 +262,7 @@ where
                 self.common.metrics().messages("retry", 1);
                 self.common.metrics().retry();
                 let attempts = tenure.attempts;
-                let retry = self.common.policy().retry;
-                let wait = backoff(&retry, attempts, &mut self.common.rng);
+                let wait = self.common.backoff(&self.common.policy().retry, attempts);
                 if attempts == 1 {
                     let record = &batch.records[batch.settled];
                     self.common.warn_of_retry(record, wait, &fault);

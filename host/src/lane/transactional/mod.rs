@@ -15,7 +15,6 @@ use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rand::Rng;
 use tracing::{debug, warn};
 
 use self::batch::Batch;
@@ -26,7 +25,6 @@ use crate::capability::{StoreError, StoreName};
 use crate::delivery::Handler;
 use crate::delivery::output;
 use crate::delivery::progress::{Checkpoint, Claim, LaneId, Ledger, Transaction};
-use crate::delivery::retry::backoff;
 use crate::delivery::seen::Seen;
 use crate::log::{Addressed, Gap, Source};
 use crate::record::Record;
@@ -186,7 +184,7 @@ where
             .await?;
         if !was_away {
             // It answers, and yet it failed: not again at once.
-            let wait = backoff(&LOG_PATIENCE, 1, &mut self.common.rng);
+            let wait = self.common.backoff(&LOG_PATIENCE, 1);
             self.common.wait(wait).await?;
         }
         Ok(())
@@ -236,7 +234,7 @@ where
             sink: sink.clone(),
             policy: policy.clone(),
             metrics: metrics.clone(),
-            seed: self.common.rng.random(),
+            seed: self.common.seed(),
         }
     }
 
