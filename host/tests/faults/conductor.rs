@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::bench::Bench;
-use crate::judge::{self, Anomalies, Anomaly, Progress, StageHistory};
+use crate::judge::{self, Anomalies, Anomaly, Progress, Repeated, StageHistory};
 use crate::load::Loader;
 use crate::pipeline::{CACHER, FIRST, SECOND, STAGES, Stage};
 use crate::proxy::{Link, Proxy};
@@ -58,12 +58,13 @@ pub(crate) fn run(seed: u64, cycles: usize, logs: &Path) -> Report {
     run.catch_up(0);
     run.bench.hosts.replace_dead(&mut run.found);
     run.bench.hosts.stop_all(&mut run.found);
-    let cached_keys = run.judge(messages);
+    let (cached_keys, repeated) = run.judge(messages);
     Report {
         seed,
         took: begun.elapsed(),
         messages,
         cached_keys,
+        repeated,
         planned: cycles,
         tally: run.tally,
         found: run.found,
@@ -185,8 +186,9 @@ impl Run {
         }
     }
 
-    /// Reads all that is there, and answers how many keys of Redis could be judged.
-    fn judge(&mut self, messages: u64) -> usize {
+    /// Reads all that is there. Answers how many keys of Redis could be judged, and what the second
+    /// stage had to drop.
+    fn judge(&mut self, messages: u64) -> (usize, Repeated) {
         let (bench, found) = (&self.bench, &mut self.found);
         let topic = |name| reader::topic(&bench.addresses.brokers, name);
         let history = |stage: &Stage| StageHistory {
@@ -212,7 +214,9 @@ impl Run {
         let progress = self.lag.progress().expect("Kafka answers");
         judge::judge_progress(&progress, found);
         let cache = reader::cache(&bench.addresses.redis);
-        judge::judge_cache(&first.outputs, &cache, self.flushed_at, found)
+        let middle = &first.outputs;
+        let cached_keys = judge::judge_cache(middle, &cache, self.flushed_at, found);
+        (cached_keys, judge::repeated(middle))
     }
 }
 

@@ -146,6 +146,28 @@ pub(crate) fn without_repeated(records: &[Record]) -> Vec<Record> {
     records.iter().filter(is_new).cloned().collect()
 }
 
+/// What came twice in a topic. It is no anomaly, and shows that there was something to drop.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Repeated {
+    pub(crate) all: usize,
+    /// Those that came when a newer number of their key was there.
+    pub(crate) late: usize,
+}
+
+pub(crate) fn repeated(records: &[Record]) -> Repeated {
+    let mut newest: HashMap<&str, i64> = HashMap::new();
+    let (mut seen, mut repeated) = (HashSet::new(), Repeated::default());
+    for Record { message, id, .. } in records {
+        let newest = newest.entry(&message.key).or_insert(message.seq);
+        if id.as_ref().is_some_and(|id| !seen.insert(id)) {
+            repeated.all += 1;
+            repeated.late += usize::from(message.seq < *newest);
+        }
+        *newest = message.seq.max(*newest);
+    }
+    repeated
+}
+
 type MessageId = (String, i64);
 
 /// What became of one message at a stage.

@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 
 use crate::judge::{
-    Anomalies, Anomaly, Progress, Record, Row, StageHistory, judge_cache, judge_cacher,
-    judge_progress, judge_stage, without_repeated,
+    Anomalies, Anomaly, Progress, Record, Repeated, Row, StageHistory, judge_cache, judge_cacher,
+    judge_progress, judge_stage, repeated, without_repeated,
 };
 use crate::load::{Deed, Message};
 
@@ -266,6 +266,18 @@ fn of_a_repeated_id_the_first_counts() {
         .map(|r| r.offset)
         .collect();
     assert_eq!(offsets, [0, 1, 2]);
+}
+
+#[test]
+fn repeated_records_are_counted() {
+    let records = [
+        record(0, 0, "a"),
+        record(1, 1, "b"),
+        record(2, 1, "b"),
+        record(3, 0, "a"),
+        record(4, 0, ""),
+    ];
+    assert_eq!(repeated(&records), Repeated { all: 2, late: 1 });
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::{self, Display, Formatter};
 use std::time::Duration;
 
-use crate::judge::{Anomalies, Anomaly};
+use crate::judge::{Anomalies, Anomaly, Repeated};
 use crate::schedule::Kind;
 
 /// What was done, counted.
@@ -36,6 +36,8 @@ pub(crate) struct Report {
     pub(crate) messages: u64,
     /// Keys whose value in Redis could be judged.
     pub(crate) cached_keys: usize,
+    /// What the second stage had to drop.
+    pub(crate) repeated: Repeated,
     /// Rounds of each kind that were planned.
     pub(crate) planned: usize,
     pub(crate) tally: Tally,
@@ -64,6 +66,8 @@ impl Report {
         let messages = usize::try_from(self.messages).unwrap_or(usize::MAX);
         let mut rows = vec![("messages".to_owned(), messages)];
         rows.push(("keys judged in Redis".to_owned(), self.cached_keys));
+        rows.push(("outputs that came twice".to_owned(), self.repeated.all));
+        rows.push(("and after newer ones".to_owned(), self.repeated.late));
         let rounds =
             Kind::ALL.map(|kind| (format!("round: {}", kind.name()), self.tally.rounds(kind)));
         rows.extend(rounds);
@@ -118,6 +122,7 @@ mod tests {
             took: Duration::from_secs(61),
             messages: 10,
             cached_keys,
+            repeated: Repeated::default(),
             planned: 2,
             tally,
             found: Anomalies::default(),

@@ -216,6 +216,9 @@ impl Host {
                 pause(COMMIT_INTERVAL).await;
                 self.process.point("commit offset").await;
                 self.servers.broker.until_up().await;
+                if slot.ended.is_cancelled() {
+                    return;
+                }
                 self.commit_settled(&slot);
             }
         };

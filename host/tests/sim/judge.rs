@@ -224,6 +224,11 @@ impl Outcome {
         let Some(cause) = cause.filter(|_| !effects && script.succeeds(max)) else {
             return;
         };
+        // Nobody can tell which message of a call a refused output belongs to, unless it is undone with its call.
+        let spec = &self.topology.stages[stage];
+        if spec.batches && spec.kind == Kind::Ordered && spec.mix.refused_outputs > 0 {
+            return;
+        }
         let spent = script.retries(max) + self.disturbances[stage];
         if cause != "retries-exhausted" || spent < max {
             let what = format!("{id} is given up on for {cause}, and is {script:?}");
