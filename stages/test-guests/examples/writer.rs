@@ -15,7 +15,9 @@ fn write(message: Message) -> Outcome {
         Some("reject") => return Err(Fault::reject("as told")),
         Some("retry") if message.attempt < 3 => return Err(Fault::retry("as told")),
         Some("trap") => panic!("as told"),
-        Some("spin") => std::iter::repeat(()).for_each(std::hint::black_box),
+        Some("spin") => loop {
+            std::hint::spin_loop();
+        },
         Some("fail-caught") => match effects.execute("INSERT INTO taken VALUES (1)", &[]) {
             Err(sql::Error::Database(e)) if e.sqlstate.as_deref() == Some("23505") => {}
             other => drop(other?),
