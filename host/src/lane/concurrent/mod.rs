@@ -99,12 +99,15 @@ impl<S: Source, K: Sink, H: Handler<()>> Lane<S, K, H> {
                 .room()
                 .filter(|_| calls.len() < common.policy().concurrency);
             tokio::select! {
+                // In one order, so that a simulation can be repeated. Records are taken only where none at hand could be
+                // handled, so calls that are always ready keep nothing waiting.
+                biased;
                 // All are cancel-safe: the calls stay in their set and the flight in its place, and a record is either
                 // taken or still to come.
-                Some((message, end)) = calls.next(), if !calls.is_empty() => work.handled(message, end),
-                landing = landing(&mut work.flight) => work.landed(landing),
-                taken = take(&mut self.source, room.as_ref()), if room.is_some() => work.take(taken),
                 () = leaving.cancelled(), if !work.is_leaving() => work.leave(Leave::Stopped),
+                landing = landing(&mut work.flight) => work.landed(landing),
+                Some((message, end)) = calls.next(), if !calls.is_empty() => work.handled(message, end),
+                taken = take(&mut self.source, room.as_ref()), if room.is_some() => work.take(taken),
             }
             if let Some(advance) = work.window.advance() {
                 common.metrics().batch(advance.messages);
