@@ -1,5 +1,4 @@
-//! Writes each message into `effects`, where nothing hides a second time, and passes it on to the
-//! topic `to`. In between it does what the message tells the stage whose `lane` the message names.
+//! Writes each message into `effects`, which takes it any number of times, does as told, and passes it on.
 
 use stagehost::{Fault, Message, Outcome, Outgoing, config, params, sql};
 
