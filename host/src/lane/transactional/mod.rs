@@ -314,7 +314,11 @@ where
                     batch.rewind();
                     self.after_loss(&mut plan, &call, why).await?
                 }
-                Ran::Good(after) => self.commit(tenure, batch, transaction, after).await?,
+                Ran::LogAway(why) => {
+                    self.log_away(batch, transaction, &why).await?;
+                    plan
+                }
+                Ran::Good(after) => self.commit(tenure, batch, plan, transaction, after).await?,
             };
         }
         Ok(())
