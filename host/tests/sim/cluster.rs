@@ -1,6 +1,6 @@
 //! Which host has which partition, through crashes and moves.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 
 use crate::hosts::{Host, Servers};
@@ -55,7 +55,7 @@ impl Cluster {
         let (dying, world) = (host.clone(), self.0.servers.world.clone());
         tokio::spawn(async move {
             dying.process.killed().cancelled().await;
-            world.evidence().disturbed_all(2);
+            world.evidence().disturbed_all(1);
             for producer in &dying.producers {
                 producer.lose();
             }
@@ -203,25 +203,23 @@ impl Cluster {
         }
     }
 
-    /// Whether each group has got to the end of each of its partitions.
+    /// Whether each group has got to the end of each of its partitions, or its lane has stopped and said why.
     pub(crate) fn is_drained(&self) -> bool {
-        let topology = self.0.servers.world.topology();
-        self.seats().into_iter().all(|seat| {
-            let input = &topology.stages[seat.0].input;
-            let (_, end) = self.0.servers.broker.range(input, seat.1);
-            self.0.servers.broker.committed(seat).unwrap_or(0) == end
-        })
+        self.undone().is_empty()
     }
 
-    /// The seats that are not at their end, in words.
+    /// The seats that are neither, in words.
     pub(crate) fn undone(&self) -> Vec<String> {
-        let topology = self.0.servers.world.topology();
+        let servers = &self.0.servers;
+        let topology = servers.world.topology();
+        let halted = self.halted();
         let mut undone = Vec::new();
         for seat in self.seats() {
             let stage = &topology.stages[seat.0];
-            let (_, end) = self.0.servers.broker.range(&stage.input, seat.1);
-            let committed = self.0.servers.broker.committed(seat).unwrap_or(0);
-            if committed != end {
+            let (first, end) = servers.broker.range(&stage.input, seat.1);
+            // What was removed need not be processed.
+            let committed = servers.broker.committed(seat).unwrap_or(first).max(first);
+            if committed != end && !halted.contains(&seat) {
                 undone.push(format!(
                     "stage {} on {} {}: {committed} of {end}",
                     stage.name, stage.input, seat.1
@@ -229,5 +227,21 @@ impl Cluster {
             }
         }
         undone
+    }
+
+    /// The seats whose lanes say that they have stopped.
+    pub(crate) fn halted(&self) -> BTreeSet<Seat> {
+        let topology = self.0.servers.world.topology();
+        let hosts = self.hosts();
+        let reasons: Vec<_> = (hosts.iter())
+            .filter(|host| !host.process.is_dead())
+            .flat_map(|host| host.readiness.reasons())
+            .collect();
+        let says = |seat: &Seat| {
+            let stage = &topology.stages[seat.0];
+            let condition = format!("stage {} on {} {}: ", stage.name, stage.input, seat.1);
+            reasons.iter().any(|reason| reason.starts_with(&condition))
+        };
+        self.seats().into_iter().filter(says).collect()
     }
 }

@@ -9,6 +9,7 @@ use host::record::Record;
 use crate::hosts::Servers;
 use crate::schedule::Schedule;
 use crate::topology::{Kind, Script, Topology};
+use crate::world::broker::Seat;
 use crate::world::database::Row;
 use crate::world::evidence::{Anomaly, Calls, cause, id_of_record};
 
@@ -22,13 +23,20 @@ pub(crate) struct Outcome {
     values: BTreeMap<Arc<str>, (i64, Arc<str>)>,
     calls: BTreeMap<(usize, i32, i64), Calls>,
     disturbances: Vec<u32>,
+    moves: u32,
     removed: BTreeSet<(Arc<str>, Arc<str>)>,
     effects: BTreeSet<(usize, Arc<str>)>,
+    /// Stages of which a lane has stopped, and said why.
+    halted: BTreeSet<usize>,
     anomalies: Vec<Anomaly>,
 }
 
 /// Judges a run; what was found while it lasted comes first.
-pub(crate) fn judge(servers: &Servers, schedule: &Schedule) -> Vec<Anomaly> {
+pub(crate) fn judge(
+    servers: &Servers,
+    schedule: &Schedule,
+    halted: BTreeSet<Seat>,
+) -> Vec<Anomaly> {
     let topology = &schedule.topology;
     let mut topics = BTreeMap::new();
     for (topic, partitions) in &topology.topics {
@@ -46,8 +54,10 @@ pub(crate) fn judge(servers: &Servers, schedule: &Schedule) -> Vec<Anomaly> {
         values: servers.store.values(),
         calls: evidence.calls.clone(),
         disturbances: evidence.disturbances.clone(),
+        moves: evidence.moves,
         removed: evidence.removed.clone(),
         effects: evidence.effects(),
+        halted: halted.into_iter().map(|(stage, _)| stage).collect(),
         anomalies: evidence.anomalies.clone(),
     };
     drop(evidence);
@@ -117,6 +127,12 @@ impl Outcome {
         distinct
     }
 
+    /// Whether a message need not be processed: it was removed before, or its lane has stopped.
+    fn may_be_missing(&self, stage: usize, id: &Arc<str>) -> bool {
+        let input = &self.topology.stages[stage].input;
+        self.halted.contains(&stage) || self.removed.contains(&(input.clone(), id.clone()))
+    }
+
     fn letters(&self, stage: usize) -> BTreeMap<Arc<str>, String> {
         let topic = &self.topology.stages[stage].letters;
         let records = self.topics.iter().filter(|((name, _), _)| name == topic);
@@ -152,7 +168,7 @@ impl Outcome {
             expected_letters.insert(id.clone());
             match (effects, given_up) {
                 (1, 0) | (0, 1) => {}
-                (0, 0) if self.removed.contains(&(spec.input.clone(), id.clone())) => {}
+                (0, 0) if self.may_be_missing(stage, id) => {}
                 (0, 0) => self.anomaly("lost-write", stage, format!("{id} has no effects")),
                 (0, _) => self.anomaly(
                     "duplicate",
@@ -294,7 +310,7 @@ impl Outcome {
         for id in ids {
             let effects = self.effects.contains(&(stage, id.clone()));
             let given_up = letters.get(&id);
-            let removed = self.removed.contains(&(spec.input.clone(), id.clone()));
+            let removed = self.may_be_missing(stage, &id);
             if !effects && given_up.is_none() && !removed {
                 self.anomaly("lost-write", stage, format!("{id} has no effects"));
             }
@@ -316,6 +332,11 @@ impl Outcome {
         let spec = &self.topology.stages[stage];
         let (max, batches) = (spec.max_attempts, spec.batches);
         let disturbed = self.disturbances[stage];
+        // Where attempts are not kept, whatever ends a lane begins them anew.
+        let more = match spec.kind {
+            Kind::Transactional(_) => disturbed,
+            Kind::Ordered => (disturbed + self.moves) * max,
+        };
         let calls: Vec<_> = (self.calls.iter())
             .filter(|((of, ..), _)| *of == stage)
             .map(|(_, calls)| calls.clone())
@@ -333,7 +354,7 @@ impl Outcome {
             }
             // A call with many messages asks again for all of them; one that took long is made again.
             let is_exact = !batches && !self.hasty;
-            if is_exact && retries > script.retries(max) + disturbed {
+            if is_exact && retries > script.retries(max) + more {
                 let what = format!("{id} asked {retries} times for another of {max} deliveries");
                 self.anomaly("too-many-attempts", stage, what);
             }
@@ -341,7 +362,7 @@ impl Outcome {
                 Script::KillsConnection => max,
                 _ => retries,
             };
-            if highest_attempt > 1 + own + disturbed {
+            if highest_attempt > 1 + own + more {
                 let what = format!("{id} had attempt {highest_attempt} after {own} that counted");
                 self.anomaly("miscounted-attempts", stage, what);
             }
@@ -361,7 +382,10 @@ impl Outcome {
             }
             for record in records {
                 let id = id_of_record(record);
-                if self.effects.contains(&(stage, id.clone())) && !letters.contains_key(&id) {
+                let counts = self.effects.contains(&(stage, id.clone()))
+                    && !letters.contains_key(&id)
+                    && !self.may_be_missing(stage, &id);
+                if counts {
                     let key = record.key.as_deref().unwrap_or(b"none");
                     let key = format!("{}/{partition}", String::from_utf8_lossy(key));
                     newest.insert(key.into(), record.offset);

@@ -10,7 +10,7 @@ use crate::bugs::{Bug, Planted};
 use crate::cluster::Cluster;
 use crate::hosts::Servers;
 use crate::judge;
-use crate::schedule::{Event, Schedule};
+use crate::schedule::{Event, Move, Schedule};
 use crate::world::broker::Broker;
 use crate::world::database::Database;
 use crate::world::evidence::Anomaly;
@@ -80,7 +80,7 @@ async fn play(schedule: Schedule, bug: Option<Bug>) -> Report {
     }
     let anomalies = match world.is_spinning() {
         true => world.evidence().anomalies.clone(),
-        false => judge::judge(&servers, &schedule),
+        false => judge::judge(&servers, &schedule, cluster.halted()),
     };
     world.end();
     let (fingerprint, tail) = {
@@ -124,7 +124,10 @@ async fn happen(servers: &Servers, cluster: &Cluster, calm: Weather, event: &Eve
             cluster.host(*place).process.freeze(*time);
         }
         Event::Move(number, how) => {
-            world.evidence().disturbed_all(1);
+            world.evidence().moves += 1;
+            if !matches!(how, Move::Asked(_)) {
+                world.evidence().disturbed_all(1);
+            }
             cluster.relocate(*number, *how).await;
         }
         Event::DatabaseAway(number, time) => {

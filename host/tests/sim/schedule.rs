@@ -91,7 +91,7 @@ impl Troubles {
             producers: maybe(3),
             loss: maybe(6),
             slow: maybe(3),
-            retention: maybe(1),
+            retention: maybe(2),
         }
     }
 }
@@ -107,6 +107,10 @@ impl Schedule {
         let mut events = inputs(&mut rng, horizon);
         trouble(&mut events, &mut rng, &troubles, &topology, hosts, horizon);
         events.sort_by_key(|(at, _)| *at);
+        let on_gap = match rng.random_ratio(1, 3) {
+            true => OnGap::Stop,
+            false => OnGap::Continue,
+        };
         let crash_at = match troubles.crash_points {
             true => (0..rng.random_range(1..=6))
                 .map(|_| crash_point(&mut rng))
@@ -118,7 +122,7 @@ impl Schedule {
             topology,
             hosts,
             slots: rng.random_range(1..=4),
-            on_gap: OnGap::Continue,
+            on_gap,
             events,
             crash_at,
             weather: weather(&mut rng, &troubles),

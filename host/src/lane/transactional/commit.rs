@@ -52,11 +52,13 @@ where
         Ok(plan.after_loss(call, Fault::new(Cause::Retry, why)))
     }
 
-    /// Commits what is handled, has its outputs produced, and does what comes after.
+    /// Commits what is handled, has its outputs produced, and does what comes after. The same messages are run again by
+    /// the same plan if that fails: what was known of them still is.
     pub(super) async fn commit(
         &mut self,
         tenure: &mut Tenure,
         batch: &mut Batch,
+        plan: Plan,
         transaction: L::Transaction,
         after: After,
     ) -> Result<Plan, Ending> {
@@ -68,7 +70,7 @@ where
             transaction.rollback().await;
             batch.rewind();
             self.land(tenure).await?;
-            return Ok(Plan::optimistic());
+            return Ok(plan);
         }
         if let Some(done) = tenure.outbox.take_done() {
             self.source.done(done);
@@ -86,13 +88,8 @@ where
         let outputs = match self.outputs(tenure.generation, batch).await {
             Ok(outputs) => outputs,
             Err(fault) => {
-                // A dead letter's topic can't be looked up: the log is away.
-                error!("cannot produce, trying again: {}", fault.message);
-                transaction.rollback().await;
-                batch.rewind();
-                let wait = self.common.backoff(&LOG_PATIENCE, 3);
-                self.common.wait(wait).await?;
-                return Ok(Plan::optimistic());
+                self.log_away(batch, transaction, &fault.message).await?;
+                return Ok(plan);
             }
         };
         let mut seen = tenure.seen.clone();
@@ -117,7 +114,7 @@ where
         if !committed {
             tenure.seen = seen;
             batch.rewind();
-            return Ok(Plan::optimistic());
+            return Ok(plan);
         }
         tenure.commits += 1;
         tenure.next_offset = next_offset;
@@ -152,6 +149,20 @@ where
             tenure.has_pending = false;
         }
         Ok(())
+    }
+
+    /// Where outputs or dead letters belong can't be looked up. Nothing of the transaction counts, and no lock is to be held.
+    pub(super) async fn log_away(
+        &mut self,
+        batch: &mut Batch,
+        transaction: L::Transaction,
+        why: &str,
+    ) -> Result<(), Ending> {
+        error!("cannot produce, trying again: {why}");
+        transaction.rollback().await;
+        batch.rewind();
+        let wait = self.common.backoff(&LOG_PATIENCE, 3);
+        Ok(self.common.wait(wait).await?)
     }
 
     /// Waits for the log for as long as it takes, unless the partition is to be given up.

@@ -59,6 +59,14 @@ struct Tenure {
 }
 
 impl Tenure {
+    /// Goes on behind a gap: failed deliveries were of a record that is gone.
+    fn pass_to(&mut self, offset: Option<i64>) {
+        if offset != self.next_offset {
+            self.next_offset = offset;
+            self.attempts = 0;
+        }
+    }
+
     /// Failed deliveries of the first message of the batch that is not settled; others had none.
     fn failed(&self, batch: &Batch) -> u32 {
         let next = batch.records.get(batch.settled).map(|record| record.offset);
@@ -141,25 +149,38 @@ where
     async fn tenure(&mut self) -> Result<Infallible, Ending> {
         let claim = self.claim().await?;
         let mut tenure = self.take_up(claim)?;
+        let halt = self.deliver(&mut tenure).await?;
+        // A gap is no reason to leave outputs behind: who mends it may remove the row.
+        self.finish(&mut tenure).await?;
+        Err(Ending::Halted(halt))
+    }
+
+    /// Delivers until there is a gap that may not be passed.
+    async fn deliver(&mut self, tenure: &mut Tenure) -> Result<Halt, Ending> {
         loop {
             let from = tenure.next_offset;
-            let started = self.common.start(&mut self.source, from).await;
-            tenure.next_offset = started.map_err(Ending::Halted)?;
+            match self.common.start(&mut self.source, from).await {
+                Ok(from) => tenure.pass_to(from),
+                Err(halt) => return Ok(halt),
+            }
             let gap = loop {
-                match self.next(&mut tenure).await? {
+                match self.next(tenure).await? {
                     Ok(Some(records)) => {
                         self.common.metrics().batch(records.len());
                         let mut batch = Batch::new(records, &tenure.seen);
-                        self.work(&mut tenure, &mut batch).await?;
+                        self.work(tenure, &mut batch).await?;
                     }
                     Ok(None) => {
-                        self.finish(&mut tenure).await?;
+                        self.finish(tenure).await?;
                         return Err(Ending::Stopped);
                     }
                     Err(gap) => break gap,
                 }
             };
-            tenure.next_offset = Some(self.common.pass(&gap).map_err(Ending::Halted)?);
+            match self.common.pass(&gap) {
+                Ok(first) => tenure.pass_to(Some(first)),
+                Err(halt) => return Ok(halt),
+            }
         }
     }
 
@@ -293,7 +314,11 @@ where
                     batch.rewind();
                     self.after_loss(&mut plan, &call, why).await?
                 }
-                Ran::Good(after) => self.commit(tenure, batch, transaction, after).await?,
+                Ran::LogAway(why) => {
+                    self.log_away(batch, transaction, &why).await?;
+                    plan
+                }
+                Ran::Good(after) => self.commit(tenure, batch, plan, transaction, after).await?,
             };
         }
         Ok(())

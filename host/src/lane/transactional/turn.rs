@@ -76,6 +76,8 @@ pub(super) enum Ran {
     Void(Plan),
     /// The connection broke while the messages of these indices were worked on.
     Lost(Range<usize>, String),
+    /// The log can't say where outputs belong.
+    LogAway(String),
 }
 
 /// What follows a commit.
@@ -107,6 +109,8 @@ struct Undo {
     whole: bool,
     /// Or the instance.
     worn: bool,
+    /// Or the log, which can't say where its outputs belong.
+    log_away: bool,
 }
 
 impl Undo {
@@ -116,6 +120,7 @@ impl Undo {
             fault,
             whole: false,
             worn: false,
+            log_away: false,
         }
     }
 }
@@ -226,14 +231,16 @@ where
                 self.judge(batch, at..end, faults, invocation.outputs).await
             }
             Err(fault) => Err(Undo {
-                index: at,
-                fault,
                 whole: end - at > 1,
                 worn: invocation.worn,
+                ..Undo::of(at, fault)
             }),
         };
         let undo = match outputs {
             Ok(()) => return Answer::Done,
+            Err(undo) if undo.log_away => {
+                return Answer::Ran(Ran::LogAway(undo.fault.message));
+            }
             Err(undo) => undo,
         };
         let wrote = transaction.statements() > before;
@@ -254,6 +261,7 @@ where
             fault,
             whole,
             worn,
+            ..
         } = undo;
         if whole {
             debug!(
@@ -311,10 +319,10 @@ where
         }
         let outputs = match self.address(outputs).await {
             Ok(outputs) => outputs,
-            Err(fault) if single => return Err(Undo::of(call.start, fault)),
             Err(fault) => {
                 return Err(Undo {
-                    whole: true,
+                    whole: !single,
+                    log_away: fault.cause == Cause::Retry,
                     ..Undo::of(call.start, fault)
                 });
             }
@@ -339,6 +347,7 @@ where
         Ok(outputs)
     }
 
+    /// The fault is a retry where the log is away, for which no message is to pay.
     pub(super) async fn partition_of(&self, output: &Outgoing) -> Result<i32, Fault> {
         match self.common.equipment.sink.partition_of(output).await {
             Ok(partition) => Ok(partition),

@@ -40,6 +40,8 @@ pub(crate) struct Evidence {
     pub(crate) calls: BTreeMap<(usize, i32, i64), Calls>,
     /// Of each stage: what may have cost a message a delivery that is not its fault.
     pub(crate) disturbances: Vec<u32>,
+    /// Partitions that moved to another host.
+    pub(crate) moves: u32,
     /// Records that retention has removed.
     pub(crate) removed: BTreeSet<(Arc<str>, Arc<str>)>,
 }

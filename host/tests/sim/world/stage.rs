@@ -116,10 +116,24 @@ impl Stage {
         let time = Duration::from_millis(DEADLINE);
         let invocation = match tokio::time::timeout(time, self.walk(deliveries, effects)).await {
             Ok(invocation) => invocation,
-            Err(_) => failed(Fault::new(Cause::Deadline, "too slow"), false),
+            Err(_) => failed(self.late(deliveries), false),
         };
         self.process.point("called").await;
         invocation
+    }
+
+    /// Why a call took too long: a message of it does, or else a store was waited for.
+    fn late(&self, deliveries: &[Delivery<'_>]) -> Fault {
+        let topology = self.process.world().topology();
+        let hangs = deliveries.iter().any(|delivery| {
+            let script = topology.script(self.number, &id_of_record(delivery.record));
+            matches!(script, Script::Hangs { .. })
+        });
+        if hangs {
+            Fault::new(Cause::Deadline, "too slow")
+        } else {
+            self.away()
+        }
     }
 
     /// One message after the other, as a guest does it.
