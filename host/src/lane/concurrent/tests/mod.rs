@@ -227,23 +227,19 @@ async fn one_slow_message_lets_no_more_than_so_many_go_ahead() {
     assert_eq!(bench.done(), 3 * MAX_AHEAD as i64);
 }
 
-/// Not a test: `cargo test --lib -- --ignored --nocapture ten_thousand` says how far from the ideal it is.
+/// On the paused clock, so that it is the order of the work which is measured, and not the machine.
 #[tokio::test(start_paused = true)]
-#[ignore = "a measurement"]
 async fn ten_thousand_messages_of_a_hundred_keys() {
     let key = |n: i64| (n * 7919 % 100).unsigned_abs();
     let work = |r: &Record, _| (random(r.offset), Ok(()));
     let mut bench = Bench::new(Order::Key, (0..10_000).map(|n| Some(key(n))), work);
     bench.policy().concurrency = 100;
-    let (start, clock) = (Instant::now(), std::time::Instant::now());
+    let start = Instant::now();
     bench.run().await;
     let took = start.elapsed();
     let of_key = |one| (0..10_000).filter(|n| key(*n) == one).map(random).sum();
     let slowest: Duration = (0..100).map(of_key).max().unwrap_or_default();
     let shared = (0..10_000).map(random).sum::<Duration>() / 100;
     let ideal = slowest.max(shared);
-    println!(
-        "{took:?}, ideally {ideal:?} ({shared:?} a slot), on {:?} of a processor",
-        clock.elapsed()
-    );
+    assert!(took <= ideal.mul_f64(1.5), "{took:?}, ideally {ideal:?}");
 }
