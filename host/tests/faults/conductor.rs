@@ -16,8 +16,8 @@ use crate::servers::{End, Server};
 
 /// What a frozen host sleeps at least; its groups wait for it for 6 s.
 const FROZEN: Duration = Duration::from_secs(8);
-/// How long a host works without a log before it is frozen.
-const UNSENT: Duration = Duration::from_millis(700);
+/// How long the network is away before a host is frozen.
+const UNDER_WAY: Duration = Duration::from_millis(700);
 /// Further behind than this, the hosts get time before the next round: a fault is of use where
 /// there is work.
 const FAR_BEHIND: i64 = 4_000;
@@ -97,18 +97,23 @@ impl Run {
                 std::thread::sleep(round.hold);
                 hosts.add();
             }
-            Kind::FreezeHost if round.rough => {
-                // What it has committed can't be sent before it sleeps, and is when others have
-                // long gone on.
-                bench.to_kafka.set(Link::Cut);
-                std::thread::sleep(UNSENT);
-                hosts.freeze(victim, FROZEN + round.hold);
-                bench.to_kafka.set(Link::Open);
-                tally.add("host frozen, outputs unsent");
-            }
             Kind::FreezeHost => {
+                // What is under way can't end before the host sleeps, and does when others have long
+                // gone on: outputs that it has not sent, or transactions that it has not committed.
+                let (way, link, deed) = if round.rough {
+                    (&bench.to_kafka, Link::Cut, "host frozen, outputs unsent")
+                } else {
+                    (
+                        &bench.to_postgres,
+                        Link::Frozen,
+                        "host frozen, in transactions",
+                    )
+                };
+                way.set(link);
+                std::thread::sleep(UNDER_WAY);
                 hosts.freeze(victim, FROZEN + round.hold);
-                tally.add("host frozen");
+                way.set(Link::Open);
+                tally.add(deed);
             }
             Kind::StopHost => {
                 hosts.stop(victim, found);

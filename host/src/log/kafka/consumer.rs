@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use rdkafka::client::ClientContext;
 use rdkafka::config::{ClientConfig, FromClientConfigAndContext, RDKafkaLogLevel};
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext, Rebalance};
-use rdkafka::error::{KafkaError, KafkaResult};
+use rdkafka::error::KafkaError;
 use rdkafka::message::{BorrowedMessage, Headers, Message};
 use rdkafka::statistics::Statistics;
 use rdkafka::{Offset, TopicPartitionList};
@@ -34,6 +34,9 @@ const POLL: Duration = Duration::from_millis(50);
 const POLL_PAUSED: Duration = Duration::from_millis(2);
 /// How often settled offsets are committed.
 const COMMIT_INTERVAL: Duration = Duration::from_millis(250);
+/// How often they are committed though they were before. One of those commits may have failed, as they do while the group
+/// hands partitions round, and nobody tells: librdkafka would tell a callback that rust-rdkafka does not set.
+const COMMIT_AGAIN_INTERVAL: Duration = Duration::from_secs(5);
 /// How often librdkafka reports how far the partitions reach, in milliseconds.
 const STATISTICS_MS: &str = "2000";
 /// How long an abandoned lane may take to be gone.
@@ -193,6 +196,7 @@ struct Poller {
 impl Poller {
     fn run(mut self) -> Result<(), LogError> {
         let mut committed = Instant::now();
+        let mut all_committed = committed;
         while !self.stop.is_stopped() {
             let poll = if self.paused.is_empty() && !self.starting {
                 POLL
@@ -215,9 +219,12 @@ impl Poller {
             self.resume_those_with_room();
             self.start_those_that_wait();
             if committed.elapsed() >= COMMIT_INTERVAL {
-                self.context()
-                    .commit_dirty(&self.consumer, CommitMode::Async);
                 committed = Instant::now();
+                let again = all_committed.elapsed() >= COMMIT_AGAIN_INTERVAL;
+                if again {
+                    all_committed = committed;
+                }
+                self.context().commit_settled(&self.consumer, again);
             }
         }
         let budget = *self.stop.budget();
@@ -418,6 +425,7 @@ impl Context {
     /// Ends the lanes, commits what they settled, and forgets them.
     fn part(&self, consumer: &BaseConsumer<Self>, parting: &[Arc<Partition>], budget: Duration) {
         end_lanes(parting, budget);
+        commit_again(parting);
         commit(consumer, parting, CommitMode::Sync);
         self.forget(parting);
     }
@@ -438,9 +446,12 @@ impl Context {
         }
     }
 
-    fn commit_dirty(&self, consumer: &BaseConsumer<Self>, mode: CommitMode) {
+    fn commit_settled(&self, consumer: &BaseConsumer<Self>, again: bool) {
         let all: Vec<_> = self.lock().partitions.values().cloned().collect();
-        commit(consumer, &all, mode);
+        if again {
+            commit_again(&all);
+        }
+        commit(consumer, &all, CommitMode::Async);
     }
 }
 
@@ -487,9 +498,13 @@ fn commit(consumer: &BaseConsumer<Context>, partitions: &[Arc<Partition>], mode:
     }
     if let Err(error) = consumer.commit(&list, mode) {
         warn!("offsets were not committed, their records may be delivered again: {error}");
-        for partition in partitions {
-            partition.commit_failed();
-        }
+        commit_again(partitions);
+    }
+}
+
+fn commit_again(partitions: &[Arc<Partition>]) {
+    for partition in partitions {
+        partition.commit_again();
     }
 }
 
@@ -539,32 +554,6 @@ impl ConsumerContext for Context {
             debug!("cannot pause: {error}");
         }
     }
-
-    fn commit_callback(&self, result: KafkaResult<()>, offsets: &TopicPartitionList) {
-        if let Err(error) = result {
-            // While the group hands partitions round, it takes no commits from before; the next one is taken.
-            if is_rebalancing(&error) {
-                debug!("offsets were not committed, trying again: {error}");
-            } else {
-                warn!("offsets were not committed, trying again: {error}");
-            }
-            let state = self.lock();
-            for element in offsets.elements() {
-                if let Some(partition) = state.partition(element.topic(), element.partition()) {
-                    partition.commit_failed();
-                }
-            }
-        }
-    }
-}
-
-fn is_rebalancing(error: &KafkaError) -> bool {
-    use rdkafka::error::RDKafkaErrorCode as Code;
-    let code = error.rdkafka_error_code();
-    matches!(
-        code,
-        Some(Code::IllegalGeneration | Code::RebalanceInProgress | Code::WaitingForCoordinator)
-    )
 }
 
 /// `topic 0 1 2, other 5`.

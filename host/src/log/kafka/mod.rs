@@ -110,7 +110,7 @@ impl ClientSettings {
 }
 
 /// What librdkafka warns of and it or the host deals with: lost connections, of which the host says once that
-/// the log is away, a coordinator that is not ready yet, and commits, of which the host hears by itself.
+/// the log is away, a coordinator that is not ready yet, and commits, which the host makes again.
 const HANDLED: &[&str] = &[
     "COMMITFAIL",
     "ERROR",

@@ -200,8 +200,8 @@ impl Partition {
         (before != settled).then_some(settled)
     }
 
-    /// The last commit did not reach the log: it is to be given again.
-    pub(super) fn commit_failed(&self) {
+    /// The last commit may not have reached the log: it is to be given again.
+    pub(super) fn commit_again(&self) {
         self.committed.store(NOTHING, Ordering::Release);
     }
 
@@ -417,7 +417,7 @@ mod tests {
         source.done(7);
         assert_eq!(partition.take_uncommitted(), Some(7));
         assert_eq!(partition.take_uncommitted(), None);
-        partition.commit_failed();
+        partition.commit_again();
         assert_eq!(partition.take_uncommitted(), Some(7));
     }
 
