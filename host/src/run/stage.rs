@@ -78,6 +78,7 @@ pub(super) async fn load(
         subscription: Subscription {
             group: stage.group.clone(),
             topics: stage.input.clone(),
+            instance_id: stage.instance_id.clone(),
             revoke_budget: REVOKE_BUDGET,
         },
         component: Arc::new(component),

@@ -105,6 +105,64 @@ async fn two_hosts_share_the_partitions_and_one_takes_over() {
     );
 }
 
+/// While the group hands partitions round, it refuses commits of those that a host keeps.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_done_during_a_rebalance_is_committed() {
+    let brokers = server("KAFKA_BROKERS");
+    let (log, echo) = (Log::new(&brokers), Echo::on(&brokers, ""));
+    let first = Host::start(&echo.pipeline);
+    let second = Host::start(&echo.pipeline);
+    echo.send(&log, 0, 1000).await;
+    log.wait_committed(&echo.group, &echo.input);
+    for host in [first, second] {
+        let (status, said) = host.stop();
+        assert!(status.success(), "{said}");
+    }
+    assert_eq!(log.read(&echo.output).len(), 1000);
+}
+
+/// With a name in its group, a host that is started again has its partitions as before, and no other host had them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_member_with_a_name_keeps_its_partitions_over_a_restart() {
+    let brokers = server("KAFKA_BROKERS");
+    let (log, echo) = (Log::new(&brokers), Echo::on(&brokers, ""));
+    let pipeline = format!("{}\ninstance-id = \"echo-${{MEMBER}}\"", echo.pipeline);
+    let start = |member: &str| {
+        let folder = Arc::new(tempfile::tempdir().expect("a folder"));
+        let host = Host::spawn(folder, &pipeline, &[("MEMBER", member)]);
+        host.ready();
+        host
+    };
+    let (first, second) = (start("1"), start("2"));
+    echo.send(&log, 0, 1000).await;
+    let before = until("both to own four partitions", || {
+        let (a, b) = (owned(&first, &echo.group), owned(&second, &echo.group));
+        (a.len() == 4 && b.len() == 4 && a.is_disjoint(&b)).then_some((a, b))
+    });
+    log.wait_committed(&echo.group, &echo.input);
+    let (status, said) = first.stop();
+    assert!(status.success(), "{said}");
+    echo.send(&log, 1000, 2000).await;
+    let first = start("1");
+    log.wait_committed(&echo.group, &echo.input);
+    until("the first to own what it had", || {
+        (owned(&first, &echo.group) == before.0).then_some(())
+    });
+    assert_eq!(owned(&second, &echo.group), before.1);
+    let said = second.log();
+    assert_eq!(said.matches("assigned in-").count(), 1, "{said}");
+    assert_eq!(log.read(&echo.output).len(), 2000, "nothing was repeated");
+
+    // Two of one name: the newer one is the member.
+    let newer = start("1");
+    let (status, said) = first.ended();
+    assert_eq!(status.code(), Some(1), "{said}");
+    assert!(said.contains("FencedInstanceId"), "{said}");
+    until("the newer one to own what the first had", || {
+        (owned(&newer, &echo.group) == before.0).then_some(())
+    });
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stop_under_load_drains_and_repeats_nothing() {
     let brokers = server("KAFKA_BROKERS");

@@ -55,6 +55,8 @@ pub struct Subscription {
     pub group: String,
     /// The topics.
     pub topics: Vec<String>,
+    /// The member's name, under which it has its partitions again after a restart that is shorter than its session.
+    pub instance_id: Option<String>,
     /// How long a lane may take to end when its partition is revoked.
     pub revoke_budget: Duration,
 }
@@ -132,7 +134,10 @@ impl GroupConsumer {
         subscription: Subscription,
         metrics: Arc<Metrics>,
     ) -> Result<Self, LogError> {
-        let config = Self::config(settings, &subscription.group);
+        let mut config = Self::config(settings, &subscription.group);
+        if let Some(id) = &subscription.instance_id {
+            config.set("group.instance.id", id);
+        }
         let (assigned, sources) = mpsc::unbounded_channel();
         let attention = Arc::<AtomicBool>::default();
         let joined = CancellationToken::new();
