@@ -23,6 +23,7 @@ pub(crate) struct Outcome {
     values: BTreeMap<Arc<str>, (i64, Arc<str>)>,
     calls: BTreeMap<(usize, i32, i64), Calls>,
     disturbances: Vec<u32>,
+    costs: Vec<u32>,
     moves: u32,
     removed: BTreeSet<(Arc<str>, Arc<str>)>,
     effects: BTreeSet<(usize, Arc<str>)>,
@@ -54,6 +55,7 @@ pub(crate) fn judge(
         values: servers.store.values(),
         calls: evidence.calls.clone(),
         disturbances: evidence.disturbances.clone(),
+        costs: evidence.costs.clone(),
         moves: evidence.moves,
         removed: evidence.removed.clone(),
         effects: evidence.effects(),
@@ -245,7 +247,7 @@ impl Outcome {
         if spec.batches && spec.kind == Kind::Ordered && spec.mix.refused_outputs > 0 {
             return;
         }
-        let spent = script.retries(max) + self.disturbances[stage];
+        let spent = script.retries(max) + self.costs[stage];
         if cause != "retries-exhausted" || spent < max {
             let what = format!("{id} is given up on for {cause}, and is {script:?}");
             self.anomaly("wrong-verdict", stage, what);

@@ -131,7 +131,9 @@ async fn happen(servers: &Servers, cluster: &Cluster, calm: Weather, event: &Eve
             cluster.relocate(*number, *how).await;
         }
         Event::DatabaseAway(number, time) => {
-            world.evidence().disturbed_all(6);
+            for stage in 0..world.topology().stages.len() {
+                world.evidence().cost(stage, 3);
+            }
             let database = servers.databases[*number].clone();
             database.set_up(false);
             let time = *time;

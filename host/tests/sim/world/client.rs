@@ -240,7 +240,7 @@ impl Open {
         }
         let answer = request(&self.process, what, run(self.end.clone())).await;
         let answer = answer.unwrap_or_else(|_| {
-            self.disturbed();
+            self.cost();
             Err(Denial::Gone)
         });
         let broken = match answer {
@@ -268,10 +268,15 @@ impl Open {
         match request(&self.process, what, run(self.end.clone())).await {
             Ok(Ok(())) => Ok(()),
             _ => {
-                self.disturbed();
+                self.cost();
                 Err(unavailable())
             }
         }
+    }
+
+    fn cost(&self) {
+        let world = self.process.world();
+        world.evidence().cost(self.stage, 1);
     }
 
     fn disturbed(&self) {
