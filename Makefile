@@ -1,13 +1,15 @@
 # Everything a user or CI does. `make help` lists the targets.
 
 STAGES := $(CURDIR)/target/stages
+# How long `make test-faults` takes, about.
+MINUTES ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build stages test lint clean
+.PHONY: help demo build stages test test-faults lint clean
 .NOTPARALLEL:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: build ## build everything and run the blog on what is embedded: no Kafka, PostgreSQL or Redis needed
 	@scripts/foreground target/release/host run examples/blog/pipeline.toml
@@ -21,7 +23,13 @@ stages: ## compile the stages to WebAssembly: target/stages/<name>.wasm
 
 test: stages ## run all tests, on real servers that are started for them (or KAFKA_BROKERS, DATABASE_URL, REDIS_URL)
 	@scripts/install-deps test
-	STAGES_DIR=$(STAGES) scripts/with-servers cargo test --workspace --no-fail-fast
+	jars=$$(scripts/kafka-jars) && \
+	STAGES_DIR=$(STAGES) KAFKA_JARS=$$jars scripts/with-servers cargo test --workspace --no-fail-fast
+
+test-faults: stages ## break hosts, servers and the network for about MINUTES=20 (FAULTS_SEED repeats a run), and judge what became of the messages
+	@scripts/install-deps test
+	jars=$$(scripts/kafka-jars) && \
+	STAGES_DIR=$(STAGES) KAFKA_JARS=$$jars FAULTS_MINUTES=$(MINUTES) cargo test --package host --test faults
 
 lint: ## check format, clippy and the dependencies
 	@scripts/install-deps build

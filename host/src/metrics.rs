@@ -49,6 +49,7 @@ pub struct Metrics {
     http_request_seconds: Histograms<RouteLabels>,
     lag: Family<LagLabels, Gauge>,
     circuit_open: Family<StoreLabels, Gauge>,
+    log_available: Gauge,
     gap_records: Family<StageLabels, Counter>,
     lanes_stopped: Family<StageLabels, Gauge>,
 }
@@ -75,6 +76,7 @@ impl Default for Metrics {
             http_request_seconds: Family::new_with_constructor(|| Histogram::new(HTTP_SECONDS)),
             lag: Family::default(),
             circuit_open: Family::default(),
+            log_available: Gauge::default(),
             gap_records: Family::default(),
             lanes_stopped: Family::default(),
         };
@@ -136,6 +138,11 @@ impl Metrics {
             "stagehost_circuit_open",
             "Whether lanes wait for a store that is away",
             self.circuit_open.clone(),
+        );
+        registry.register(
+            "stagehost_log_available",
+            "Whether the log answers",
+            self.log_available.clone(),
         );
         registry.register(
             "stagehost_gap_records",
@@ -209,6 +216,11 @@ impl Metrics {
                 store: store.into(),
             })
             .set(i64::from(open));
+    }
+
+    /// Whether the log answers.
+    pub fn set_log_available(&self, available: bool) {
+        self.log_available.set(i64::from(available));
     }
 
     /// Everything in the text format of [`CONTENT_TYPE`].
@@ -394,6 +406,7 @@ mod tests {
         metrics.set_lag("service.publisher", "app.newPosts", 8, 1);
         metrics.remove_lag("service.publisher", "app.newPosts", 8);
         metrics.set_circuit_open("posts", true);
+        metrics.set_log_available(true);
         stage.gap(7);
         stage.lane_stopped(true);
 
@@ -411,6 +424,7 @@ mod tests {
             r#"stagehost_http_request_seconds_count{route="/post/{slug}"} 1"#,
             r#"kafka_consumergroup_lag{consumergroup="service.publisher",topic="app.newPosts",partition="7"} 12"#,
             r#"stagehost_circuit_open{store="posts"} 1"#,
+            "stagehost_log_available 1",
             r#"stagehost_gap_records_total{stage="publisher"} 7"#,
             r#"stagehost_lanes_stopped{stage="publisher"} 1"#,
         ] {

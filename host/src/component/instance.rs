@@ -4,11 +4,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
-use tokio::time::timeout;
 use tracing::debug;
 use wasmtime::component::InstancePre;
 use wasmtime::{Engine, Store};
 
+use super::clock::Clock;
 use super::guest::{Grants, Guest};
 use super::plain;
 use crate::capability::logging::Place;
@@ -53,11 +53,12 @@ use bindings::one::{One, OnePre};
 /// A compiled stage with its grants.
 pub struct StageComponent {
     engine: Engine,
+    clock: Clock,
     world: World,
     grants: Grants,
     deadline: Duration,
     instances: Instances,
-    /// Instances at rest: at most as many as there were calls at one time, so one a lane.
+    /// Instances at rest: at most as many as there were calls at one time, so `concurrency` a lane.
     idle: Mutex<Vec<Instance>>,
 }
 
@@ -80,7 +81,7 @@ enum Exports {
 impl StageComponent {
     pub(super) fn new(
         stage: &pipeline::Stage,
-        engine: &Engine,
+        (engine, clock): (&Engine, &Clock),
         pre: InstancePre<Guest>,
         stores: &Stores,
     ) -> anyhow::Result<Self> {
@@ -107,6 +108,7 @@ impl StageComponent {
         };
         Ok(Self {
             engine: engine.clone(),
+            clock: clock.clone(),
             world,
             grants,
             deadline: stage.limits.deadline,
@@ -152,7 +154,9 @@ impl StageComponent {
 
     /// Makes a first instance, so that a component that cannot be instantiated is found at start.
     pub async fn warm_up(&self) -> anyhow::Result<()> {
-        let instance = timeout(self.deadline, self.instantiate())
+        let instance = self
+            .clock
+            .within(self.deadline, self.instantiate())
             .await
             .with_context(|| self.late())?
             .map_err(plain)
@@ -170,7 +174,7 @@ impl StageComponent {
         // On expiry the future is dropped, and with it the instance: wasmtime unwinds its stack.
         let waits = Waits::default();
         let call = self.invoke(deliveries, transaction, &waits);
-        if let Ok(invocation) = timeout(self.deadline, call).await {
+        if let Some(invocation) = self.clock.within(self.deadline, call).await {
             return invocation;
         }
         // A store that does not answer is no fault of the guest's, and may answer the next time.

@@ -1,5 +1,6 @@
 //! Components: bytes in, callable stages out. With `capability/`, the only place that names wasmtime.
 
+mod clock;
 mod guest;
 pub mod inspect;
 mod instance;

@@ -1,21 +1,19 @@
 //! The wasmtime engine, the linker with everything that a stage may import, and the clock that interrupts guests.
 
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::Context;
 use wasmtime::component::{Component, Linker};
 use wasmtime::{Cache, CacheConfig, Config, Engine, EngineWeak};
 use wasmtime_wasi_config::WasiConfig;
 
+use super::clock::{Clock, TICK};
 use super::guest::Guest;
 use super::instance::StageComponent;
 use super::plain;
 use crate::capability::{self, Stores};
 use crate::pipeline;
 
-/// How often a running guest is interrupted: it then yields to the other tasks of its thread.
-const TICK: Duration = Duration::from_millis(10);
 /// Bytes of WebAssembly stack.
 const WASM_STACK: usize = 512 << 10;
 /// Bytes of the host's stack under a guest's calls, the WebAssembly stack included.
@@ -28,6 +26,7 @@ pub struct Compiled(Component);
 pub struct Runtime {
     engine: Engine,
     linker: Linker<Guest>,
+    clock: Clock,
 }
 
 impl Runtime {
@@ -42,8 +41,13 @@ impl Runtime {
             .cache(Some(open_cache(cache)?));
         let engine = Engine::new(&config).map_err(plain)?;
         let linker = link(&engine).map_err(plain)?;
-        start_ticker(engine.weak())?;
-        Ok(Self { engine, linker })
+        let clock = Clock::default();
+        start_ticker(engine.weak(), clock.clone())?;
+        Ok(Self {
+            engine,
+            linker,
+            clock,
+        })
     }
 
     /// Compiles a component file's bytes. Takes as long as the component is large: call it off the async runtime.
@@ -61,18 +65,19 @@ impl Runtime {
         stores: &Stores,
     ) -> anyhow::Result<StageComponent> {
         let pre = self.linker.instantiate_pre(&component.0).map_err(plain)?;
-        StageComponent::new(stage, &self.engine, pre, stores)
+        StageComponent::new(stage, (&self.engine, &self.clock), pre, stores)
     }
 }
 
-/// A thread of its own: guests that spin may hold every thread of the async runtime until they are
-/// interrupted. It ends with the engine.
-fn start_ticker(engine: EngineWeak) -> anyhow::Result<()> {
+/// Interrupts running guests at every tick: they then yield to the other tasks of their thread. A thread of its own, since
+/// guests that spin may hold every thread of the async runtime until then. It ends with the engine.
+fn start_ticker(engine: EngineWeak, clock: Clock) -> anyhow::Result<()> {
     std::thread::Builder::new()
         .name("epoch".into())
         .spawn(move || {
             while let Some(engine) = engine.upgrade() {
                 engine.increment_epoch();
+                clock.tick();
                 drop(engine);
                 std::thread::sleep(TICK);
             }

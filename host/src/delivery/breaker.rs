@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -31,10 +32,34 @@ const REMIND_EVERY: u32 = 10;
 pub struct Breaker {
     readiness: Arc<Readiness>,
     metrics: Arc<Metrics>,
-    /// Whoever holds a store's lock asks for it; the others wait for the lock.
-    stores: BTreeMap<StoreName, Mutex<()>>,
+    stores: BTreeMap<StoreName, Watch>,
     /// Jitters waits; seeded, so that a simulation can be repeated.
     rng: std::sync::Mutex<StdRng>,
+}
+
+#[derive(Default)]
+struct Watch {
+    /// Whoever holds it asks for the store; the others wait for it.
+    asking: Mutex<()>,
+    /// How often the store went away or came back: odd while it is away.
+    changes: AtomicU64,
+}
+
+impl Watch {
+    fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
+    }
+
+    /// To be called by who asks.
+    fn set_away(&self, away: bool) {
+        if is_away(self.changes()) != away {
+            self.changes.fetch_add(1, Ordering::AcqRel);
+        }
+    }
+}
+
+fn is_away(changes: u64) -> bool {
+    changes % 2 == 1
 }
 
 impl Breaker {
@@ -47,7 +72,7 @@ impl Breaker {
     ) -> Self {
         let stores: BTreeMap<_, _> = stores
             .into_iter()
-            .map(|store| (store, Mutex::default()))
+            .map(|store| (store, Watch::default()))
             .collect();
         for store in stores.keys() {
             metrics.set_circuit_open(store.name(), false);
@@ -72,10 +97,16 @@ impl Breaker {
     where
         F: Future<Output = Result<(), StoreError>>,
     {
-        let Some(lock) = self.stores.get(store) else {
+        let Some(watch) = self.stores.get(store) else {
             return false;
         };
-        let _asking = lock.lock().await;
+        let before = watch.changes();
+        let _asking = watch.asking.lock().await;
+        let now = watch.changes();
+        if now != before && !is_away(now) {
+            // Another one has asked, and seen it come back.
+            return true;
+        }
         let condition = Self::condition(store.name());
         let mut tries = 1;
         loop {
@@ -90,6 +121,7 @@ impl Breaker {
             if tries % REMIND_EVERY == 1 {
                 warn!("{store} is away, its lanes wait for it, next try in {wait:.1?}: {why}");
             }
+            watch.set_away(true);
             self.readiness.not_ready(&condition, why);
             self.metrics.set_circuit_open(store.name(), true);
             tries = tries.saturating_add(1);
@@ -98,9 +130,10 @@ impl Breaker {
         if tries > 1 {
             info!("{store} is there again");
         }
+        watch.set_away(false);
         self.readiness.ready(&condition);
         self.metrics.set_circuit_open(store.name(), false);
-        tries > 1
+        tries > 1 || is_away(before)
     }
 
     fn wait(&self, tries: u32) -> Duration {
@@ -141,6 +174,36 @@ mod tests {
         }
         assert_eq!(readiness.reasons(), Vec::<String>::new());
         assert!(!breaker.until_there(&store, probe).await, "it is there");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_had_been_away_for_all_who_waited() {
+        let (breaker, store) = breaker(&Arc::default());
+        let asked = AtomicU32::new(0);
+        let probe = || async {
+            match asked.fetch_add(1, Ordering::Relaxed) {
+                0..3 => Err(StoreError::Unavailable("gone".into())),
+                _ => Ok(()),
+            }
+        };
+        let wait = || breaker.until_there(&store, probe);
+        {
+            let first = wait();
+            tokio::pin!(first);
+            assert!(futures::poll!(&mut first).is_pending());
+            let others = futures::future::join_all((0..9).map(|_| wait()));
+            let (first, others) = tokio::join!(first, others);
+            assert!(first && others.iter().all(|was_away| *was_away));
+        }
+        assert_eq!(asked.load(Ordering::Relaxed), 4, "one asks for all");
+        {
+            asked.store(2, Ordering::Relaxed);
+            let given_up = wait();
+            tokio::pin!(given_up);
+            assert!(futures::poll!(&mut given_up).is_pending());
+        }
+        assert!(wait().await, "another one goes on with it");
+        assert!(!wait().await);
     }
 
     #[tokio::test(start_paused = true)]

@@ -1,17 +1,21 @@
 //! The delivery loop of one lane: one stage on one assigned partition.
 //!
-//! [`transactional`] commits effects and progress together; [`ordered`] delivers at least
-//! once. What they share is here.
+//! [`transactional`] commits effects and progress together; [`ordered`] and [`concurrent`] deliver at
+//! least once, in the partition's order and side by side. What all share is here, what those two share in
+//! [`message`] and [`held`].
 
+pub mod concurrent;
+mod held;
+mod message;
 pub mod ordered;
 pub mod transactional;
 
 use std::iter;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use rand::SeedableRng;
 use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
@@ -20,10 +24,11 @@ use crate::admin::Readiness;
 use crate::capability::StoreName;
 use crate::delivery::breaker::Breaker;
 use crate::delivery::dead_letter::DeadLetters;
+use crate::delivery::retry::backoff;
 use crate::delivery::{Delivery, Fault, Handler, Invocation};
 use crate::log::{BatchLimits, Gap, Source};
 use crate::metrics::StageMetrics;
-use crate::pipeline::{OnExhausted, OnGap, Retry};
+use crate::pipeline::{OnExhausted, OnGap, Order, Retry};
 use crate::record::Record;
 
 /// Bytes of outputs that a lane holds before it has them produced.
@@ -41,6 +46,10 @@ const REMIND_INTERVAL: Duration = Duration::from_secs(60);
 pub struct Policy {
     /// How much is taken at a time.
     pub batch: BatchLimits,
+    /// What is kept in order of a partition's messages.
+    pub order: Order,
+    /// Messages of a partition that the stage has at one time.
+    pub concurrency: usize,
     /// How often and how fast a message is tried again.
     pub retry: Retry,
     /// And then.
@@ -91,7 +100,7 @@ struct Common<K, H> {
     equipment: Equipment<K, H>,
     stopping: CancellationToken,
     /// Jitters waits; seeded, so that a simulation can be repeated.
-    rng: StdRng,
+    rng: Mutex<StdRng>,
 }
 
 impl<K, H> Common<K, H> {
@@ -99,8 +108,30 @@ impl<K, H> Common<K, H> {
         Self {
             equipment,
             stopping: source.stopping(),
-            rng: StdRng::seed_from_u64(seed),
+            rng: Mutex::new(StdRng::seed_from_u64(seed)),
         }
+    }
+
+    /// The same, with waits that end when this is cancelled.
+    fn until(&self, stopping: CancellationToken) -> Self {
+        Self {
+            equipment: self.equipment.clone(),
+            stopping,
+            rng: Mutex::new(StdRng::seed_from_u64(self.seed())),
+        }
+    }
+
+    /// A seed for what jitters its waits by itself.
+    fn seed(&self) -> u64 {
+        self.rng
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .random()
+    }
+
+    fn backoff(&self, patience: &Retry, attempt: u32) -> Duration {
+        let mut rng = self.rng.lock().unwrap_or_else(PoisonError::into_inner);
+        backoff(patience, attempt, &mut *rng)
     }
 
     fn policy(&self) -> &Policy {
@@ -122,8 +153,15 @@ impl<K, H> Common<K, H> {
             .zip(attempts)
             .map(|(record, attempt)| Delivery { record, attempt })
             .collect();
+        self.call(&deliveries, transaction).await
+    }
+
+    async fn call<T>(&self, deliveries: &[Delivery<'_>], transaction: &T) -> Invocation
+    where
+        H: Handler<T>,
+    {
         let since = Instant::now();
-        let invocation = self.equipment.handler.call(&deliveries, transaction).await;
+        let invocation = self.equipment.handler.call(deliveries, transaction).await;
         self.metrics().invocation(since.elapsed());
         invocation
     }

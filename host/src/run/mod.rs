@@ -166,7 +166,12 @@ impl Host {
         let Some(()) = topics::prepare(pipeline, &admin, waiting, &settings.brokers).await? else {
             return Ok(None);
         };
-        let watch = LogWatch::start(admin, settings.brokers.clone(), waiting.readiness.clone());
+        let watch = LogWatch::start(
+            admin,
+            settings.brokers.clone(),
+            waiting.readiness.clone(),
+            metrics.clone(),
+        );
         let Some(stores) = open_stores(pipeline, waiting).await? else {
             return Ok(None);
         };

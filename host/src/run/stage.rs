@@ -15,13 +15,13 @@ use crate::component::{Runtime, StageComponent};
 use crate::delivery::breaker::Breaker;
 use crate::delivery::dead_letter::DeadLetters;
 use crate::delivery::progress::LaneId;
-use crate::lane::{Equipment, Policy, ordered, transactional};
+use crate::lane::{Equipment, Policy, concurrent, ordered, transactional};
 use crate::log::kafka::ClientSettings;
 use crate::log::kafka::consumer::{GroupConsumer, StopHandle, Subscription};
 use crate::log::kafka::partition::PartitionSource;
 use crate::log::kafka::producer::{Patience, Producer};
 use crate::metrics::Metrics;
-use crate::pipeline::{self, Delivery};
+use crate::pipeline::{self, Delivery, Order};
 
 /// How long a lane may take to end when its partition moves to another host.
 const REVOKE_BUDGET: Duration = Duration::from_secs(20);
@@ -85,6 +85,8 @@ pub(super) async fn load(
         component: Arc::new(component),
         policy: Arc::new(Policy {
             batch: stage.batch,
+            order: stage.order,
+            concurrency: stage.concurrency,
             retry: stage.retry,
             on_exhausted: stage.on_exhausted,
             on_gap: stage.on_gap,
@@ -201,6 +203,10 @@ impl LoadedStage {
                         let lane =
                             transactional::Lane::new(source, equipment, ledger, store, id, seed);
                         lane.run().await;
+                    }
+                    None if equipment.policy.order != Order::Partition => {
+                        let lane = concurrent::Lane::new(source, equipment, seed);
+                        lane.run(&id.topic, id.partition).await;
                     }
                     None => {
                         let lane = ordered::Lane::new(source, equipment, seed);

@@ -17,6 +17,7 @@ use crate::delivery::retry::backoff;
 use crate::log::kafka::producer::Producer;
 use crate::log::kafka::topics::Admin;
 use crate::log::{LogError, Sink, Unsent};
+use crate::metrics::Metrics;
 use crate::pipeline::Retry;
 use crate::record::Outgoing;
 
@@ -110,9 +111,21 @@ pub(super) struct LogWatch {
 }
 
 impl LogWatch {
-    pub(super) fn start(admin: Admin, brokers: String, readiness: Arc<Readiness>) -> Self {
+    pub(super) fn start(
+        admin: Admin,
+        brokers: String,
+        readiness: Arc<Readiness>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
         let there = Arc::new(AtomicBool::new(true));
-        let task = tokio::spawn(watch(admin, brokers, readiness, there.clone())).abort_handle();
+        metrics.set_log_available(true);
+        let says = Says {
+            brokers,
+            readiness,
+            metrics,
+            there: there.clone(),
+        };
+        let task = tokio::spawn(watch(admin, says)).abort_handle();
         Self { there, task }
     }
 
@@ -127,7 +140,30 @@ impl Drop for LogWatch {
     }
 }
 
-async fn watch(admin: Admin, brokers: String, readiness: Arc<Readiness>, there: Arc<AtomicBool>) {
+/// Where it is said whether the log is there.
+struct Says {
+    brokers: String,
+    readiness: Arc<Readiness>,
+    metrics: Arc<Metrics>,
+    there: Arc<AtomicBool>,
+}
+
+impl Says {
+    fn there(&self) {
+        self.there.store(true, Ordering::Relaxed);
+        self.metrics.set_log_available(true);
+        self.readiness.ready(LOG);
+    }
+
+    fn away(&self, why: String) {
+        self.there.store(false, Ordering::Relaxed);
+        self.metrics.set_log_available(false);
+        self.readiness.not_ready(LOG, why);
+    }
+}
+
+async fn watch(admin: Admin, says: Says) {
+    let brokers = &says.brokers;
     let mut away_since: Option<Instant> = None;
     let mut said = Instant::now();
     loop {
@@ -136,8 +172,7 @@ async fn watch(admin: Admin, brokers: String, readiness: Arc<Readiness>, there: 
             (Ok(_), None) => {}
             (Ok(_), Some(since)) => {
                 info!("the log at {brokers} is back after {:.0?}", since.elapsed());
-                there.store(true, Ordering::Relaxed);
-                readiness.ready(LOG);
+                says.there();
                 away_since = None;
             }
             (Err(error), since) => {
@@ -145,8 +180,7 @@ async fn watch(admin: Admin, brokers: String, readiness: Arc<Readiness>, there: 
                     warn!("the log at {brokers} is away; lanes wait for it: {error}");
                     said = Instant::now();
                 }
-                there.store(false, Ordering::Relaxed);
-                readiness.not_ready(LOG, error.to_string());
+                says.away(error.to_string());
                 away_since = since.or_else(|| Some(Instant::now()));
             }
         }

@@ -7,6 +7,7 @@ mod admin;
 mod bench;
 mod blog;
 mod check;
+mod concurrent;
 mod delivery;
 mod ingress;
 mod lifecycle;

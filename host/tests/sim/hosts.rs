@@ -12,7 +12,7 @@ use host::delivery::dead_letter::DeadLetters;
 use host::lane::{Equipment, Policy, ordered, transactional};
 use host::log::BatchLimits;
 use host::metrics::Metrics;
-use host::pipeline::{OnExhausted, OnGap, Retry};
+use host::pipeline::{OnExhausted, OnGap, Order, Retry};
 use tokio::sync::Semaphore;
 
 use crate::bugs::{self, Planted};
@@ -66,6 +66,8 @@ fn policy(stage: &topology::Stage, on_gap: OnGap) -> Policy {
             initial: Duration::from_millis(20),
             max: Duration::from_secs(1),
         },
+        order: Order::Partition,
+        concurrency: 1,
         on_exhausted: OnExhausted::DeadLetter,
         on_gap,
         dead_letters: DeadLetters {

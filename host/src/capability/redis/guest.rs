@@ -484,4 +484,38 @@ mod tests {
         assert!(denied.contains("\"cache\""), "{denied}");
         assert_eq!(ctx.take_denied(), None);
     }
+
+    #[tokio::test]
+    async fn a_store_that_was_away_is_remembered_once() {
+        use super::redis::HostConnection;
+        let granted = granted().await;
+        let stores = [("cache".to_owned(), (granted.store.clone(), granted.grant))];
+        let grants = Arc::new(RedisGrants::new(BTreeMap::from(stores)));
+        let mut ctx = RedisCtx::new(grants.clone(), Arc::default());
+        let mut table = ResourceTable::new();
+        let mut view = RedisView {
+            ctx: &mut ctx,
+            table: &mut table,
+        };
+        let opened = view.open("cache".to_owned()).await;
+        let handle = opened.expect("no trap").expect("a grant").rep();
+        assert!(grants.ping("cache").await.is_ok());
+        granted.store.close().await;
+        for _ in 0..2 {
+            let handle = Resource::new_borrow(handle);
+            let away = view.get(handle, "post:1".to_owned()).await;
+            let away = away.expect("no trap");
+            assert!(matches!(away, Err(Error::Unavailable(_))), "{away:?}");
+        }
+        let cache = StoreName::Redis("cache".into());
+        assert_eq!(ctx.take_away(), Some(cache));
+        assert_eq!(ctx.take_away(), None);
+        let ping = grants.ping("cache").await;
+        assert!(matches!(ping, Err(StoreError::Unavailable(_))), "{ping:?}");
+        let unknown = grants.ping("others").await;
+        assert!(
+            matches!(unknown, Err(StoreError::Refused(_))),
+            "{unknown:?}"
+        );
+    }
 }

@@ -222,3 +222,125 @@ impl sql::HostConnection for SqlView<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tempfile::TempDir;
+
+    use super::sql::HostConnection;
+    use super::*;
+    use crate::delivery::progress::{Ledger, Mode};
+    use crate::pipeline::SqlUrl;
+
+    struct Instance {
+        ctx: SqlCtx,
+        table: ResourceTable,
+        database: Database,
+        _folder: TempDir,
+    }
+
+    impl Instance {
+        async fn new() -> Self {
+            let folder = tempfile::tempdir().expect("a temporary folder");
+            let url = SqlUrl::Sqlite(folder.path().join("posts.db"));
+            let database = Database::connect(&url, None, 4, None).await;
+            let database = database.expect("a database");
+            let made = database
+                .execute("CREATE TABLE t (id INTEGER UNIQUE)", &[])
+                .await;
+            made.expect("a table");
+            let grants = BTreeMap::from([("posts".to_owned(), database.clone())]);
+            Self {
+                ctx: SqlCtx::new(Arc::new(SqlGrants::new(grants)), Arc::default()),
+                table: ResourceTable::new(),
+                database,
+                _folder: folder,
+            }
+        }
+
+        fn view(&mut self) -> SqlView<'_> {
+            SqlView {
+                ctx: &mut self.ctx,
+                table: &mut self.table,
+            }
+        }
+
+        async fn open(&mut self) -> u32 {
+            let opened = self.view().open("posts".to_owned()).await;
+            opened.expect("no trap").expect("a grant").rep()
+        }
+
+        async fn run(&mut self, rep: u32, text: &str) -> wasmtime::Result<Result<Rows, Error>> {
+            let handle = Resource::new_borrow(rep);
+            self.view().query(handle, text.to_owned(), vec![]).await
+        }
+
+        async fn count(&self) -> Vec<Vec<Value>> {
+            let count = self.database.query("SELECT count(*) FROM t", &[]).await;
+            count.expect("a table").rows
+        }
+    }
+
+    #[tokio::test]
+    async fn statements_belong_to_the_transaction_while_there_is_one() {
+        let mut instance = Instance::new().await;
+        let handle = instance.open().await;
+        let transaction = instance.database.begin(Mode::Optimistic).await;
+        let transaction = transaction.expect("a transaction");
+        instance.ctx.set_transaction(Some(transaction.clone()));
+        for _ in 0..2 {
+            // The second is a violation, which the guest is told of.
+            let answer = instance.run(handle, "INSERT INTO t VALUES (1)").await;
+            answer.expect("no trap").ok();
+        }
+        assert_eq!(transaction.statements(), 2);
+        transaction.rollback().await;
+        instance.ctx.set_transaction(None);
+        assert_eq!(instance.count().await, [[Value::Int64(0)]]);
+        let answer = instance.run(handle, "INSERT INTO t VALUES (1)").await;
+        answer.expect("no trap").expect("an insertion");
+        assert_eq!(instance.count().await, [[Value::Int64(1)]]);
+    }
+
+    #[tokio::test]
+    async fn a_guest_does_not_go_on_in_a_void_transaction() {
+        let mut instance = Instance::new().await;
+        let handle = instance.open().await;
+        let transaction = instance.database.begin(Mode::Optimistic).await;
+        let transaction = transaction.expect("a transaction");
+        instance.ctx.set_transaction(Some(transaction.clone()));
+        let large = "INSERT INTO t VALUES (1), (2), (3) RETURNING hex(zeroblob(4000000))";
+        for text in [large, "SELECT 1"] {
+            let trap = instance.run(handle, text).await.expect_err("a trap");
+            let words = trap.to_string();
+            assert!(words.contains("SQL store `posts`"), "{words}");
+            assert!(words.contains("the batch will be run again"), "{words}");
+        }
+        assert!(transaction.broken().is_some());
+        assert_eq!(instance.ctx.take_away(), None);
+    }
+
+    #[tokio::test]
+    async fn a_database_that_was_away_is_remembered_once() {
+        let mut instance = Instance::new().await;
+        let handle = instance.open().await;
+        let there = instance.run(handle, "SELECT 1").await;
+        there.expect("no trap").expect("an answer");
+        assert_eq!(instance.ctx.take_away(), None);
+        assert!(instance.ctx.grants.ping("posts").await.is_ok());
+        instance.database.close().await;
+        let away = instance.run(handle, "SELECT 1").await;
+        let away = away.expect("no trap");
+        assert!(matches!(away, Err(Error::Unavailable(_))), "{away:?}");
+        let posts = StoreName::Sql("posts".into());
+        assert_eq!(instance.ctx.take_away(), Some(posts));
+        assert_eq!(instance.ctx.take_away(), None);
+        let ping = instance.ctx.grants.ping("posts").await;
+        assert!(matches!(ping, Err(StoreError::Unavailable(_))), "{ping:?}");
+        let unknown = instance.ctx.grants.ping("others").await;
+        assert!(
+            matches!(unknown, Err(StoreError::Refused(_))),
+            "{unknown:?}"
+        );
+    }
+}

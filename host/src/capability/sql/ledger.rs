@@ -12,9 +12,9 @@ use crate::delivery::progress::{Checkpoint, Claim, Commit, CommitError, LaneId, 
 pub(super) const TABLE: &str = "stagehost_progress";
 /// What the host's own migrations are kept in; `_sqlx_migrations` is the user's.
 const MIGRATIONS: &str = "_stagehost_migrations";
-/// What makes the table on PostgreSQL.
+/// What makes the table on PostgreSQL. It has been run on databases: a change is another migration.
 pub(super) const POSTGRES: &str = include_str!("ledger/postgres.sql");
-/// What makes the table on SQLite.
+/// What makes the table on SQLite. It has been run on databases: a change is another migration.
 pub(super) const SQLITE: &str = include_str!("ledger/sqlite.sql");
 
 /// The host's migrations of one kind of database.

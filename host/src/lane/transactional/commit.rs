@@ -5,14 +5,13 @@ use std::ops::Range;
 use std::time::Duration;
 
 use tokio::time::timeout;
-use tracing::{error, warn};
+use tracing::{debug, error, warn};
 
 use super::batch::{Batch, Note};
 use super::turn::{After, Plan};
 use super::{Ending, Lane, Tenure};
 use crate::delivery::output;
 use crate::delivery::progress::{Checkpoint, Commit, CommitError, Ledger, Transaction};
-use crate::delivery::retry::backoff;
 use crate::delivery::{Cause, Fault, Handler};
 use crate::lane::{Halt, LOG_PATIENCE};
 use crate::log::{Addressed, Source};
@@ -127,6 +126,31 @@ where
         self.follow(tenure, batch, after).await
     }
 
+    /// Takes outputs out of the row that the log has.
+    pub(super) async fn clear_pending(&mut self, tenure: &mut Tenure) -> Result<(), Ending> {
+        let checkpoint = self.checkpoint(tenure, tenure.next_offset, tenure.attempts, &[])?;
+        let commit = Commit {
+            lane: &self.id,
+            epoch: tenure.epoch,
+            commits: tenure.commits + 1,
+            checkpoint: &checkpoint,
+        };
+        let cleared = match self.ledger.save(commit).await {
+            Ok(()) => true,
+            Err(CommitError::Fenced) => return Err(Ending::Fenced),
+            Err(CommitError::Unanswered(why)) => self.find_out(tenure, why).await?,
+            Err(CommitError::Refused(why)) => {
+                debug!("outputs stay in the row, and may be produced once more: {why}");
+                return Ok(());
+            }
+        };
+        if cleared {
+            tenure.commits += 1;
+            tenure.has_pending = false;
+        }
+        Ok(())
+    }
+
     /// Where outputs or dead letters belong can't be looked up. Nothing of the transaction counts, and no lock is to be held.
     pub(super) async fn log_away(
         &mut self,
@@ -137,7 +161,7 @@ where
         error!("cannot produce, trying again: {why}");
         transaction.rollback().await;
         batch.rewind();
-        let wait = backoff(&LOG_PATIENCE, 3, &mut self.common.rng);
+        let wait = self.common.backoff(&LOG_PATIENCE, 3);
         Ok(self.common.wait(wait).await?)
     }
 
@@ -249,8 +273,7 @@ where
                 self.common.metrics().messages("retry", 1);
                 self.common.metrics().retry();
                 let attempts = tenure.attempts;
-                let retry = self.common.policy().retry;
-                let wait = backoff(&retry, attempts, &mut self.common.rng);
+                let wait = self.common.backoff(&self.common.policy().retry, attempts);
                 if attempts == 1 {
                     let record = &batch.records[batch.settled];
                     self.common.warn_of_retry(record, wait, &fault);

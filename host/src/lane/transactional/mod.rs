@@ -15,7 +15,6 @@ use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rand::Rng;
 use tracing::{debug, warn};
 
 use self::batch::Batch;
@@ -25,14 +24,16 @@ use super::{Common, Equipment, Halt, LOG_PATIENCE, Stopped};
 use crate::capability::{StoreError, StoreName};
 use crate::delivery::Handler;
 use crate::delivery::output;
-use crate::delivery::progress::{Checkpoint, Claim, Commit, LaneId, Ledger, Transaction};
-use crate::delivery::retry::backoff;
+use crate::delivery::progress::{Checkpoint, Claim, LaneId, Ledger, Transaction};
 use crate::delivery::seen::Seen;
 use crate::log::{Addressed, Gap, Source};
 use crate::record::Record;
 
 /// How long a lane that another host has taken over waits for its group to say so too.
 const FENCED_WAIT: Duration = Duration::from_secs(2);
+
+/// After so long without a record, outputs that the log has are taken out of the row: a crash would produce them again.
+const IDLE: Duration = Duration::from_secs(5);
 
 /// One stage on one partition.
 pub struct Lane<S, K, H, L> {
@@ -163,7 +164,7 @@ where
                 Err(halt) => return Ok(halt),
             }
             let gap = loop {
-                match self.next(tenure).await {
+                match self.next(tenure).await? {
                     Ok(Some(records)) => {
                         self.common.metrics().batch(records.len());
                         let mut batch = Batch::new(records, &tenure.seen);
@@ -204,7 +205,7 @@ where
             .await?;
         if !was_away {
             // It answers, and yet it failed: not again at once.
-            let wait = backoff(&LOG_PATIENCE, 1, &mut self.common.rng);
+            let wait = self.common.backoff(&LOG_PATIENCE, 1);
             self.common.wait(wait).await?;
         }
         Ok(())
@@ -254,21 +255,29 @@ where
             sink: sink.clone(),
             policy: policy.clone(),
             metrics: metrics.clone(),
-            seed: self.common.rng.random(),
+            seed: self.common.seed(),
         }
     }
 
     /// The next records; tells the log meanwhile what is done.
-    async fn next(&mut self, tenure: &mut Tenure) -> Result<Option<Vec<Record>>, Gap> {
+    async fn next(
+        &mut self,
+        tenure: &mut Tenure,
+    ) -> Result<Result<Option<Vec<Record>>, Gap>, Ending> {
         loop {
             if let Some(done) = tenure.outbox.take_done() {
                 self.source.done(done);
             }
+            let is_aloft = tenure.outbox.is_aloft();
             tokio::select! {
                 biased;
-                // Both are cancel-safe: the flight goes on at the next call, and records stay where they are.
-                () = tenure.outbox.landed(), if tenure.outbox.is_aloft() => {}
-                records = self.source.next(&self.common.policy().batch) => return records,
+                // All are cancel-safe: the flight goes on at the next call, records stay where they are, and a sleep
+                // holds nothing.
+                () = tenure.outbox.landed(), if is_aloft => {}
+                records = self.source.next(&self.common.policy().batch) => return Ok(records),
+                () = tokio::time::sleep(IDLE), if !is_aloft && tenure.has_pending => {
+                    self.clear_pending(tenure).await?;
+                }
             }
         }
     }
@@ -276,20 +285,11 @@ where
     /// So that nothing is produced again after a stop: waits for what is on its way and takes it out of the row.
     async fn finish(&mut self, tenure: &mut Tenure) -> Result<(), Ending> {
         tenure.outbox.landed().await;
-        if tenure.has_pending {
-            let checkpoint = self.checkpoint(tenure, tenure.next_offset, tenure.attempts, &[])?;
-            let commit = Commit {
-                lane: &self.id,
-                epoch: tenure.epoch,
-                commits: tenure.commits + 1,
-                checkpoint: &checkpoint,
-            };
-            if let Err(error) = self.ledger.save(commit).await {
-                debug!("outputs stay in the row, and may be produced once more: {error}");
-            }
-        }
         if let Some(done) = tenure.outbox.take_done() {
             self.source.done(done);
+        }
+        if tenure.has_pending {
+            self.clear_pending(tenure).await?;
         }
         Ok(())
     }

@@ -81,7 +81,8 @@ impl<'a> Call<'a> {
         bracket: &Bracket,
         connection: &mut PgConnection,
     ) -> Result<Done, Failure> {
-        command(connection, bracket.open).await?;
+        let opened = command(connection, bracket.open).await;
+        opened.map_err(Failure::lost)?;
         let done = match self.run(connection).await {
             // A deferred constraint speaks up only here.
             Ok(done) => command(connection, bracket.keep).await.map(|()| done),

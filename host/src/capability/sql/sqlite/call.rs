@@ -82,7 +82,8 @@ impl<'a> Call<'a> {
         bracket: &Bracket,
         means: &mut Means<'_>,
     ) -> Result<Done, Failure> {
-        command(means.connection, bracket.open).await?;
+        let opened = command(means.connection, bracket.open).await;
+        opened.map_err(Failure::lost)?;
         let done = match self.run(means).await {
             Ok(done) => command(means.connection, bracket.keep).await.map(|()| done),
             Err(failure) => Err(failure),

@@ -69,7 +69,7 @@ async fn a_commit_without_an_answer_is_looked_up() {
         let transaction = owner.begin(Mode::Optimistic).await;
         let id = Int64(at as i64);
         let inserted = transaction
-            .execute("INSERT INTO t VALUES ($1)", &[id.clone()])
+            .execute("INSERT INTO t VALUES ($1)", std::slice::from_ref(&id))
             .await;
         assert_eq!(inserted, Ok(1));
         proxy.cut(cut);

@@ -14,6 +14,7 @@ use tempfile::TempDir;
 use crate::support::server;
 
 mod commits;
+mod failures;
 mod lifecycle;
 mod progress;
 mod proxy;

@@ -1,0 +1,342 @@
+//! What must hold of a run, looked for in plain data. The anomalies are named as Jepsen's checkers
+//! name them, where they have a name for it.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use crate::load::Message;
+
+/// Examples that are kept of each anomaly.
+const EXAMPLES: usize = 5;
+
+/// A record of a topic, in the order of its partition.
+#[derive(Clone, Debug)]
+pub(crate) struct Record {
+    pub(crate) partition: i32,
+    pub(crate) offset: i64,
+    /// Milliseconds since the Unix epoch.
+    pub(crate) timestamp: i64,
+    pub(crate) message: Message,
+    /// The header `stagehost-id`: of records with the same one, the first counts.
+    pub(crate) id: Option<String>,
+    /// The header `stagehost-cause`, of a dead letter.
+    pub(crate) cause: Option<String>,
+}
+
+/// A row of the table `effects`.
+#[derive(Clone, Debug)]
+pub(crate) struct Row {
+    pub(crate) key: String,
+    pub(crate) seq: i64,
+}
+
+/// What went into a stage, and all that came of it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct StageHistory {
+    pub(crate) stage: &'static str,
+    pub(crate) inputs: Vec<Record>,
+    /// In the order in which they were inserted.
+    pub(crate) rows: Vec<Row>,
+    pub(crate) outputs: Vec<Record>,
+    pub(crate) letters: Vec<Record>,
+}
+
+/// How far a group has got on a partition.
+#[derive(Clone, Debug)]
+pub(crate) struct Progress {
+    pub(crate) group: &'static str,
+    pub(crate) partition: i32,
+    pub(crate) committed: i64,
+    pub(crate) end: i64,
+}
+
+/// What must not be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Anomaly {
+    /// An input that has neither a row nor a dead letter.
+    LostWrite,
+    /// More rows and dead letters than inputs.
+    Duplicate,
+    /// Rows, or outputs in a partition, that are out of order within a key.
+    Nonmonotonic,
+    /// A row without its output.
+    OutputMissing,
+    /// More outputs than rows.
+    OutputDuplicate,
+    /// A row, an output or a dead letter that nothing caused.
+    Phantom,
+    /// A row where a dead letter was due or the other way round, or one with another cause.
+    WrongOutcome,
+    /// Redis does not hold the newest value.
+    StaleCache,
+    /// A committed offset that is not the partition's end.
+    Uncommitted,
+    /// A host that was told to stop and did not exit with 0.
+    UncleanStop,
+    /// A host that ended though nobody told it to.
+    HostDied,
+    /// The hosts did not get on, though nothing was broken any more.
+    Stalled,
+}
+
+impl Anomaly {
+    pub(crate) const ALL: [Self; 12] = [
+        Self::LostWrite,
+        Self::Duplicate,
+        Self::Nonmonotonic,
+        Self::OutputMissing,
+        Self::OutputDuplicate,
+        Self::Phantom,
+        Self::WrongOutcome,
+        Self::StaleCache,
+        Self::Uncommitted,
+        Self::UncleanStop,
+        Self::HostDied,
+        Self::Stalled,
+    ];
+
+    /// How it is called in the report.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::LostWrite => "lost-write",
+            Self::Duplicate => "duplicate",
+            Self::Nonmonotonic => "nonmonotonic",
+            Self::OutputMissing => "output-missing",
+            Self::OutputDuplicate => "output-duplicate",
+            Self::Phantom => "phantom",
+            Self::WrongOutcome => "wrong-outcome",
+            Self::StaleCache => "stale-cache",
+            Self::Uncommitted => "uncommitted",
+            Self::UncleanStop => "unclean-stop",
+            Self::HostDied => "host-died",
+            Self::Stalled => "stalled",
+        }
+    }
+}
+
+/// What was found: how often, and the first examples.
+#[derive(Debug, Default)]
+pub(crate) struct Anomalies(BTreeMap<Anomaly, (usize, Vec<String>)>);
+
+impl Anomalies {
+    pub(crate) fn add(&mut self, anomaly: Anomaly, example: impl FnOnce() -> String) {
+        let (count, examples) = self.0.entry(anomaly).or_default();
+        *count += 1;
+        if examples.len() < EXAMPLES {
+            examples.push(example());
+        }
+    }
+
+    pub(crate) fn count(&self, anomaly: Anomaly) -> usize {
+        self.0.get(&anomaly).map_or(0, |(count, _)| *count)
+    }
+
+    pub(crate) fn examples(&self, anomaly: Anomaly) -> &[String] {
+        self.0.get(&anomaly).map_or(&[], |(_, examples)| examples)
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+/// Of records with the same `stagehost-id` the first, as a stage downstream has it.
+pub(crate) fn without_repeated(records: &[Record]) -> Vec<Record> {
+    let mut seen = HashSet::new();
+    let is_new = |record: &&Record| record.id.is_none() || seen.insert(record.id.clone());
+    records.iter().filter(is_new).cloned().collect()
+}
+
+/// What came twice in a topic. It is no anomaly, and shows that there was something to drop.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Repeated {
+    pub(crate) all: usize,
+    /// Those that came when a newer number of their key was there.
+    pub(crate) late: usize,
+}
+
+pub(crate) fn repeated(records: &[Record]) -> Repeated {
+    let mut newest: HashMap<&str, i64> = HashMap::new();
+    let (mut seen, mut repeated) = (HashSet::new(), Repeated::default());
+    for Record { message, id, .. } in records {
+        let newest = newest.entry(&message.key).or_insert(message.seq);
+        if id.as_ref().is_some_and(|id| !seen.insert(id)) {
+            repeated.all += 1;
+            repeated.late += usize::from(message.seq < *newest);
+        }
+        *newest = message.seq.max(*newest);
+    }
+    repeated
+}
+
+type MessageId = (String, i64);
+
+/// What became of one message at a stage.
+#[derive(Debug, Default)]
+struct Fate<'a> {
+    input: Option<&'a Message>,
+    inputs: usize,
+    rows: usize,
+    outputs: usize,
+    letters: Vec<&'a str>,
+}
+
+/// Looks at what a stage made of its input.
+pub(crate) fn judge_stage(history: &StageHistory, found: &mut Anomalies) {
+    let stage = history.stage;
+    let inputs = without_repeated(&history.inputs);
+    let outputs = without_repeated(&history.outputs);
+    let letters = without_repeated(&history.letters);
+    let mut fates: BTreeMap<MessageId, Fate<'_>> = BTreeMap::new();
+    let id = |message: &Message| (message.key.clone(), message.seq);
+    for input in &inputs {
+        let fate = fates.entry(id(&input.message)).or_default();
+        fate.input = Some(&input.message);
+        fate.inputs += 1;
+    }
+    for row in &history.rows {
+        fates.entry((row.key.clone(), row.seq)).or_default().rows += 1;
+    }
+    for output in &outputs {
+        fates.entry(id(&output.message)).or_default().outputs += 1;
+    }
+    for letter in &letters {
+        let cause = letter.cause.as_deref().unwrap_or("none");
+        fates
+            .entry(id(&letter.message))
+            .or_default()
+            .letters
+            .push(cause);
+    }
+    for ((key, seq), fate) in &fates {
+        for anomaly in judge_fate(stage, fate) {
+            found.add(anomaly, || {
+                format!(
+                    "{stage}: {key} #{seq}: {} inputs, {} rows, {} outputs, dead letters {:?}, deed {:?}",
+                    fate.inputs,
+                    fate.rows,
+                    fate.outputs,
+                    fate.letters,
+                    fate.input.and_then(|message| message.deed_at(stage))
+                )
+            });
+        }
+    }
+    let rows = history.rows.iter().map(|row| (None, &row.key, row.seq));
+    judge_order(&format!("{stage}: row"), rows, found);
+    let outputs = outputs
+        .iter()
+        .map(|o| (Some(o.partition), &o.message.key, o.message.seq));
+    judge_order(&format!("{stage}: output"), outputs, found);
+}
+
+fn judge_fate(stage: &str, fate: &Fate<'_>) -> Vec<Anomaly> {
+    let ends = fate.rows + fate.letters.len();
+    let mut found = Vec::new();
+    let Some(input) = fate.input else {
+        return vec![Anomaly::Phantom];
+    };
+    if ends < fate.inputs {
+        found.push(Anomaly::LostWrite);
+    }
+    if ends > fate.inputs {
+        found.push(Anomaly::Duplicate);
+    }
+    if fate.outputs < fate.rows {
+        found.push(Anomaly::OutputMissing);
+    }
+    if fate.outputs > fate.rows {
+        let nothing = fate.rows == 0;
+        found.push(if nothing {
+            Anomaly::Phantom
+        } else {
+            Anomaly::OutputDuplicate
+        });
+    }
+    let cause = input.deed_at(stage).and_then(|deed| deed.cause());
+    let wrong_letter = fate.letters.iter().any(|letter| Some(*letter) != cause);
+    if wrong_letter || (cause.is_some() && fate.rows > 0) {
+        found.push(Anomaly::WrongOutcome);
+    }
+    found
+}
+
+/// Within a key and partition, numbers must not fall; what is there twice is another anomaly.
+fn judge_order<'a>(
+    what: &str,
+    records: impl Iterator<Item = (Option<i32>, &'a String, i64)>,
+    found: &mut Anomalies,
+) {
+    let mut newest: HashMap<(Option<i32>, &String), i64> = HashMap::new();
+    for (partition, key, seq) in records {
+        let newest = newest.entry((partition, key)).or_insert(seq);
+        if seq < *newest {
+            let after = *newest;
+            found.add(Anomaly::Nonmonotonic, || {
+                let place = partition
+                    .map(|p| format!(" of partition {p}"))
+                    .unwrap_or_default();
+                format!("{what}{place}: {key} #{seq} after #{after}")
+            });
+        }
+        *newest = seq.max(*newest);
+    }
+}
+
+/// Redis must hold the newest number of each key that got a newest one after `flushed_at`: what
+/// came before, the flush may have taken. Answers how many keys could be judged.
+pub(crate) fn judge_cache(
+    inputs: &[Record],
+    cache: &HashMap<String, i64>,
+    flushed_at: i64,
+    found: &mut Anomalies,
+) -> usize {
+    let mut newest: BTreeMap<&str, (i64, i64)> = BTreeMap::new();
+    let mut last: HashMap<&str, i64> = HashMap::new();
+    for record in inputs {
+        let (Message { key, seq, .. }, at) = (&record.message, record.timestamp);
+        last.insert(key, *seq);
+        // A number that is there again was there at the earlier time.
+        let entry = newest.entry(key).or_insert((*seq, at));
+        if *seq > entry.0 {
+            *entry = (*seq, at);
+        }
+    }
+    let mut judged = 0;
+    for (key, (seq, _)) in newest.into_iter().filter(|(_, (_, at))| *at > flushed_at) {
+        judged += 1;
+        let (cached, last) = (cache.get(key), last.get(key));
+        if cached != Some(&seq) {
+            found.add(Anomaly::StaleCache, || {
+                format!("{key}: Redis has {cached:?}, the newest is #{seq}, the last {last:?}")
+            });
+        }
+    }
+    judged
+}
+
+/// The cacher is asked for nothing that could fail for good.
+pub(crate) fn judge_cacher(letters: &[Record], found: &mut Anomalies) {
+    for letter in letters {
+        found.add(Anomaly::WrongOutcome, || {
+            let Message { key, seq, .. } = &letter.message;
+            format!("cacher: {key} #{seq}: dead letter {:?}", letter.cause)
+        });
+    }
+}
+
+/// All that was read must be committed.
+pub(crate) fn judge_progress(progress: &[Progress], found: &mut Anomalies) {
+    for Progress {
+        group,
+        partition,
+        committed,
+        end,
+    } in progress
+    {
+        if committed != end {
+            found.add(Anomaly::Uncommitted, || {
+                format!("{group} on partition {partition}: {committed} of {end}")
+            });
+        }
+    }
+}

@@ -1,0 +1,70 @@
+//! Several hosts on one pipeline, on real servers, while all of them are broken again and again:
+//! every message must have its effect exactly once.
+//!
+//! `make test` runs the short form, `make test-faults MINUTES=20` the long one. `FAULTS_MINUTES` is
+//! the number of cycles, of about a minute each, and `FAULTS_SEED` repeats the schedule of a run
+//! (but not the threads of its processes). The servers are the suite's own: `KAFKA_JARS` is what
+//! `scripts/kafka-jars` prints.
+
+mod bench;
+mod conductor;
+mod hosts;
+mod judge;
+mod judge_tests;
+mod load;
+mod pipeline;
+mod process;
+mod proxy;
+mod reader;
+mod report;
+mod schedule;
+mod servers;
+
+use std::fmt::Debug;
+use std::path::Path;
+use std::str::FromStr;
+
+/// Enough for both ways of every kind of fault.
+const SHORT_MINUTES: usize = 2;
+
+/// Prints a line at once: a run takes its time, and the harness keeps what is printed otherwise.
+macro_rules! say {
+    ($($words:tt)*) => {{
+        use std::io::Write;
+        let _ = writeln!(std::io::stderr(), "faults: {}", format_args!($($words)*));
+    }};
+}
+pub(crate) use say;
+
+#[test]
+fn every_message_has_its_effect_once_whatever_breaks() {
+    let minutes: Option<usize> = variable("FAULTS_MINUTES");
+    let seed: u64 = variable("FAULTS_SEED").unwrap_or_else(rand::random);
+    let cycles = minutes.unwrap_or(SHORT_MINUTES).max(1);
+    say!("FAULTS_SEED={seed} FAULTS_MINUTES={cycles}");
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let logs = target.join("faults");
+    let _ = std::fs::remove_dir_all(&logs);
+    std::fs::create_dir_all(&logs).expect("a folder for logs");
+    let report = conductor::run(seed, cycles, &logs);
+    say!("\n{report}");
+    if minutes.is_some() {
+        let file = target.with_file_name("faults-report.md");
+        std::fs::write(&file, report.to_string()).expect("the report is written");
+        say!("the report is in {}", file.display());
+    }
+    let complaints = report.complaints().join("; ");
+    assert!(
+        complaints.is_empty(),
+        "{complaints}; the logs are in {}",
+        logs.display()
+    );
+    std::fs::remove_dir_all(&logs).expect("the logs are removed");
+}
+
+/// A number from the environment, where it is set.
+fn variable<T: FromStr<Err: Debug>>(name: &str) -> Option<T> {
+    let text = std::env::var(name).ok()?;
+    let number = text.parse();
+    Some(number.unwrap_or_else(|e| panic!("{name} is {text:?}: {e:?}")))
+}
