@@ -20,6 +20,8 @@ use crate::delivery::{Cause, Delivery, Fault, Handler, Invocation};
 use crate::pipeline::{self, Instances};
 use crate::record::Record;
 
+/// Instances of a stage that are kept while they have nothing to do.
+const MAX_IDLE: usize = 256;
 /// Epoch ticks between two yields of a running guest.
 const TICKS_PER_YIELD: u64 = 1;
 
@@ -131,10 +133,10 @@ impl StageComponent {
 
     fn keep(&self, instance: Instance) {
         if self.instances == Instances::Warm {
-            self.idle
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .push(instance);
+            let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+            if idle.len() < MAX_IDLE {
+                idle.push(instance);
+            }
         }
     }
 

@@ -92,7 +92,8 @@ impl Breaker {
 
     /// Returns once the store answers, and whether it had been away; at once for one that it does not know.
     ///
-    /// Cancel-safe in that the next one who asks goes on with it.
+    /// Cancel-safe: the next one who waits asks on; if there is none, nobody waits for the store any more, and it is not
+    /// said to be away.
     pub async fn until_there<F>(&self, store: &StoreName, probe: impl Fn() -> F) -> bool
     where
         F: Future<Output = Result<(), StoreError>>,
@@ -108,6 +109,12 @@ impl Breaker {
             return true;
         }
         let condition = Self::condition(store.name());
+        let said = Said {
+            breaker: self,
+            watch,
+            store: store.name(),
+            condition: &condition,
+        };
         let mut tries = 1;
         loop {
             let answer = tokio::time::timeout(PROBE_TIMEOUT, probe()).await;
@@ -130,15 +137,29 @@ impl Breaker {
         if tries > 1 {
             info!("{store} is there again");
         }
-        watch.set_away(false);
-        self.readiness.ready(&condition);
-        self.metrics.set_circuit_open(store.name(), false);
+        drop(said);
         tries > 1 || is_away(before)
     }
 
     fn wait(&self, tries: u32) -> Duration {
         let mut rng = self.rng.lock().unwrap_or_else(PoisonError::into_inner);
         backoff(&PATIENCE, tries, &mut *rng)
+    }
+}
+
+/// What is said of a store while somebody asks for it; taken back when that one is done, or is dropped.
+struct Said<'a> {
+    breaker: &'a Breaker,
+    watch: &'a Watch,
+    store: &'a str,
+    condition: &'a str,
+}
+
+impl Drop for Said<'_> {
+    fn drop(&mut self) {
+        self.watch.set_away(false);
+        self.breaker.readiness.ready(self.condition);
+        self.breaker.metrics.set_circuit_open(self.store, false);
     }
 }
 
@@ -174,6 +195,20 @@ mod tests {
         }
         assert_eq!(readiness.reasons(), Vec::<String>::new());
         assert!(!breaker.until_there(&store, probe).await, "it is there");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_store_that_nobody_waits_for_is_not_said_to_be_away() {
+        let readiness = Arc::<Readiness>::default();
+        let (breaker, store) = breaker(&readiness);
+        let probe = || async { Err(StoreError::Unavailable("gone".into())) };
+        {
+            let waiting = breaker.until_there(&store, probe);
+            tokio::pin!(waiting);
+            assert!(futures::poll!(&mut waiting).is_pending());
+            assert_eq!(readiness.reasons(), ["store posts: gone"]);
+        }
+        assert_eq!(readiness.reasons(), Vec::<String>::new());
     }
 
     #[tokio::test(start_paused = true)]

@@ -2,6 +2,7 @@
 
 use tracing::error;
 
+use super::transactional::warn_of;
 use crate::delivery::dead_letter;
 use crate::delivery::{Cause, Fault};
 use crate::log::{LogError, Sink, Unsent};
@@ -73,6 +74,7 @@ impl<O> Held<O> {
             return sent;
         };
         unsent.sort_by_key(|u| u.index);
+        warn_of(&unsent);
         let mut held: Vec<_> = self
             .outputs
             .into_iter()
@@ -103,7 +105,12 @@ impl<O> Sent<O> {
                 self.refused.push((origin, Fault::new(Cause::Reject, why)));
             }
             error => {
-                error!(topic = &**topic, "cannot produce, trying again: {error}");
+                if !matches!(error, LogError::Unavailable(_)) {
+                    error!(
+                        topic = &**topic,
+                        "cannot produce a dead letter, trying again: {error}"
+                    );
+                }
                 if is_letter && matches!(error, LogError::TooLarge(_)) {
                     dead_letter::shorten(&mut output);
                 }

@@ -62,7 +62,7 @@ pub enum Gap {
 /// One assigned partition, as its lane reads it.
 pub trait Source: Send {
     /// Has the records from `offset` on read, or where it is `None` from the group's committed offset on, and
-    /// where there is none from where the pipeline's `auto.offset.reset` says. To be called before `next`,
+    /// where there is none from the first. To be called before `next`,
     /// and again to go elsewhere, as after a gap. Returns when the log has said that there is no gap, or when
     /// the partition is to be given up.
     fn start(&mut self, offset: Option<i64>) -> impl Future<Output = Result<(), Gap>> + Send;

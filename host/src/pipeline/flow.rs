@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::load::Checks;
 use super::stages::{dead_letter_topics, texts};
 use crate::diagnostics::Problem;
-use crate::manifest::{Manifest, StageSection};
+use crate::manifest::{DeliveryWord, Manifest, StageSection, Text};
 
 pub(super) fn check(checks: &Checks<'_>, manifest: &Manifest) {
     check_groups(checks, &manifest.stages);
@@ -26,6 +26,7 @@ fn check_groups(checks: &Checks<'_>, stages: &[StageSection]) {
         let Some(group) = &stage.group else { continue };
         let other = *first.entry(&group.value).or_insert(stage);
         if inputs(other) == inputs(stage) {
+            check_progress(checks, other, stage, group);
             continue;
         }
         let mut problem = Problem::at(
@@ -44,6 +45,44 @@ fn check_groups(checks: &Checks<'_>, stages: &[StageSection]) {
             problem = problem.also(&text.span, format!("the group of `{}`", other.name.value));
         }
         checks.report(problem);
+    }
+}
+
+/// A partition that moves from one member to another goes on where that one had got to, if both keep it in one place.
+fn check_progress(checks: &Checks<'_>, other: &StageSection, stage: &StageSection, group: &Text) {
+    if ledger(other) == ledger(stage) {
+        return;
+    }
+    let place = |stage: &StageSection| match ledger(stage) {
+        Some(store) => format!("`{}` in the store `{store}`", stage.name.value),
+        None => format!("`{}` in the log alone", stage.name.value),
+    };
+    let problem = Problem::at(
+        &group.span,
+        format!(
+            "`{}` and `{}` have one group and keep its progress in different places",
+            other.name.value, stage.name.value
+        ),
+    );
+    checks.report(
+        problem
+            .label(format!("{}, {}", place(other), place(stage)))
+            .help("give them the same `delivery` and the same `sql` store, or a group each"),
+    );
+}
+
+/// The SQL store that a transactional stage keeps its progress in.
+fn ledger(stage: &StageSection) -> Option<&str> {
+    match texts(stage.sql.as_ref()) {
+        [store]
+            if stage
+                .delivery
+                .as_ref()
+                .is_none_or(|d| d.value == DeliveryWord::Transactional) =>
+        {
+            Some(&store.value)
+        }
+        _ => None,
     }
 }
 

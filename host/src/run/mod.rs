@@ -188,7 +188,6 @@ impl Host {
         };
         let shared = stage::Shared {
             settings: settings.clone(),
-            producer: Arc::new(Producer::new(settings, Patience::Endless)?),
             breaker: Arc::new(breaker(pipeline, waiting.readiness, metrics)),
             readiness: waiting.readiness.clone(),
             metrics: metrics.clone(),

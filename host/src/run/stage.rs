@@ -39,8 +39,6 @@ pub(super) struct LoadedStage {
 /// What the stages of a host share.
 pub(super) struct Shared {
     pub(super) settings: ClientSettings,
-    /// For stages whose outputs may come twice.
-    pub(super) producer: Arc<Producer>,
     pub(super) breaker: Arc<Breaker>,
     pub(super) readiness: Arc<Readiness>,
     pub(super) metrics: Arc<Metrics>,
@@ -132,11 +130,8 @@ impl LoadedStage {
         ready: String,
         tasks: &mut JoinSet<anyhow::Result<()>>,
     ) -> anyhow::Result<StopHandle> {
-        let producer = match self.ledger {
-            // Of its own: what the log refuses of one stage's outputs stops those of no other stage.
-            Some(_) => Arc::new(Producer::new(&shared.settings, Patience::Gapless)?),
-            None => shared.producer.clone(),
-        };
+        // Of its own: what the log refuses of one stage's outputs stops those of no other stage.
+        let producer = Arc::new(Producer::new(&shared.settings, Patience::Gapless)?);
         let equipment = Equipment {
             sink: producer,
             handler: self.component.clone(),

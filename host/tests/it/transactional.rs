@@ -130,9 +130,10 @@ async fn effects_outputs_and_progress_are_committed_together() {
         assert_eq!(dead, []);
         assert_eq!(table.rows().await, (0..300).collect::<Vec<_>>());
         assert_eq!(values(&outputs), (0..300).collect::<Vec<_>>());
+        let generation = table.progress("generation").await;
         let (group, input) = (&table.bench.group, &table.bench.input);
         for (n, output) in outputs.iter().enumerate() {
-            let id = format!("{group}/{input}/0/0/{n}/0");
+            let id = format!("{group}/{input}/0/{generation}/{n}/0");
             assert_eq!(output.header("stagehost-id"), Some(id.as_str()));
         }
         assert_eq!(table.progress("next_offset").await, 300);

@@ -1,6 +1,7 @@
 //! How far transactional lanes have got: the table `stagehost_progress`.
 
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use sqlx::migrate::{MigrateError, Migration, MigrationType, Migrator};
 use sqlx::{AssertSqlSafe, Encode, Executor, FromRow, IntoArguments, SqlSafeStr, Type};
@@ -56,7 +57,7 @@ impl Statements {
         Self {
             probe: format!("SELECT {KEY}, {ROW}, updated_at FROM {table} LIMIT 0").into(),
             claim: format!(
-                "INSERT INTO {table} AS p ({KEY}, {ROW}) VALUES ($1, $2, $3, 1, 0, 0, NULL, 0, $4, $4) \
+                "INSERT INTO {table} AS p ({KEY}, {ROW}) VALUES ($1, $2, $3, 1, $5, 0, NULL, 0, $4, $4) \
                  ON CONFLICT ({KEY}) DO UPDATE SET epoch = p.epoch + 1, {NOW} RETURNING {ROW}"
             )
             .into(),
@@ -68,6 +69,13 @@ impl Statements {
             .into(),
         }
     }
+}
+
+/// A new row's generation: above that of any row which the lane had before and lost, so that what comes of it is not taken for
+/// what came of that one. Milliseconds since the Unix epoch.
+fn generation() -> i64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    i64::try_from(now.unwrap_or_default().as_millis()).unwrap_or_default()
 }
 
 type Row = (i64, i64, i64, Option<i64>, i32, Vec<u8>, Vec<u8>);
@@ -97,7 +105,7 @@ where
     let query = query.bind(&*lane.group).bind(&*lane.topic);
     let query = query.bind(lane.partition);
     let query = match epoch {
-        None => query.bind(&[][..]),
+        None => query.bind(&[][..]).bind(generation()),
         Some(epoch) => query.bind(epoch),
     };
     let row = query.fetch_optional(connection).await?;

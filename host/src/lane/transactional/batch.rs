@@ -10,7 +10,7 @@ use crate::delivery::progress::LaneId;
 use crate::delivery::seen::{HEADER, OutputId, Place, Seen};
 use crate::record::{Header, Outgoing, Record};
 
-/// Bytes of outputs that a lane holds before it commits them. They are written into its row, and SQLite takes 16 MiB.
+/// Bytes of outputs that a lane holds before it commits them. They are written into its row.
 pub(super) const MAX_PENDING_BYTES: usize = 4 << 20;
 
 /// Consecutive messages, and what came of those that are handled and not settled: all of it belongs to one transaction.
@@ -22,6 +22,8 @@ pub(super) struct Batch {
     pub(super) handled: usize,
     /// Records below this index are committed.
     pub(super) settled: usize,
+    /// The message that was called alone when the connection broke last, and how often in a row it was.
+    pub(super) lost: (usize, u32),
     /// Each commit takes one message.
     pub(super) one_by_one: bool,
     /// Since when the transaction is open.
@@ -59,6 +61,7 @@ impl Batch {
             duplicate,
             handled: 0,
             settled: 0,
+            lost: (0, 0),
             one_by_one: false,
             since: Instant::now(),
             held_bytes: 0,
@@ -69,6 +72,14 @@ impl Batch {
 
     pub(super) fn is_settled(&self) -> bool {
         self.settled == self.records.len()
+    }
+
+    /// The connection broke while this one was called; answers how often in a row.
+    pub(super) fn lose(&mut self, index: usize) -> u32 {
+        let (before, times) = self.lost;
+        let times = if before == index { times + 1 } else { 1 };
+        self.lost = (index, times);
+        times
     }
 
     /// A transaction begins.

@@ -17,6 +17,8 @@ use crate::lane::{Halt, LOG_PATIENCE};
 use crate::log::{Addressed, Source};
 use crate::record::Outgoing;
 
+/// A message that the connection breaks at so often in a row may be what brings the database down.
+const MAX_LOSSES: u32 = 5;
 /// How long a transaction is held open for the acknowledgement of what was committed before.
 const LANDING_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -31,6 +33,7 @@ where
     /// worked on may be the reason, and it counts.
     pub(super) async fn after_loss(
         &mut self,
+        batch: &mut Batch,
         plan: &mut Plan,
         call: &Range<usize>,
         why: String,
@@ -41,11 +44,16 @@ where
             partition = self.id.partition,
             "the transaction was lost, and is begun again: {why}"
         );
-        if self
+        let losses = if call.len() == 1 {
+            batch.lose(call.start)
+        } else {
+            0
+        };
+        let was_away = self
             .common
             .until_there::<L::Transaction>(&self.store)
-            .await?
-        {
+            .await?;
+        if was_away && losses < MAX_LOSSES {
             return Ok(Plan::optimistic());
         }
         let why = format!("{}: {why}", self.store);
@@ -114,6 +122,8 @@ where
         if !committed {
             tenure.seen = seen;
             batch.rewind();
+            let wait = self.common.backoff(&LOG_PATIENCE, 1);
+            self.common.wait(wait).await?;
             return Ok(plan);
         }
         tenure.commits += 1;

@@ -18,6 +18,7 @@ use std::time::Duration;
 use tracing::{debug, warn};
 
 use self::batch::Batch;
+pub(super) use self::outbox::warn_of;
 use self::outbox::{Delivery, Outbox};
 use self::turn::{Plan, Ran};
 use super::{Common, Equipment, Halt, LOG_PATIENCE, Stopped};
@@ -312,7 +313,7 @@ where
                 Ran::Lost(call, why) => {
                     drop(transaction);
                     batch.rewind();
-                    self.after_loss(&mut plan, &call, why).await?
+                    self.after_loss(batch, &mut plan, &call, why).await?
                 }
                 Ran::LogAway(why) => {
                     self.log_away(batch, transaction, &why).await?;

@@ -9,7 +9,7 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
-use tracing::error;
+use tracing::{debug, error, warn};
 
 use crate::delivery::dead_letter;
 use crate::delivery::retry::backoff;
@@ -106,6 +106,7 @@ impl<K: Addressed> Delivery<K> {
             && let Err(mut unsent) = self.sink.produce(&outputs).await
         {
             unsent.sort_by_key(|u| u.index);
+            warn_of(&unsent);
             let sent = mem::take(&mut outputs)
                 .into_iter()
                 .zip(mem::take(&mut numbers));
@@ -136,7 +137,8 @@ impl<K: Addressed> Delivery<K> {
         let topic = &*output.topic;
         match error {
             LogError::Unavailable(_) => {
-                error!(topic, "cannot produce, trying again: {error}");
+                // One says it for all that were sent with it.
+                debug!(topic, "cannot produce, trying again: {error}");
                 Again::Same(output)
             }
             LogError::Refused(_) | LogError::TooLarge(_) if dead_letter::is_one(&output) => {
@@ -170,6 +172,15 @@ impl<K: Addressed> Delivery<K> {
         };
         letter.partition = self.sink.partition_of(&place).await.ok();
         letter
+    }
+}
+
+/// Says that outputs wait for the log, once for all of a flight.
+pub(in crate::lane) fn warn_of(unsent: &[Unsent]) {
+    let away = |u: &&Unsent| matches!(u.error, LogError::Unavailable(_));
+    if let Some(first) = unsent.iter().find(away) {
+        let outputs = unsent.iter().filter(away).count();
+        warn!(outputs, "cannot produce, trying again: {}", first.error);
     }
 }
 

@@ -21,9 +21,9 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
-use super::super::{Gap, LogError};
+use super::super::LogError;
 use super::partition::{Partition, PartitionSource, Position, Pushed};
-use super::start::{self, Reset};
+use super::start::{self, Passed};
 use super::{ClientSettings, Kind, log_line};
 use crate::metrics::Metrics;
 use crate::record::{Header, Record};
@@ -39,7 +39,9 @@ const STATISTICS_MS: &str = "2000";
 /// How long an abandoned lane may take to be gone.
 const ABANDON_WAIT: Duration = Duration::from_secs(5);
 /// How long until the log is asked again where partitions are to be read from, after it did not answer.
-const START_RETRY: Duration = Duration::from_millis(500);
+const START_RETRY: Duration = Duration::from_secs(1);
+/// The same where librdkafka has not taken a partition for assigned yet.
+const START_AGAIN: Duration = Duration::from_millis(20);
 /// The same error is reported once in this time.
 const REPORT_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -150,7 +152,6 @@ impl GroupConsumer {
             consumer: Arc::new(consumer),
             stop: stop.clone(),
             group: subscription.group,
-            reset: Reset::of(&settings.properties),
             attention,
             starting: false,
             start_after: Instant::now(),
@@ -178,7 +179,6 @@ struct Poller {
     consumer: Arc<BaseConsumer<Context>>,
     stop: StopHandle,
     group: String,
-    reset: Reset,
     /// Set where a lane wants to be read from elsewhere.
     attention: Arc<AtomicBool>,
     /// Some partition is not read yet where its lane wants it.
@@ -242,21 +242,31 @@ impl Poller {
             Pushed::Taken | Pushed::Unwanted => {}
             Pushed::Full => self.pause(partition),
             Pushed::Jump(expected) => {
-                match start::gap(&self.consumer, &partition, expected, offset) {
-                    Some(gap) => self.report_gap(partition, gap),
-                    // Compaction took them, or they were no records of ours: markers of transactions.
-                    None => {
-                        partition.set_position(Position::Reading(Some(offset)));
-                        self.take_in(message);
+                let reading = Position::Reading(Some(expected));
+                match start::passed(&self.consumer, &partition, expected, offset) {
+                    Passed::Nothing => {
+                        // The lane may have gone elsewhere meanwhile: then this record is not wanted any more.
+                        if partition.replace_position(&reading, Position::Reading(Some(offset))) {
+                            self.take_in(message);
+                        }
+                    }
+                    Passed::Gap(gap) => {
+                        partition.replace_position(&reading, Position::Gap(gap));
+                        self.hold(&partition);
+                    }
+                    Passed::Unknown => {
+                        partition.replace_position(&reading, Position::Wanted(Some(expected)));
+                        self.hold(&partition);
+                        self.starting = true;
                     }
                 }
             }
         }
     }
 
-    fn report_gap(&mut self, partition: Arc<Partition>, gap: Gap) {
-        partition.set_position(Position::Gap(gap));
-        if let Err(error) = self.consumer.pause(&list_of(&partition)) {
+    /// Pauses a partition until its lane has said where it goes on.
+    fn hold(&self, partition: &Partition) {
+        if let Err(error) = self.consumer.pause(&list_of(partition)) {
             debug!("cannot pause: {error}");
         }
     }
@@ -268,8 +278,11 @@ impl Poller {
             return;
         }
         let all: Vec<_> = self.context().lock().partitions.values().cloned().collect();
-        match start::start(&self.consumer, &all, self.reset) {
-            Ok(all_started) => self.starting = !all_started,
+        match start::start(&self.consumer, &all) {
+            Ok(all_started) => {
+                self.starting = !all_started;
+                self.start_after = Instant::now() + START_AGAIN;
+            }
             Err(error) => {
                 debug!("partitions are not read yet: {error}");
                 self.start_after = Instant::now() + START_RETRY;

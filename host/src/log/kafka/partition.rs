@@ -154,6 +154,17 @@ impl Partition {
         self.changed.notify_one();
     }
 
+    /// As [`Partition::set_position`], where it still is what it was; answers whether it was.
+    pub(super) fn replace_position(&self, before: &Position, position: Position) -> bool {
+        let mut buffer = self.buffer();
+        let same = buffer.position == *before;
+        if same {
+            buffer.position = position;
+            self.changed.notify_one();
+        }
+        same
+    }
+
     /// The lane's future is to be dropped.
     pub(super) fn abandon(&self) {
         self.abandoned.cancel();

@@ -10,6 +10,14 @@ const KNOWN_FOR: Duration = Duration::from_secs(300);
 /// The seed of Kafka's `DefaultPartitioner`.
 const SEED: u32 = 0x9747_b28c;
 
+/// How many partitions a topic has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Count {
+    Fresh(i32),
+    /// It may have more by now.
+    Old(i32),
+}
+
 /// Chooses partitions; knows how many the topics have for a while.
 #[derive(Default)]
 pub(super) struct Partitioner {
@@ -20,10 +28,14 @@ pub(super) struct Partitioner {
 }
 
 impl Partitioner {
-    pub(super) fn count(&self, topic: &str) -> Option<i32> {
+    pub(super) fn count(&self, topic: &str) -> Option<Count> {
         let counts = self.counts();
         let (count, since) = counts.get(topic)?;
-        (since.elapsed() < KNOWN_FOR).then_some(*count)
+        Some(if since.elapsed() < KNOWN_FOR {
+            Count::Fresh(*count)
+        } else {
+            Count::Old(*count)
+        })
     }
 
     pub(super) fn learn(&self, topic: &str, count: i32) {
@@ -74,6 +86,6 @@ mod tests {
         assert_eq!(keyed, (-790_332_482 & 0x7fff_ffff) % 8);
         assert_eq!(partitioner.count("t"), None);
         partitioner.learn("t", 8);
-        assert_eq!(partitioner.count("t"), Some(8));
+        assert_eq!(partitioner.count("t"), Some(Count::Fresh(8)));
     }
 }

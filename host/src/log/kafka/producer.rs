@@ -14,7 +14,7 @@ use tokio::sync::Notify;
 use tracing::{debug, info, warn};
 
 use super::super::{Addressed, LogError, Sink, Unsent};
-use super::partitioner::Partitioner;
+use super::partitioner::{Count, Partitioner};
 use super::{ClientSettings, Kind, log_error, log_line};
 use crate::record::Outgoing;
 
@@ -22,7 +22,7 @@ use crate::record::Outgoing;
 const FULL_QUEUE_WAIT: Duration = Duration::from_millis(5);
 
 /// How often a flight that does not land looks whether its client has failed for good.
-const FATAL_CHECK: Duration = Duration::from_secs(1);
+const FATAL_CHECK: Duration = Duration::from_millis(100);
 
 /// librdkafka's property for [`Patience::Gapless`].
 pub(super) const GAPLESS: &str = "enable.gapless.guarantee";
@@ -35,11 +35,8 @@ const TOPIC_WAIT: Duration = Duration::from_millis(500);
 /// What a full queue, an outage and a late acknowledgement mean to the caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Patience {
-    /// Waits as long as it takes: no record times out while a later one gets through. Only what the
-    /// log refuses leaves a gap.
-    Endless,
-    /// As [`Patience::Endless`], and without gaps: after a record that the log refuses, all that were sent behind it
-    /// fail too, and are to be sent again.
+    /// Waits as long as it takes, and leaves no gaps: no record times out while a later one gets through, and after one
+    /// that the log refuses, all that were sent behind it fail too, and are to be sent again.
     Gapless,
     /// Gives up on a record after this time.
     Bounded(Duration),
@@ -107,6 +104,7 @@ impl Producer {
         self.enqueue(&client, &flight, 0, record).await;
         land(&client, &flight).await;
         self.replace_if_fatal(&client);
+        retire_if_fatal(client);
         let mut state = flight.lock();
         match state.unsent.pop() {
             Some(unsent) => Err(unsent.error),
@@ -135,8 +133,11 @@ impl Producer {
             }
         };
         let failed = self.fly(&client, std::slice::from_ref(record)).await.pop();
-        // One that failed for good is dropped.
-        *alone = Some(client).filter(|client| client.client().fatal_error().is_none());
+        if client.client().fatal_error().is_none() {
+            *alone = Some(client);
+        } else {
+            retire_if_fatal(Arc::new(client));
+        }
         failed.map_or(Ok(()), |unsent| Err(unsent.error))
     }
 
@@ -152,7 +153,7 @@ impl Producer {
             index,
         });
         let deadline = match self.patience {
-            Patience::Endless | Patience::Gapless => None,
+            Patience::Gapless => None,
             Patience::Bounded(time) => Some(tokio::time::Instant::now() + time),
         };
         loop {
@@ -161,6 +162,11 @@ impl Producer {
             };
             ticket = rejected.delivery_opaque;
             let full = error.rdkafka_error_code() == Some(RDKafkaErrorCode::QueueFull);
+            if full && client.in_flight_count() == 0 {
+                let why = "it is larger than `queue.buffering.max.kbytes`".to_owned();
+                ticket.flight.land(index, Err(LogError::TooLarge(why)));
+                return;
+            }
             let late = deadline.is_some_and(|d| tokio::time::Instant::now() >= d);
             if !full || late {
                 ticket.flight.land(index, Err(log_error(&error)));
@@ -176,6 +182,7 @@ impl Sink for Producer {
         let client = self.client();
         let failed = self.fly(&client, records).await;
         self.replace_if_fatal(&client);
+        retire_if_fatal(client);
         let unsent = self.send_refused_alone(records, failed).await;
         if unsent.is_empty() {
             Ok(())
@@ -191,7 +198,12 @@ impl Addressed for Producer {
             return Ok(partition);
         }
         let count = match self.partitioner.count(&record.topic) {
-            Some(count) => count,
+            Some(Count::Fresh(count)) => count,
+            // Topics do not shrink: what was known once is good enough where the log has no answer now.
+            Some(Count::Old(count)) => self
+                .ask_for_partitions(&record.topic)
+                .await
+                .unwrap_or(count),
             None => self.ask_for_partitions(&record.topic).await?,
         };
         Ok(self.partitioner.choose(record.key.as_deref(), count))
@@ -234,6 +246,12 @@ impl Producer {
             let answer = answer.map_err(|error| LogError::Unavailable(error.to_string()))?;
             let metadata = answer.map_err(|error| log_error(&error))?;
             let found = metadata.topics().iter().find(|t| t.name() == topic);
+            let error = found
+                .and_then(|topic| topic.error())
+                .map(RDKafkaErrorCode::from);
+            if let Some(error) = error.filter(|error| !is_unknown_topic(*error)) {
+                return Err(log_error(&KafkaError::MetadataFetch(error)));
+            }
             let count = found.map_or(0, |t| t.partitions().len());
             if count > 0 {
                 let count = i32::try_from(count).unwrap_or(i32::MAX);
@@ -246,6 +264,21 @@ impl Producer {
             tries += 1;
             tokio::time::sleep(TOPIC_WAIT).await;
         }
+    }
+}
+
+fn is_unknown_topic(error: RDKafkaErrorCode) -> bool {
+    matches!(
+        error,
+        RDKafkaErrorCode::UnknownTopic | RDKafkaErrorCode::UnknownTopicOrPartition
+    )
+}
+
+/// Lets go of a client that failed for good. The last who has it waits for its threads, and shall not do so on a thread of
+/// the async runtime.
+fn retire_if_fatal(client: Arc<Client>) {
+    if client.client().fatal_error().is_some() {
+        tokio::task::spawn_blocking(move || drop(client));
     }
 }
 
@@ -265,7 +298,7 @@ async fn land(client: &Client, flight: &Flight) {
 /// A producer's configuration.
 pub(super) fn config(settings: &ClientSettings, patience: Patience) -> ClientConfig {
     let timeout = match patience {
-        Patience::Endless | Patience::Gapless => "0".to_string(),
+        Patience::Gapless => "0".to_string(),
         Patience::Bounded(time) => time.as_millis().max(1).to_string(),
     };
     let mut defaults = vec![

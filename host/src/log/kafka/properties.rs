@@ -71,11 +71,7 @@ fn create_clients(properties: BTreeMap<String, String>) -> KafkaResult<()> {
         brokers: String::new(),
         properties,
     };
-    let patiences = [
-        Patience::Endless,
-        Patience::Gapless,
-        Patience::Bounded(SHORTEST_PATIENCE),
-    ];
+    let patiences = [Patience::Gapless, Patience::Bounded(SHORTEST_PATIENCE)];
     for patience in patiences {
         let config = producer::config(&settings, patience);
         create(&config, RDKafkaType::RD_KAFKA_PRODUCER)?;

@@ -5,11 +5,11 @@
 use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rdkafka::bindings::rd_kafka_get_watermark_offsets;
 use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::error::{IsError, KafkaError, KafkaResult, RDKafkaErrorCode};
+use rdkafka::error::{IsError, KafkaResult};
 use rdkafka::{Offset, TopicPartitionList};
 use tracing::debug;
 
@@ -21,21 +21,8 @@ use super::partition::{Partition, Position};
 /// minutes before they are taken for dead.
 const ASK: Duration = Duration::from_secs(3);
 
-/// Where a partition begins whose group has not committed yet: `auto.offset.reset` of the pipeline.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Reset {
-    Beginning,
-    End,
-}
-
-impl Reset {
-    pub(super) fn of(properties: &BTreeMap<String, String>) -> Self {
-        match properties.get("auto.offset.reset").map(String::as_str) {
-            Some("latest" | "largest" | "end") => Self::End,
-            _ => Self::Beginning,
-        }
-    }
-}
+/// How long the leader of one partition may take, once they are asked one by one.
+const ASK_ONE: Duration = Duration::from_millis(500);
 
 type Place = (String, i32);
 
@@ -44,7 +31,6 @@ type Place = (String, i32);
 pub(super) fn start(
     consumer: &BaseConsumer<Context>,
     partitions: &[Arc<Partition>],
-    reset: Reset,
 ) -> KafkaResult<bool> {
     let waiting: Vec<_> = partitions
         .iter()
@@ -56,13 +42,13 @@ pub(super) fn start(
     let unknown = waiting.iter().filter(|(_, offset)| offset.is_none());
     let committed = committed(consumer, unknown.map(|(partition, _)| &***partition))?;
     let all = || waiting.iter().map(|(partition, _)| &***partition);
-    let first = offsets(consumer, all(), Offset::Beginning)?;
-    let end = offsets(consumer, all(), Offset::End)?;
+    let bounds = bounds(consumer, all())?;
     let mut seeks = TopicPartitionList::new();
     let mut seeking = Vec::new();
     for (partition, wanted) in waiting {
         let place = place(partition);
-        let (Some(&first), Some(&end)) = (first.get(&place), end.get(&place)) else {
+        // One whose leader is away does not hold up the others.
+        let Some(&(first, end)) = bounds.get(&place) else {
             continue;
         };
         let known = wanted.or_else(|| committed.get(&place).copied());
@@ -71,22 +57,14 @@ pub(super) fn start(
             partition.set_position(Position::Gap(gap));
             continue;
         }
-        let from = known.unwrap_or(match reset {
-            Reset::Beginning => first,
-            Reset::End => end,
-        });
+        let from = known.unwrap_or(first);
         seeks.add_partition_offset(partition.topic(), partition.number(), Offset::Offset(from))?;
         seeking.push((partition, place, from));
     }
     if seeking.is_empty() {
         return Ok(partitions.iter().all(|p| p.wanted().is_none()));
     }
-    let sought = match consumer.seek_partitions(seeks, ASK) {
-        Ok(sought) => sought,
-        // It says so where none of them is known to be assigned yet.
-        Err(error) if is_early(&error) => return Ok(false),
-        Err(error) => return Err(error),
-    };
+    let sought = consumer.seek_partitions(seeks, ASK)?;
     for (partition, place, from) in seeking {
         match sought.find_partition(&place.0, place.1).map(|e| e.error()) {
             Some(Ok(())) => {
@@ -100,31 +78,36 @@ pub(super) fn start(
     Ok(partitions.iter().all(|p| p.wanted().is_none()))
 }
 
-fn is_early(error: &KafkaError) -> bool {
-    matches!(
-        error.rdkafka_error_code(),
-        Some(
-            RDKafkaErrorCode::State
-                | RDKafkaErrorCode::PreviousInProgress
-                | RDKafkaErrorCode::UnknownPartition
-        )
-    )
+/// What a partition has passed over.
+pub(super) enum Passed {
+    /// What compaction left out, or what are no records: markers of transactions.
+    Nothing,
+    /// Records.
+    Gap(Gap),
+    /// Only the log can tell.
+    Unknown,
 }
 
-/// What a jump from the offset that was expected to the one that came has passed over, if it is more than what
-/// compaction leaves out.
-pub(super) fn gap(
+/// What a jump from the offset that was expected to the one that came has passed over.
+pub(super) fn passed(
     consumer: &BaseConsumer<Context>,
     partition: &Partition,
     expected: i64,
     came: i64,
-) -> Option<Gap> {
-    let (first, end) = known_bounds(consumer, partition)?;
+) -> Passed {
+    let bounds = known_bounds(consumer, partition);
     if came < expected {
-        return Some(Gap::Recreated { expected, end });
+        let end = bounds.map_or(came, |(_, end)| end);
+        return Passed::Gap(Gap::Recreated { expected, end });
     }
-    // The first record may have gone up since this one was fetched.
-    (expected < first && first <= came).then_some(Gap::Removed { expected, first })
+    match bounds {
+        None => Passed::Unknown,
+        // The first record may have gone up since this one was fetched.
+        Some((first, _)) if expected < first && first <= came => {
+            Passed::Gap(Gap::Removed { expected, first })
+        }
+        Some(_) => Passed::Nothing,
+    }
 }
 
 fn outside(expected: i64, first: i64, end: i64) -> Option<Gap> {
@@ -155,7 +138,42 @@ fn committed<'a>(
     known(&consumer.committed_offsets(list, ASK)?)
 }
 
-/// The partitions' first or end offsets. Kafka's "timestamps" of those are librdkafka's logical offsets.
+/// The partitions' first and end offsets, as far as their leaders answer.
+fn bounds<'a>(
+    consumer: &BaseConsumer<Context>,
+    partitions: impl Iterator<Item = &'a Partition> + Clone,
+) -> KafkaResult<BTreeMap<Place, (i64, i64)>> {
+    let first = offsets(consumer, partitions.clone(), Offset::Beginning);
+    let end = first.and_then(|first| {
+        let end = offsets(consumer, partitions.clone(), Offset::End)?;
+        Ok((first, end))
+    });
+    if let Ok((first, end)) = end {
+        let both = |(place, first)| Some((end.get(&place).copied()?, place, first));
+        let both = first.into_iter().filter_map(both);
+        return Ok(both
+            .map(|(end, place, first)| (place, (first, end)))
+            .collect());
+    }
+    // A single leader that is away fails the question for all, so each is asked about.
+    let mut bounds = BTreeMap::new();
+    let (began, mut failed) = (Instant::now(), None);
+    for partition in partitions {
+        if began.elapsed() > ASK {
+            break;
+        }
+        match consumer.fetch_watermarks(partition.topic(), partition.number(), ASK_ONE) {
+            Ok(both) => drop(bounds.insert(place(partition), both)),
+            Err(error) => failed = Some(error),
+        }
+    }
+    match failed {
+        Some(error) if bounds.is_empty() => Err(error),
+        _ => Ok(bounds),
+    }
+}
+
+/// Kafka's "timestamps" of first and end are librdkafka's logical offsets.
 fn offsets<'a>(
     consumer: &BaseConsumer<Context>,
     partitions: impl Iterator<Item = &'a Partition>,
@@ -168,11 +186,11 @@ fn offsets<'a>(
     known(&consumer.offsets_for_times(list, ASK)?)
 }
 
+/// Those that were answered; an error of one is for the next time.
 fn known(list: &TopicPartitionList) -> KafkaResult<BTreeMap<Place, i64>> {
     let mut offsets = BTreeMap::new();
     for element in list.elements() {
-        element.error()?;
-        if let Offset::Offset(offset) = element.offset() {
+        if let (Ok(()), Offset::Offset(offset)) = (element.error(), element.offset()) {
             offsets.insert((element.topic().to_owned(), element.partition()), offset);
         }
     }
