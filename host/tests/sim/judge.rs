@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use host::delivery::seen::{OutputId, Seen};
+use host::pipeline::{OnExhausted, Order};
 use host::record::Record;
 
 use crate::hosts::Servers;
@@ -327,6 +328,52 @@ impl Outcome {
                 }
             }
         }
+        self.judge_order_of_keys(stage, &letters);
+    }
+
+    /// The outputs that one key's messages first caused are in the order of the messages.
+    fn judge_order_of_keys(&mut self, stage: usize, letters: &BTreeMap<Arc<str>, String>) {
+        let spec = self.topology.stages[stage].clone();
+        // A message that a batch call wants again is behind the outputs of its call.
+        let Some(output) = spec
+            .output
+            .filter(|_| spec.order != Order::None && !spec.batches)
+        else {
+            return;
+        };
+        let mut origins = BTreeMap::new();
+        for ((topic, partition), records) in &self.topics {
+            for record in records.iter().filter(|_| *topic == spec.input) {
+                let id = id_of_record(record);
+                // A later copy of it may have been the first that was done.
+                if !letters.contains_key(&id) && !self.may_be_missing(stage, &id) {
+                    origins.entry(id).or_insert((*partition, record.offset));
+                }
+            }
+        }
+        let mut unordered = Vec::new();
+        for ((topic, _), records) in &self.topics {
+            let mut known = BTreeSet::new();
+            let mut highest = BTreeMap::new();
+            for record in records.iter().filter(|_| *topic == output) {
+                let id = id_of_record(record);
+                let parent = id.rsplit_once('.').map_or("", |(parent, _)| parent);
+                let (Some((partition, offset)), Some(key)) = (origins.get(parent), &record.key)
+                else {
+                    continue;
+                };
+                if !known.insert(id.clone()) {
+                    continue;
+                }
+                let before = highest.insert((*partition, key.clone()), *offset);
+                if before.is_some_and(|before| before > *offset) {
+                    unordered.push(format!("output {id} came late"));
+                }
+            }
+        }
+        for what in unordered {
+            self.anomaly("nonmonotone", stage, what);
+        }
     }
 
     /// A message is not delivered more often than it may.
@@ -336,6 +383,10 @@ impl Outcome {
         let disturbed = self.disturbances[stage];
         // Where attempts are not kept, whatever ends a lane begins them anew.
         let more = match spec.kind {
+            // One that has stopped tries once more when its partition is assigned again.
+            Kind::Transactional(_) if spec.on_exhausted == OnExhausted::Stop => {
+                disturbed + self.moves
+            }
             Kind::Transactional(_) => disturbed,
             Kind::Ordered => (disturbed + self.moves) * max,
         };

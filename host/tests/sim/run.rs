@@ -107,8 +107,8 @@ fn servers(world: &World, schedule: &Schedule, bug: Option<Bug>) -> Servers {
         databases: (0..schedule.topology.databases).map(database).collect(),
         store: Store::new(world.clone(), planted.is(Bug::NoVersions)),
         planted,
-        on_gap: schedule.on_gap,
         slots: schedule.slots,
+        one_writer: schedule.one_writer,
         policies: Servers::policies(world, schedule.on_gap),
         metrics: Arc::<Metrics>::default(),
     }
