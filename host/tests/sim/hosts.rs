@@ -9,10 +9,10 @@ use host::admin::Readiness;
 use host::capability::StoreName;
 use host::delivery::breaker::Breaker;
 use host::delivery::dead_letter::DeadLetters;
-use host::lane::{Equipment, Policy, ordered, transactional};
+use host::lane::{Equipment, Policy, concurrent, ordered, transactional};
 use host::log::BatchLimits;
 use host::metrics::Metrics;
-use host::pipeline::{OnExhausted, OnGap, Order, Retry};
+use host::pipeline::{OnGap, Order, Retry};
 use tokio::sync::Semaphore;
 
 use crate::bugs::{self, Planted};
@@ -30,6 +30,9 @@ use crate::world::{World, pause};
 /// How often settled offsets are committed, in milliseconds.
 const COMMIT_INTERVAL: u64 = 250;
 
+/// Messages of a partition that a stage has side by side, where it may.
+const CONCURRENCY: usize = 4;
+
 /// What all hosts share: the servers.
 #[derive(Clone)]
 pub(crate) struct Servers {
@@ -38,9 +41,10 @@ pub(crate) struct Servers {
     pub(crate) databases: Vec<Arc<Database>>,
     pub(crate) store: Arc<Store>,
     pub(crate) planted: Planted,
-    pub(crate) on_gap: OnGap,
     /// Transactions that one host has at a time, in one database.
     pub(crate) slots: usize,
+    /// And whatever else writes waits for its turn too.
+    pub(crate) one_writer: bool,
     pub(crate) policies: Vec<Arc<Policy>>,
     pub(crate) metrics: Arc<Metrics>,
 }
@@ -66,9 +70,9 @@ fn policy(stage: &topology::Stage, on_gap: OnGap) -> Policy {
             initial: Duration::from_millis(20),
             max: Duration::from_secs(1),
         },
-        order: Order::Partition,
-        concurrency: 1,
-        on_exhausted: OnExhausted::DeadLetter,
+        order: stage.order,
+        concurrency: CONCURRENCY,
+        on_exhausted: stage.on_exhausted,
         on_gap,
         dead_letters: DeadLetters {
             stage: stage.name.into(),
@@ -116,6 +120,7 @@ impl Host {
                     servers.databases[database].clone(),
                     number,
                     slots[database].clone(),
+                    servers.one_writer,
                 ))),
                 Kind::Ordered => None,
             };
@@ -186,6 +191,10 @@ impl Host {
                     let store = StoreName::Sql(DATABASE.into());
                     let lane = transactional::Lane::new(source, equipment, ledger, store, id, seed);
                     Box::pin(lane.run()).await;
+                }
+                None if equipment.policy.order != Order::Partition => {
+                    let lane = concurrent::Lane::new(source, equipment, seed);
+                    Box::pin(lane.run(&id.topic, id.partition)).await;
                 }
                 None => {
                     let lane = ordered::Lane::new(source, equipment, seed);

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use host::delivery::seen::{OutputId, Seen};
+use host::pipeline::{OnExhausted, Order};
 use host::record::Record;
 
 use crate::hosts::Servers;
@@ -23,6 +24,7 @@ pub(crate) struct Outcome {
     values: BTreeMap<Arc<str>, (i64, Arc<str>)>,
     calls: BTreeMap<(usize, i32, i64), Calls>,
     disturbances: Vec<u32>,
+    costs: Vec<u32>,
     moves: u32,
     removed: BTreeSet<(Arc<str>, Arc<str>)>,
     effects: BTreeSet<(usize, Arc<str>)>,
@@ -54,6 +56,7 @@ pub(crate) fn judge(
         values: servers.store.values(),
         calls: evidence.calls.clone(),
         disturbances: evidence.disturbances.clone(),
+        costs: evidence.costs.clone(),
         moves: evidence.moves,
         removed: evidence.removed.clone(),
         effects: evidence.effects(),
@@ -245,7 +248,7 @@ impl Outcome {
         if spec.batches && spec.kind == Kind::Ordered && spec.mix.refused_outputs > 0 {
             return;
         }
-        let spent = script.retries(max) + self.disturbances[stage];
+        let spent = script.retries(max) + self.costs[stage];
         if cause != "retries-exhausted" || spent < max {
             let what = format!("{id} is given up on for {cause}, and is {script:?}");
             self.anomaly("wrong-verdict", stage, what);
@@ -325,6 +328,52 @@ impl Outcome {
                 }
             }
         }
+        self.judge_order_of_keys(stage, &letters);
+    }
+
+    /// The outputs that one key's messages first caused are in the order of the messages.
+    fn judge_order_of_keys(&mut self, stage: usize, letters: &BTreeMap<Arc<str>, String>) {
+        let spec = self.topology.stages[stage].clone();
+        // A message that a batch call wants again is behind the outputs of its call.
+        let Some(output) = spec
+            .output
+            .filter(|_| spec.order != Order::None && !spec.batches)
+        else {
+            return;
+        };
+        let mut origins = BTreeMap::new();
+        for ((topic, partition), records) in &self.topics {
+            for record in records.iter().filter(|_| *topic == spec.input) {
+                let id = id_of_record(record);
+                // A later copy of it may have been the first that was done.
+                if !letters.contains_key(&id) && !self.may_be_missing(stage, &id) {
+                    origins.entry(id).or_insert((*partition, record.offset));
+                }
+            }
+        }
+        let mut unordered = Vec::new();
+        for ((topic, _), records) in &self.topics {
+            let mut known = BTreeSet::new();
+            let mut highest = BTreeMap::new();
+            for record in records.iter().filter(|_| *topic == output) {
+                let id = id_of_record(record);
+                let parent = id.rsplit_once('.').map_or("", |(parent, _)| parent);
+                let (Some((partition, offset)), Some(key)) = (origins.get(parent), &record.key)
+                else {
+                    continue;
+                };
+                if !known.insert(id.clone()) {
+                    continue;
+                }
+                let before = highest.insert((*partition, key.clone()), *offset);
+                if before.is_some_and(|before| before > *offset) {
+                    unordered.push(format!("output {id} came late"));
+                }
+            }
+        }
+        for what in unordered {
+            self.anomaly("nonmonotone", stage, what);
+        }
     }
 
     /// A message is not delivered more often than it may.
@@ -334,6 +383,10 @@ impl Outcome {
         let disturbed = self.disturbances[stage];
         // Where attempts are not kept, whatever ends a lane begins them anew.
         let more = match spec.kind {
+            // One that has stopped tries once more when its partition is assigned again.
+            Kind::Transactional(_) if spec.on_exhausted == OnExhausted::Stop => {
+                disturbed + self.moves
+            }
             Kind::Transactional(_) => disturbed,
             Kind::Ordered => (disturbed + self.moves) * max,
         };

@@ -107,8 +107,8 @@ fn servers(world: &World, schedule: &Schedule, bug: Option<Bug>) -> Servers {
         databases: (0..schedule.topology.databases).map(database).collect(),
         store: Store::new(world.clone(), planted.is(Bug::NoVersions)),
         planted,
-        on_gap: schedule.on_gap,
         slots: schedule.slots,
+        one_writer: schedule.one_writer,
         policies: Servers::policies(world, schedule.on_gap),
         metrics: Arc::<Metrics>::default(),
     }
@@ -131,7 +131,9 @@ async fn happen(servers: &Servers, cluster: &Cluster, calm: Weather, event: &Eve
             cluster.relocate(*number, *how).await;
         }
         Event::DatabaseAway(number, time) => {
-            world.evidence().disturbed_all(6);
+            for stage in 0..world.topology().stages.len() {
+                world.evidence().cost(stage, 3);
+            }
             let database = servers.databases[*number].clone();
             database.set_up(false);
             let time = *time;

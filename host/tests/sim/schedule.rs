@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use host::pipeline::OnGap;
+use host::pipeline::{OnExhausted, OnGap, Order};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -50,6 +50,8 @@ pub(crate) struct Schedule {
     pub(crate) topology: Topology,
     pub(crate) hosts: usize,
     pub(crate) slots: usize,
+    /// A database takes one writer at a time.
+    pub(crate) one_writer: bool,
     pub(crate) on_gap: OnGap,
     /// Milliseconds from the beginning, in order.
     pub(crate) events: Vec<(u64, Event)>,
@@ -103,6 +105,7 @@ impl Schedule {
         let hasty = rng.random_ratio(1, 6);
         let topology = topology(seed, &mut rng, hasty);
         let hosts = rng.random_range(1..=3);
+        let one_writer = hosts == 1 && rng.random_ratio(1, 2);
         let horizon = rng.random_range(2_000..=40_000);
         let mut events = inputs(&mut rng, horizon);
         trouble(&mut events, &mut rng, &troubles, &topology, hosts, horizon);
@@ -121,7 +124,11 @@ impl Schedule {
             seed,
             topology,
             hosts,
-            slots: rng.random_range(1..=4),
+            slots: match one_writer {
+                true => 1,
+                false => rng.random_range(1..=4),
+            },
+            one_writer,
             on_gap,
             events,
             crash_at,
@@ -162,7 +169,12 @@ fn topology(seed: u64, rng: &mut StdRng, hasty: bool) -> Topology {
         output: output.map(topic),
         letters: topic(&format!("{name}.dlq")),
         batches: rng.random_ratio(1, 3),
+        order: [Order::Partition, Order::Key, Order::None][rng.random_range(0..3)],
         max_attempts: rng.random_range(1..=4),
+        on_exhausted: match rng.random_ratio(1, 16) {
+            true => OnExhausted::Stop,
+            false => OnExhausted::DeadLetter,
+        },
         max_messages: rng.random_range(1..=12),
         max_time: match hasty {
             true => rng.random_range(5..=100),

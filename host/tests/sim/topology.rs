@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use host::delivery::progress::LaneId;
+use host::pipeline::{OnExhausted, Order};
 
 use crate::world::trace::digest;
 
@@ -26,7 +27,10 @@ pub(crate) struct Stage {
     pub(crate) letters: Arc<str>,
     /// It takes many messages in one call.
     pub(crate) batches: bool,
+    /// Of a stage that delivers at least once.
+    pub(crate) order: Order,
     pub(crate) max_attempts: u32,
+    pub(crate) on_exhausted: OnExhausted,
     pub(crate) max_messages: usize,
     /// In milliseconds.
     pub(crate) max_time: u64,

@@ -26,6 +26,8 @@ pub(crate) struct Client {
     stage: usize,
     /// Transactions at a time.
     slots: Arc<Semaphore>,
+    /// Whatever writes takes one of them, as in SQLite.
+    one_writer: bool,
 }
 
 impl Client {
@@ -34,12 +36,14 @@ impl Client {
         database: Arc<Database>,
         stage: usize,
         slots: Arc<Semaphore>,
+        one_writer: bool,
     ) -> Self {
         Self {
             process,
             database,
             stage,
             slots,
+            one_writer,
         }
     }
 
@@ -57,12 +61,25 @@ impl Client {
         }
     }
 
+    async fn turn(&self) -> Result<OwnedSemaphorePermit, StoreError> {
+        let turn = self.slots.clone().acquire_owned().await;
+        turn.map_err(|error| StoreError::Unavailable(error.to_string()))
+    }
+
+    async fn turn_of_writer(&self) -> Result<Option<OwnedSemaphorePermit>, StoreError> {
+        match self.one_writer {
+            true => Ok(Some(self.turn().await?)),
+            false => Ok(None),
+        }
+    }
+
     async fn ask_claim(
         &self,
         what: &'static str,
         lane: &LaneId,
         epoch: Option<i64>,
     ) -> Result<Option<Claim>, StoreError> {
+        let _turn = self.turn_of_writer().await?;
         let (database, asked_for) = (self.database.clone(), lane.clone());
         let asked = request(&self.process, what, async move {
             database.claim(asked_for, epoch).await
@@ -103,8 +120,7 @@ impl Ledger for Client {
 
     async fn begin(&self, mode: Mode) -> Result<Open, StoreError> {
         self.process.point("begin").await;
-        let slot = self.slots.clone().acquire_owned().await;
-        let slot = slot.map_err(|error| StoreError::Unavailable(error.to_string()))?;
+        let slot = self.turn().await?;
         let database = self.database.clone();
         let world = self.process.world().clone();
         // The end is made at once, so that a session is closed whose opening was not answered.
@@ -139,6 +155,7 @@ impl Ledger for Client {
     }
 
     async fn save(&self, commit: Commit<'_>) -> Result<(), CommitError> {
+        let _turn = self.turn_of_writer().await.map_err(|_| unanswered())?;
         let database = self.database.clone();
         let update = Update::from(commit);
         let saved = request(
@@ -240,7 +257,7 @@ impl Open {
         }
         let answer = request(&self.process, what, run(self.end.clone())).await;
         let answer = answer.unwrap_or_else(|_| {
-            self.disturbed();
+            self.cost();
             Err(Denial::Gone)
         });
         let broken = match answer {
@@ -268,10 +285,15 @@ impl Open {
         match request(&self.process, what, run(self.end.clone())).await {
             Ok(Ok(())) => Ok(()),
             _ => {
-                self.disturbed();
+                self.cost();
                 Err(unavailable())
             }
         }
+    }
+
+    fn cost(&self) {
+        let world = self.process.world();
+        world.evidence().cost(self.stage, 1);
     }
 
     fn disturbed(&self) {

@@ -38,8 +38,10 @@ pub(crate) struct Evidence {
     durable: BTreeMap<(usize, i32), usize>,
     /// Of a stage, by partition and offset.
     pub(crate) calls: BTreeMap<(usize, i32, i64), Calls>,
-    /// Of each stage: what may have cost a message a delivery that is not its fault.
+    /// Of each stage: what may have made a delivery that is not counted.
     pub(crate) disturbances: Vec<u32>,
+    /// Of each stage: what may have cost a message an attempt, though it is not its fault.
+    pub(crate) costs: Vec<u32>,
     /// Partitions that moved to another host.
     pub(crate) moves: u32,
     /// Records that retention has removed.
@@ -50,6 +52,7 @@ impl Evidence {
     pub(crate) fn new(topology: &Topology) -> Self {
         Self {
             disturbances: vec![0; topology.stages.len()],
+            costs: vec![0; topology.stages.len()],
             ..Self::default()
         }
     }
@@ -60,6 +63,12 @@ impl Evidence {
 
     pub(crate) fn disturbed(&mut self, stage: usize, times: u32) {
         self.disturbances[stage] += times;
+    }
+
+    /// A connection was lost, or the like.
+    pub(crate) fn cost(&mut self, stage: usize, times: u32) {
+        self.costs[stage] += times;
+        self.disturbed(stage, times);
     }
 
     pub(crate) fn disturbed_all(&mut self, times: u32) {

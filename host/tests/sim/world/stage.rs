@@ -239,7 +239,7 @@ impl Stage {
     }
 
     fn away(&self) -> Fault {
-        self.process.world().evidence().disturbed(self.number, 1);
+        self.process.world().evidence().cost(self.number, 1);
         Fault {
             away: Some(StoreName::Redis(STORE.into())),
             ..Fault::new(Cause::Retry, "the store is away")
