@@ -5,11 +5,9 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use host::capability::StoreError;
-use host::delivery::progress::{
-    self, Broken, Claim, Commit, CommitError, LaneId, Ledger as _, Mode, Transaction as _,
-};
+use host::delivery::progress::{self, Broken, Claim, Commit, CommitError, LaneId, Mode};
 use host::delivery::{dead_letter, output};
-use host::log::{Addressed, BatchLimits, Gap, LogError, Sink as _, Source as _, Unsent};
+use host::log::{Addressed, BatchLimits, Gap, LogError, Sink as _, Unsent};
 use host::record::{Outgoing, Record};
 use tokio_util::sync::CancellationToken;
 
@@ -54,6 +52,8 @@ pub(crate) enum Bug {
     LosesLetters,
     /// The key-value store takes older values.
     NoVersions,
+    /// Messages of one key run side by side.
+    NoOrder,
 }
 
 /// What an adapter is to break, if anything.

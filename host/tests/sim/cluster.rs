@@ -203,12 +203,7 @@ impl Cluster {
         }
     }
 
-    /// Whether each group has got to the end of each of its partitions, or its lane has stopped and said why.
-    pub(crate) fn is_drained(&self) -> bool {
-        self.undone().is_empty()
-    }
-
-    /// The seats that are neither, in words.
+    /// The seats whose group has not got to the end, though no lane of them says that it has stopped. In words.
     pub(crate) fn undone(&self) -> Vec<String> {
         let servers = &self.0.servers;
         let topology = servers.world.topology();

@@ -15,7 +15,7 @@ use host::metrics::Metrics;
 use host::pipeline::{OnGap, Order, Retry};
 use tokio::sync::Semaphore;
 
-use crate::bugs::{self, Planted};
+use crate::bugs::{self, Bug, Planted};
 use crate::topology::{self, Kind};
 use crate::world::broker::{Broker, Seat};
 use crate::world::client::Client;
@@ -50,15 +50,15 @@ pub(crate) struct Servers {
 }
 
 impl Servers {
-    pub(crate) fn policies(world: &World, on_gap: OnGap) -> Vec<Arc<Policy>> {
+    pub(crate) fn policies(world: &World, on_gap: OnGap, planted: Planted) -> Vec<Arc<Policy>> {
         let stages = world.topology().stages.iter();
         stages
-            .map(|stage| Arc::new(policy(stage, on_gap)))
+            .map(|stage| Arc::new(policy(stage, on_gap, planted)))
             .collect()
     }
 }
 
-fn policy(stage: &topology::Stage, on_gap: OnGap) -> Policy {
+fn policy(stage: &topology::Stage, on_gap: OnGap, planted: Planted) -> Policy {
     Policy {
         batch: BatchLimits {
             max_messages: stage.max_messages,
@@ -70,7 +70,10 @@ fn policy(stage: &topology::Stage, on_gap: OnGap) -> Policy {
             initial: Duration::from_millis(20),
             max: Duration::from_secs(1),
         },
-        order: stage.order,
+        order: match stage.order {
+            Order::Key if planted.is(Bug::NoOrder) => Order::None,
+            order => order,
+        },
         concurrency: CONCURRENCY,
         on_exhausted: stage.on_exhausted,
         on_gap,

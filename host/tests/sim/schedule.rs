@@ -62,6 +62,7 @@ pub(crate) struct Schedule {
 }
 
 /// What may go wrong in one run.
+#[derive(Default)]
 struct Troubles {
     crashes: bool,
     crash_points: bool,
@@ -102,13 +103,22 @@ impl Schedule {
     pub(crate) fn of(seed: u64) -> Self {
         let mut rng = StdRng::seed_from_u64(seed ^ 0x5eed);
         let troubles = Troubles::roll(&mut rng);
+        Self::with(seed, &mut rng, &troubles)
+    }
+
+    /// One in which nothing goes wrong but messages.
+    pub(crate) fn calm(seed: u64) -> Self {
+        Self::with(seed, &mut StdRng::seed_from_u64(seed), &Troubles::default())
+    }
+
+    fn with(seed: u64, rng: &mut StdRng, troubles: &Troubles) -> Self {
         let hasty = rng.random_ratio(1, 6);
-        let topology = topology(seed, &mut rng, hasty);
+        let topology = topology(seed, rng, hasty);
         let hosts = rng.random_range(1..=3);
         let one_writer = hosts == 1 && rng.random_ratio(1, 2);
         let horizon = rng.random_range(2_000..=40_000);
-        let mut events = inputs(&mut rng, horizon);
-        trouble(&mut events, &mut rng, &troubles, &topology, hosts, horizon);
+        let mut events = inputs(rng, horizon);
+        trouble(&mut events, rng, troubles, &topology, hosts, horizon);
         events.sort_by_key(|(at, _)| *at);
         let on_gap = match rng.random_ratio(1, 3) {
             true => OnGap::Stop,
@@ -116,7 +126,7 @@ impl Schedule {
         };
         let crash_at = match troubles.crash_points {
             true => (0..rng.random_range(1..=6))
-                .map(|_| crash_point(&mut rng))
+                .map(|_| crash_point(rng))
                 .collect(),
             false => BTreeSet::new(),
         };
@@ -132,7 +142,7 @@ impl Schedule {
             on_gap,
             events,
             crash_at,
-            weather: weather(&mut rng, &troubles),
+            weather: weather(rng, troubles),
             hasty,
         }
     }

@@ -81,8 +81,9 @@ impl Client {
     ) -> Result<Option<Claim>, StoreError> {
         let _turn = self.turn_of_writer().await?;
         let (database, asked_for) = (self.database.clone(), lane.clone());
+        let who = self.process.number();
         let asked = request(&self.process, what, async move {
-            database.claim(asked_for, epoch).await
+            database.claim(who, asked_for, epoch).await
         });
         let answer = match tokio::time::timeout(PATIENCE, asked).await {
             Ok(Ok(Ok(claim))) => Ok(claim),

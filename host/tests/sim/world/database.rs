@@ -63,6 +63,8 @@ struct Server {
     is_down: bool,
     rows: Vec<Row>,
     lanes: BTreeMap<LaneId, Claim>,
+    /// Which process claimed a lane last.
+    claimed: BTreeMap<LaneId, u32>,
     sessions: BTreeMap<u64, Session>,
     last_session: u64,
     /// Which session holds a lane's row.
@@ -117,16 +119,25 @@ impl Database {
         self.server().lanes.get(lane).cloned()
     }
 
+    /// How often the message at an offset has failed, as the row says; where it is the process's.
+    pub(crate) fn failed(&self, who: u32, lane: &LaneId, offset: i64) -> Option<u32> {
+        let server = self.server();
+        let checkpoint = &server.lanes.get(lane)?.checkpoint;
+        let is_next = checkpoint.next_offset == Some(offset);
+        (is_next && server.claimed.get(lane) == Some(&who)).then_some(checkpoint.attempts)
+    }
+
     /// Raises a lane's epoch in its row, if it is `epoch` or that is `None`.
     pub(crate) async fn claim(
         &self,
+        who: u32,
         lane: LaneId,
         epoch: Option<i64>,
     ) -> Result<Option<Claim>, Denial> {
         let session = self.open(Mode::Optimistic)?;
         self.lock_row(&lane, session).await?;
         let mut server = self.server();
-        let row = server.lanes.entry(lane).or_insert_with(|| Claim {
+        let row = server.lanes.entry(lane.clone()).or_insert_with(|| Claim {
             epoch: 0,
             generation: 0,
             commits: 0,
@@ -136,6 +147,9 @@ impl Database {
             row.epoch += 1;
             row.clone()
         });
+        if claim.is_some() {
+            server.claimed.insert(lane, who);
+        }
         drop(server);
         self.close(session);
         Ok(claim)

@@ -60,7 +60,6 @@ impl Weather {
 pub(crate) struct World(Arc<Shared>);
 
 struct Shared {
-    seed: u64,
     begun: Instant,
     topology: Topology,
     dice: Mutex<StdRng>,
@@ -80,7 +79,6 @@ struct Points {
 impl World {
     pub(crate) fn new(seed: u64, topology: Topology, crash_at: BTreeSet<u64>) -> Self {
         Self(Arc::new(Shared {
-            seed,
             begun: Instant::now(),
             evidence: Mutex::new(Evidence::new(&topology)),
             topology,
@@ -93,10 +91,6 @@ impl World {
             }),
             over: AtomicBool::new(false),
         }))
-    }
-
-    pub(crate) fn seed(&self) -> u64 {
-        self.0.seed
     }
 
     pub(crate) fn topology(&self) -> &Topology {

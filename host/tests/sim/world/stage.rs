@@ -183,6 +183,7 @@ impl Stage {
             .world()
             .evidence()
             .called(self.number, delivery, false);
+        self.check_attempt(delivery, &id);
         let faults = self.fault(script, attempt, effects.undoes());
         if let Some((wrote, trouble)) = faults {
             // In a call of many, a stage leaves out what it rejects.
@@ -198,6 +199,20 @@ impl Stage {
         self.prepare(script, effects).await?;
         effects.insert(row, record).await?;
         Ok(self.outputs(record, &id))
+    }
+
+    /// What the row says of failed deliveries is not forgotten.
+    fn check_attempt(&self, delivery: &Delivery<'_>, id: &str) {
+        let Delivery { record, attempt } = *delivery;
+        let Some(client) = &self.client else { return };
+        let world = self.process.world();
+        let lane = world.topology().stages[self.number].lane(record.partition);
+        let who = self.process.number();
+        let failed = client.database().failed(who, &lane, record.offset);
+        if let Some(failed) = failed.filter(|failed| attempt <= *failed) {
+            let what = format!("{id} has attempt {attempt}, and {failed} have failed");
+            world.evidence().anomaly("forgotten-attempts", what);
+        }
     }
 
     /// How a message's call is to end, and whether it has written by then; `None` where it is to be done.
