@@ -86,12 +86,15 @@ fn policy(stage: &topology::Stage, on_gap: OnGap, planted: Planted) -> Policy {
     }
 }
 
+/// What the lanes of one stage have, and the database that keeps their progress if they are transactional.
+type Equipped = (Equipment<bugs::Sink, Stage>, Option<Arc<bugs::Ledger>>);
+
 /// One host's process, with its lanes.
 pub(crate) struct Host {
     pub(crate) process: Process,
     servers: Servers,
     pub(crate) readiness: Arc<Readiness>,
-    equipment: Vec<(Equipment<bugs::Sink, Stage>, Option<Arc<bugs::Ledger>>)>,
+    equipment: Vec<Equipped>,
     pub(crate) producers: Vec<Arc<Producer>>,
     pub(crate) lanes: Mutex<BTreeMap<Seat, Arc<Slot>>>,
 }

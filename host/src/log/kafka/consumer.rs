@@ -14,7 +14,7 @@ use rdkafka::client::ClientContext;
 use rdkafka::config::{ClientConfig, FromClientConfigAndContext, RDKafkaLogLevel};
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext, Rebalance};
 use rdkafka::error::KafkaError;
-use rdkafka::message::{BorrowedMessage, Headers, Message};
+use rdkafka::message::{BorrowedMessage, Message};
 use rdkafka::statistics::Statistics;
 use rdkafka::{Offset, TopicPartitionList};
 use tokio::sync::{mpsc, oneshot};
@@ -22,11 +22,11 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use super::super::LogError;
+use super::message::owned;
 use super::partition::{Partition, PartitionSource, Position, Pushed};
 use super::start::{self, Passed};
 use super::{ClientSettings, Kind, log_line};
 use crate::metrics::Metrics;
-use crate::record::{Header, Record};
 
 /// How long one poll waits for a record; also how fast a stop is seen.
 const POLL: Duration = Duration::from_millis(50);
@@ -580,41 +580,4 @@ pub(super) fn list_of(partition: &Partition) -> TopicPartitionList {
     let mut list = TopicPartitionList::new();
     list.add_partition(partition.topic(), partition.number());
     list
-}
-
-pub(super) fn owned(message: &BorrowedMessage<'_>, topic: &Arc<str>) -> Record {
-    Record {
-        topic: topic.clone(),
-        partition: message.partition(),
-        offset: message.offset(),
-        timestamp: message.timestamp().to_millis(),
-        key: message.key().map(<[u8]>::to_vec),
-        value: message.payload().map(<[u8]>::to_vec),
-        headers: headers(message),
-    }
-}
-
-/// Kafka has header names in UTF-8; librdkafka's wrapper panics on others, which a record must not cause.
-fn headers(message: &BorrowedMessage<'_>) -> Vec<Header> {
-    let Some(headers) = message.headers() else {
-        return Vec::new();
-    };
-    let read = || {
-        headers
-            .iter()
-            .map(|h| Header {
-                name: h.key.to_string(),
-                value: h.value.map(<[u8]>::to_vec),
-            })
-            .collect()
-    };
-    std::panic::catch_unwind(std::panic::AssertUnwindSafe(read)).unwrap_or_else(|_| {
-        error!(
-            topic = message.topic(),
-            partition = message.partition(),
-            offset = message.offset(),
-            "a header's name is not UTF-8: the record goes on without its headers"
-        );
-        Vec::new()
-    })
 }

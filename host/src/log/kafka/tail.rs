@@ -13,7 +13,7 @@ use rdkafka::util::Timeout;
 use tracing::debug;
 
 use super::super::LogError;
-use super::consumer::owned;
+use super::message::owned;
 use super::{ClientSettings, Kind, log_error, log_line};
 use crate::record::Record;
 
