@@ -1,11 +1,11 @@
 //! A run: load, rounds of faults, the end of both, and the judge.
 
 use std::path::Path;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use crate::bench::Bench;
 use crate::judge::{self, Anomalies, Anomaly, Progress, Repeated, StageHistory};
-use crate::load::Loader;
+use crate::load::{Loader, unix_milliseconds};
 use crate::pipeline::{CACHER, FIRST, SECOND, STAGES, Stage};
 use crate::proxy::{Link, Proxy};
 use crate::reader::{self, Lag};
@@ -32,7 +32,7 @@ pub(crate) fn run(seed: u64, cycles: usize, logs: &Path) -> Report {
     let bench = Bench::start(logs);
     say!("servers and hosts are there after {:.0?}", begun.elapsed());
     let lag = Lag::new(&bench.addresses.brokers);
-    let loader = Loader::start(&bench.addresses.brokers);
+    let loader = Loader::start(&bench.addresses.brokers, &logs.join("loader.log"));
     let mut run = Run {
         bench,
         lag,
@@ -268,8 +268,5 @@ fn flush(redis: &str) -> i64 {
         redis::cmd("FLUSHALL").query(&mut connection)
     };
     flush().expect("Redis is flushed");
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .expect("a time");
-    i64::try_from(now.as_millis()).expect("a time")
+    unix_milliseconds()
 }

@@ -1,12 +1,17 @@
 //! The load: numbered messages of many keys, a few of which want something bad of a stage.
 
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use rdkafka::ClientConfig;
-use rdkafka::producer::{BaseRecord, DefaultProducerContext, Producer, ThreadedProducer};
+use rdkafka::ClientContext;
+use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
+use rdkafka::error::KafkaError;
+use rdkafka::producer::{BaseRecord, DeliveryResult, Producer, ProducerContext, ThreadedProducer};
 use serde::{Deserialize, Serialize};
 
 use crate::pipeline::{FIRST, INPUT, SECOND};
@@ -102,8 +107,9 @@ pub(crate) struct Loader {
 }
 
 impl Loader {
-    pub(crate) fn start(brokers: &str) -> Self {
-        let producer: ThreadedProducer<DefaultProducerContext> = ClientConfig::new()
+    pub(crate) fn start(brokers: &str, log: &Path) -> Self {
+        let log = Log(File::create(log).expect("the loader's log"));
+        let producer: ThreadedProducer<Log> = ClientConfig::new()
             .set("bootstrap.servers", brokers)
             .set("enable.idempotence", "true")
             // Kafka may be away, but never for good.
@@ -111,7 +117,8 @@ impl Loader {
             .set("reconnect.backoff.max.ms", "1000")
             .set("linger.ms", "5")
             .set("partitioner", "murmur2_random")
-            .create()
+            .set("debug", "eos")
+            .create_with_context(log)
             .expect("a producer");
         let (stop, sent) = (Arc::<AtomicBool>::default(), Arc::<AtomicU64>::default());
         let (stopped, count) = (stop.clone(), sent.clone());
@@ -131,7 +138,7 @@ impl Loader {
     }
 }
 
-fn send(producer: &ThreadedProducer<DefaultProducerContext>, stop: &AtomicBool, sent: &AtomicU64) {
+fn send(producer: &ThreadedProducer<Log>, stop: &AtomicBool, sent: &AtomicU64) {
     let begun = Instant::now();
     let mut n = 0;
     while !stop.load(Ordering::Relaxed) {
@@ -151,9 +158,45 @@ fn send(producer: &ThreadedProducer<DefaultProducerContext>, stop: &AtomicBool, 
         let turn = begun.elapsed().as_secs() / TURN.as_secs();
         std::thread::sleep(TICKS[(turn % 2) as usize]);
     }
-    producer
-        .flush(FLUSH_PATIENCE)
-        .expect("all of the load is acknowledged");
+    let flushed = producer.flush(FLUSH_PATIENCE);
+    let left = producer.in_flight_count();
+    flushed.unwrap_or_else(|e| panic!("{left} of {n} messages are not acknowledged: {e}"));
+}
+
+/// What librdkafka says, and what became of messages that Kafka did not take.
+struct Log(File);
+
+impl Log {
+    fn write(&self, what: &str) {
+        // A log that can't be written is no reason to end the run.
+        let _ = writeln!(&self.0, "{} {what}", unix_milliseconds());
+    }
+}
+
+impl ClientContext for Log {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        self.write(&format!("{level:?} {facility}: {message}"));
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        self.write(&format!("{error}: {reason}"));
+    }
+}
+
+impl ProducerContext for Log {
+    type DeliveryOpaque = ();
+
+    fn delivery(&self, result: &DeliveryResult<'_>, (): ()) {
+        if let Err((error, _)) = result {
+            self.write(&format!("a message is lost: {error}"));
+        }
+    }
+}
+
+/// Now, in milliseconds since the Unix epoch.
+pub(crate) fn unix_milliseconds() -> i64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    i64::try_from(now.expect("a time").as_millis()).expect("a time")
 }
 
 #[cfg(test)]
