@@ -19,6 +19,9 @@ use tracing::{debug, error, info, warn};
 
 use super::LogError;
 
+/// How often clients ask who leads the partitions, in milliseconds.
+const METADATA_REFRESH_MS: &str = "5000";
+
 /// How to reach the log.
 #[derive(Clone, Debug)]
 pub struct ClientSettings {
@@ -93,6 +96,9 @@ impl ClientSettings {
     ) -> ClientConfig {
         let mut config = ClientConfig::new();
         config.set("client.id", "stagehost");
+        // After a broker's restart librdkafka may take a partition for leaderless until it looks again, and by default
+        // that is in five minutes: nothing gets into the partition for so long.
+        config.set("topic.metadata.refresh.interval.ms", METADATA_REFRESH_MS);
         for (name, value) in defaults {
             config.set(*name, *value);
         }
