@@ -305,7 +305,9 @@ pub(crate) fn judge_cache(
     for (key, (seq, _)) in newest.into_iter().filter(|(_, (_, at))| *at > flushed_at) {
         judged += 1;
         let (cached, last) = (cache.get(key), last.get(key));
-        if cached != Some(&seq) {
+        // A key's version is its record's offset. An output that comes again stands at a higher one, and a stage that is
+        // delivered to at least once, as the cacher is, takes it for newer.
+        if cached != Some(&seq) && (cached.is_none() || cached != last) {
             found.add(Anomaly::StaleCache, || {
                 format!("{key}: Redis has {cached:?}, the newest is #{seq}, the last {last:?}")
             });
