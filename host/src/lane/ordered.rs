@@ -13,6 +13,7 @@ use tracing::debug;
 use super::held::Held;
 use super::message::{End, Leave};
 use super::{Common, Equipment, LOG_PATIENCE, MAX_HELD_BYTES, Stopped};
+use crate::delivery::seen::Seen;
 use crate::delivery::{Fault, Handler, Invocation};
 use crate::log::{Sink, Source};
 use crate::record::{Outgoing, Record};
@@ -21,11 +22,15 @@ use crate::record::{Outgoing, Record};
 pub struct Lane<S, K, H> {
     source: S,
     common: Common<K, H>,
+    /// Since the lane began: a repetition of what came before it is delivered again.
+    seen: Seen,
 }
 
 /// A batch on its way through the lane.
 struct Batch {
     records: Vec<Record>,
+    /// Behind all that was taken, what was dropped included.
+    next_offset: Option<i64>,
     /// Records below this index are handled, and their outputs held.
     handled: usize,
     /// Records below this index are settled.
@@ -41,7 +46,11 @@ impl<S: Source, K: Sink, H: Handler<()>> Lane<S, K, H> {
     /// A lane that has not begun. Its waits are jittered by `seed`.
     pub fn new(source: S, equipment: Equipment<K, H>, seed: u64) -> Self {
         let common = Common::new(equipment, &source, seed);
-        Self { source, common }
+        Self {
+            source,
+            common,
+            seen: Seen::default(),
+        }
     }
 
     /// Delivers until the partition is to be given up. Dropping the future abandons the batch at
@@ -61,7 +70,8 @@ impl<S: Source, K: Sink, H: Handler<()>> Lane<S, K, H> {
                 match self.source.next(&self.common.policy().batch).await {
                     Ok(Some(records)) => {
                         self.common.metrics().batch(records.len());
-                        self.process(Batch::new(records)).await?;
+                        let batch = self.take(records);
+                        self.process(batch).await?;
                     }
                     Ok(None) => return Ok(()),
                     Err(gap) => break gap,
@@ -69,6 +79,19 @@ impl<S: Source, K: Sink, H: Handler<()>> Lane<S, K, H> {
             };
             from = Some(self.common.pass(&gap).map_err(Leave::Halted)?);
         }
+    }
+
+    /// A batch without what was in the lane before.
+    fn take(&mut self, mut records: Vec<Record>) -> Batch {
+        let next_offset = records.last().map(|record| record.offset + 1);
+        records.retain(|record| {
+            let is_new = !self.seen.admit(record);
+            if !is_new {
+                self.common.metrics().messages("duplicate", 1);
+            }
+            is_new
+        });
+        Batch::new(records, next_offset)
     }
 
     async fn process(&mut self, mut batch: Batch) -> Result<(), Leave> {
@@ -178,12 +201,11 @@ impl<S: Source, K: Sink, H: Handler<()>> Lane<S, K, H> {
                 self.common.wait(wait).await?;
             }
         }
-        if batch.handled > batch.settled {
-            let settled = &batch.records[batch.settled..batch.handled];
-            self.common.measure(settled.iter());
-            self.source
-                .done(batch.records[batch.handled - 1].offset + 1);
-            batch.settled = batch.handled;
+        let settled = &batch.records[batch.settled..batch.handled];
+        self.common.measure(settled.iter());
+        batch.settled = batch.handled;
+        if let Some(next_offset) = batch.settled_below() {
+            self.source.done(next_offset);
         }
         batch.since = Instant::now();
         Ok(())
@@ -200,15 +222,24 @@ impl<S: Source, K: Sink, H: Handler<()>> Lane<S, K, H> {
 }
 
 impl Batch {
-    fn new(records: Vec<Record>) -> Self {
+    fn new(records: Vec<Record>, next_offset: Option<i64>) -> Self {
         Self {
             records,
+            next_offset,
             handled: 0,
             settled: 0,
             held: Held::default(),
             given_up: BTreeSet::new(),
             since: Instant::now(),
         }
+    }
+
+    /// The offset below which all is settled, if that is anything of this batch.
+    fn settled_below(&self) -> Option<i64> {
+        if self.settled == self.records.len() {
+            return self.next_offset;
+        }
+        Some(self.records[self.settled.checked_sub(1)?].offset + 1)
     }
 
     fn hold(&mut self, origin: Range<usize>, outputs: Vec<Outgoing>) {

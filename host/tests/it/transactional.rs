@@ -384,29 +384,44 @@ async fn records_that_were_removed_are_not_passed_over_in_silence() {
 }
 
 /// As after a crash of the lane upstream, which produces once more what it had committed.
+async fn send_outputs(log: &Log, table: &Table, numbers: &[i64]) {
+    let input = &table.bench.input;
+    for n in numbers {
+        let value = table.message(*n, json!({ "do": "ok" })).to_string();
+        let id = format!("upstream/in/0/0/{n}/0");
+        log.produce_with_header(input, "k", &value, ("stagehost-id", &id))
+            .await;
+    }
+    log.wait_committed(&table.bench.group, input);
+}
+
+const DROPPED: &str = "stagehost_messages_total{stage=\"probe\",outcome=\"duplicate\"}";
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_comes_again_is_dropped() {
     let mut table = Table::start("postgres", "test-probe", "").await;
     let log = Log::new(&server("KAFKA_BROKERS"));
-    let input = table.bench.input.clone();
-    let send = async |ids: &[i64], table: &Table| {
-        for n in ids {
-            let value = table.message(*n, json!({ "do": "ok" })).to_string();
-            let id = format!("upstream/in/0/0/{n}/0");
-            log.produce_with_header(&input, "k", &value, ("stagehost-id", &id))
-                .await;
-        }
-    };
-    send(&[0, 1, 2, 1, 2], &table).await;
-    log.wait_committed(&table.bench.group, &input);
+    send_outputs(&log, &table, &[0, 1, 2, 1, 2]).await;
     table.bench.restart();
-    send(&[0, 2, 3], &table).await;
-    log.wait_committed(&table.bench.group, &input);
+    send_outputs(&log, &table, &[0, 2, 3]).await;
     assert_eq!(table.rows().await, [0, 1, 2, 3]);
-    let dropped = table
-        .bench
-        .metric("stagehost_messages_total{stage=\"probe\",outcome=\"duplicate\"}");
+    let dropped = table.bench.metric(DROPPED);
     assert_eq!(dropped.as_deref(), Some("2"), "of this host");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_comes_again_to_the_same_lane_is_dropped_at_least_once() {
+    for order in ["partition", "key"] {
+        let settings = format!("delivery = \"at-least-once\"\norder = \"{order}\"");
+        let table = Table::start("postgres", "test-probe", &settings).await;
+        let log = Log::new(&server("KAFKA_BROKERS"));
+        send_outputs(&log, &table, &[0, 1, 2, 1, 2]).await;
+        send_outputs(&log, &table, &[2]).await;
+        send_outputs(&log, &table, &[0, 3]).await;
+        assert_eq!(table.rows().await, [0, 1, 2, 3], "{order}");
+        let dropped = table.bench.metric(DROPPED);
+        assert_eq!(dropped.as_deref(), Some("4"), "{order}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -24,6 +24,7 @@ use self::window::Window;
 use super::held::{Held, Sent};
 use super::message::{End, Leave};
 use super::{Common, Equipment, LOG_PATIENCE, MAX_HELD_BYTES, Stopped};
+use crate::delivery::seen::Seen;
 use crate::delivery::{Fault, Handler};
 use crate::log::{BatchLimits, Gap, Sink, Source};
 use crate::record::Record;
@@ -140,6 +141,8 @@ async fn take(source: &mut impl Source, room: Option<&BatchLimits>) -> Taken {
 struct Work<'a, K, H> {
     common: &'a Common<K, H>,
     leaving: CancellationToken,
+    /// Since the work began: a repetition of what came before it is delivered again.
+    seen: Seen,
     queue: Queue,
     window: Window,
     /// Bytes of the messages that are not done.
@@ -180,6 +183,7 @@ impl<'a, K: Sink, H: Handler<()>> Work<'a, K, H> {
         Self {
             common,
             leaving,
+            seen: Seen::default(),
             queue: Queue::new(common.policy().order),
             window: Window::default(),
             bytes: 0,
@@ -209,9 +213,14 @@ impl<'a, K: Sink, H: Handler<()>> Work<'a, K, H> {
         match taken {
             Ok(Some(records)) => {
                 for record in records {
-                    self.bytes += record.size();
                     let ticket = self.window.open(record.offset);
-                    self.queue.push(record, ticket);
+                    if self.seen.admit(&record) {
+                        self.window.done(ticket);
+                        self.common.metrics().messages("duplicate", 1);
+                    } else {
+                        self.bytes += record.size();
+                        self.queue.push(record, ticket);
+                    }
                 }
             }
             Ok(None) => self.leave(Leave::Stopped),

@@ -90,7 +90,7 @@ impl Outcome {
         }
     }
 
-    /// Each key has its newest value.
+    /// Each key has its newest value. What comes again need not be taken.
     pub(super) fn judge_values(&mut self) {
         let ordered = (0..self.topology.stages.len())
             .find(|stage| self.topology.stages[*stage].kind == Kind::Ordered);
@@ -101,9 +101,11 @@ impl Outcome {
             if *topic != self.topology.stages[stage].input {
                 continue;
             }
+            let mut known = BTreeSet::new();
             for record in records {
                 let id = id_of_record(record);
-                let counts = self.effects.contains(&(stage, id.clone()))
+                let counts = known.insert(id.clone())
+                    && self.effects.contains(&(stage, id.clone()))
                     && !letters.contains_key(&id)
                     && !self.may_be_missing(stage, &id);
                 if counts {
