@@ -6,5 +6,6 @@
 
 pub mod act;
 pub mod command;
+pub mod pass;
 pub mod sandbox;
 pub mod value;
