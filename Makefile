@@ -5,7 +5,7 @@ STAGES := $(CURDIR)/target/stages
 MINUTES ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build stages test test-faults lint clean
+.PHONY: help demo build stages test test-faults bench lint clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -30,6 +30,13 @@ test-faults: stages ## break hosts, servers and the network for about MINUTES=20
 	@scripts/install-deps test
 	jars=$$(scripts/kafka-jars) && \
 	STAGES_DIR=$(STAGES) KAFKA_JARS=$$jars FAULTS_MINUTES=$(MINUTES) cargo test --package host --test faults
+
+bench: stages ## measure the host beside native programs on real servers, for about 20 minutes (ROWS="F1 F6" for some); see bench/
+	@scripts/install-deps bench
+	cargo build --release --package host --package bench --bin host --bin bench
+	jars=$$(scripts/kafka-jars) && \
+	STAGES_DIR=$(STAGES) KAFKA_JARS=$$jars KAFKA_JVM="-Xms1g -Xmx1g" HOST_BINARY=target/release/host \
+	scripts/with-servers target/release/bench run --out bench $(ROWS)
 
 lint: ## check format, clippy and the dependencies
 	@scripts/install-deps build

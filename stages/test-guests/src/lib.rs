@@ -7,5 +7,6 @@
 pub mod act;
 pub mod command;
 pub mod pass;
+pub mod post;
 pub mod sandbox;
 pub mod value;

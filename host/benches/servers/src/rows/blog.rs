@@ -1,0 +1,308 @@
+//! The blog: its routes beside bare hyper, and posts until they can be read.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use redis::Commands;
+
+use super::{PARTITIONS, ROUNDS};
+use crate::bench::{Bench, Pace, Side};
+use crate::compare::alternate;
+use crate::native::Settings;
+use crate::program::Program;
+use crate::report::{Goal, Row};
+use crate::web;
+
+/// Ten million an hour.
+const A_SECOND: u32 = 2_778;
+const MINUTE: Duration = Duration::from_secs(60);
+/// Before it is measured.
+const WARM_UP: Duration = Duration::from_secs(5);
+const SETTLE: Duration = Duration::from_secs(10);
+/// A key that can be read.
+const KEY: &str = "post:notes-on-a-log";
+const MEGABYTE: f64 = 1_000_000.0;
+
+/// The host's routes alone, without stages, against the native service's.
+pub(crate) fn routes(bench: &Bench, tell: &mut dyn FnMut(Row)) -> anyhow::Result<()> {
+    let script = bench.folder.path().join("post.lua");
+    fs::write(&script, web::post_script())?;
+    let mut redis = redis::Client::open(bench.redis.as_str())?.get_connection()?;
+    let () = redis.set(
+        KEY,
+        "{\"title\":\"Notes on a log\",\"content\":\"It works.\"}",
+    )?;
+    let topic = bench.unique("posts");
+    bench.log.create(&topic, PARTITIONS)?;
+    let post = (
+        "POST acknowledged, 64 connections",
+        "/post",
+        Some(script.as_path()),
+    );
+    let get = (
+        "GET from Redis, 64 connections",
+        "/post/notes-on-a-log",
+        None,
+    );
+    for (work, path, script) in [post, get] {
+        let run = |side: Side| {
+            let mut program = bench.start(&side)?;
+            let address = bench.address(&mut program, "HTTP")?;
+            ready(bench, &mut program, &side)?;
+            let url = format!("http://{address}{path}");
+            let rate = web::requests_a_second(&url, script)?;
+            let usage = program.usage()?;
+            program.stop()?;
+            // What was used before the load is little beside what the load used.
+            let requests = rate * 5.0;
+            let cpu_per_message = usage.cpu.div_f64(requests.max(1.0));
+            anyhow::Ok(Pace {
+                rate,
+                cpu_per_message,
+                usage,
+            })
+        };
+        let native = Settings {
+            brokers: bench.log.brokers.clone(),
+            redis: bench.redis.clone(),
+            output: topic.clone(),
+            ..Settings::default()
+        };
+        let compared = alternate(
+            work,
+            ROUNDS,
+            || run(Side::Host(routes_alone(bench, &topic))),
+            || run(Side::Native("http", native.clone())),
+        )?;
+        tell(Row {
+            id: "F6",
+            work: work.into(),
+            goal: Goal::AtLeast(0.8),
+            measured: compared.ratio,
+            unit: "×",
+            figures: compared.figures(),
+        });
+    }
+    bench.log.delete(&[&topic])
+}
+
+fn ready(bench: &Bench, program: &mut Program, side: &Side) -> anyhow::Result<()> {
+    if let Side::Host(_) = side {
+        let admin = bench.address(program, "admin")?;
+        bench.until("readiness", program, || Ok(web::answers(&admin, "/readyz")))?;
+    }
+    Ok(())
+}
+
+/// Ten million posts an hour through the whole blog, and the memory that it takes.
+pub(crate) fn end_to_end(bench: &Bench, tell: &mut dyn FnMut(Row)) -> anyhow::Result<()> {
+    afresh(bench)?;
+    let database = bench.database()?;
+    let mut program = bench.start(&Side::Host(blog(bench, &services(bench, &database))))?;
+    let address = bench.address(&mut program, "HTTP")?;
+    let admin = bench.address(&mut program, "admin")?;
+    bench.until("readiness", &mut program, || {
+        Ok(web::answers(&admin, "/readyz"))
+    })?;
+    std::thread::sleep(SETTLE);
+    let idle = program.usage()?;
+    bench
+        .runtime
+        .block_on(web::end_to_end(&address, A_SECOND, WARM_UP))?;
+    let seen = bench
+        .runtime
+        .block_on(web::end_to_end(&address, A_SECOND, MINUTE))?;
+    let usage = program.usage()?;
+    program.stop()?;
+    bench.drop_database(&database)?;
+    let millis = |time: Duration| time.as_secs_f64() * 1e3;
+    let work = format!("{A_SECOND} posts a second for 60 s, from POST until GET answers");
+    let row = |work: String, goal, measured, unit| Row {
+        id: "F7",
+        work,
+        goal,
+        measured,
+        unit,
+        figures: format!(
+            "{} posts, the slowest {:.0} ms",
+            seen.posts,
+            millis(seen.max)
+        ),
+    };
+    tell(row(
+        format!("{work}, p50"),
+        Goal::AtMost(20.0),
+        millis(seen.p50),
+        "ms",
+    ));
+    tell(row(
+        format!("{work}, p99"),
+        Goal::AtMost(100.0),
+        millis(seen.p99),
+        "ms",
+    ));
+    tell(row(
+        format!("{work}, errors"),
+        Goal::AtMost(0.0),
+        seen.errors as f64,
+        "",
+    ));
+    let memory = |work: &str, goal, bytes: u64| Row {
+        id: "F11",
+        work: format!("memory of the host, {work}"),
+        goal,
+        measured: bytes as f64 / MEGABYTE,
+        unit: "MB",
+        figures: "resident".into(),
+    };
+    tell(memory("blog idle", Goal::Reported, idle.resident));
+    tell(memory(
+        "blog under F7, at most",
+        Goal::AtMost(200.0),
+        usage.peak,
+    ));
+    Ok(())
+}
+
+/// The blog on what is embedded, against the blog on real services.
+pub(crate) fn embedded(bench: &Bench, tell: &mut dyn FnMut(Row)) -> anyhow::Result<()> {
+    let script = bench.folder.path().join("post.lua");
+    fs::write(&script, web::post_script())?;
+    let run = |services: String| {
+        let mut program = bench.start(&Side::Host(blog(bench, &services)))?;
+        let address = bench.address(&mut program, "HTTP")?;
+        let admin = bench.address(&mut program, "admin")?;
+        bench.until("readiness", &mut program, || {
+            Ok(web::answers(&admin, "/readyz"))
+        })?;
+        let since = Instant::now();
+        let rate = web::requests_a_second(&format!("http://{address}/post"), Some(&script))?;
+        let posts = rate * since.elapsed().as_secs_f64();
+        bench.until("the posts to be through", &mut program, || {
+            web::is_through(&admin, "cache-manager")
+        })?;
+        let through = posts / since.elapsed().as_secs_f64();
+        let usage = program.usage()?;
+        program.stop()?;
+        let pace = Pace {
+            rate: through,
+            cpu_per_message: usage.cpu.div_f64(posts.max(1.0)),
+            usage,
+        };
+        anyhow::Ok(pace)
+    };
+    afresh(bench)?;
+    let database = bench.database()?;
+    let compared = alternate(
+        "the blog, posts through both stages, 64 connections",
+        1,
+        || run(embedded_services()),
+        || run(services(bench, &database)),
+    )?;
+    bench.drop_database(&database)?;
+    tell(Row {
+        id: "F13",
+        work: "blog on what is embedded, 64 connections, against the same on real services".into(),
+        goal: Goal::Reported,
+        measured: compared.ratio,
+        unit: "×",
+        figures: compared.figures(),
+    });
+    Ok(())
+}
+
+/// The stages' topic and Redis hold nothing of other rows.
+fn afresh(bench: &Bench) -> anyhow::Result<()> {
+    let mut redis = redis::Client::open(bench.redis.as_str())?.get_connection()?;
+    let () = redis::cmd("FLUSHALL").query(&mut redis)?;
+    bench.log.make_anew(super::publisher::OUTPUT, PARTITIONS)
+}
+
+fn routes_alone(bench: &Bench, topic: &str) -> String {
+    let (brokers, redis) = (&bench.log.brokers, &bench.redis);
+    format!(
+        r#"
+        name = "bench"
+        [kafka]
+        brokers = "{brokers}"
+        [topics."{topic}"]
+        partitions = {PARTITIONS}
+        [redis.cache]
+        url = "{redis}"
+        [http]
+        listen = "127.0.0.1:0"
+        [[http.routes]]
+        path = "/post"
+        method = "POST"
+        produce = {{ topic = "{topic}", key = "uid", fields = ["title", "content"], generate = ["uid"] }}
+        status = 201
+        body = "We have received your post and it will be published sooner or later."
+        [[http.routes]]
+        path = "/post/{{slug}}"
+        method = "GET"
+        read = {{ redis = "cache", key = "post:{{slug}}" }}
+        [admin]
+        listen = "127.0.0.1:0"
+        "#
+    )
+}
+
+/// Lines of the pipeline that say where its servers are.
+fn services(bench: &Bench, database: &str) -> String {
+    format!(
+        "[kafka]\nbrokers = \"{}\"\n[sql.posts]\nurl = \"{database}\"\n[redis.cache]\nurl = \"{}\"\n",
+        bench.log.brokers, bench.redis
+    )
+}
+
+pub(super) fn embedded_services() -> String {
+    let migrations = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../../../examples/blog/migrations"
+    );
+    format!(
+        "[kafka]\nbrokers = \"embedded\"\n[sql.posts]\nurl = \"sqlite:data/blog.db\"\n\
+         migrations = \"{migrations}\"\n[redis.cache]\nurl = \"embedded:data/cache\"\n"
+    )
+}
+
+/// The blog's pipeline with groups of its own.
+pub(super) fn blog(bench: &Bench, services: &str) -> String {
+    let (publisher, cacher) = (bench.stage("publisher"), bench.stage("cache-manager"));
+    let (first, second) = (bench.unique("group"), bench.unique("group"));
+    let input = bench.unique("newPosts");
+    format!(
+        r#"
+        name = "blog"
+        {services}
+        [topics."{input}"]
+        partitions = {PARTITIONS}
+        [topics."app.publishedPosts"]
+        partitions = {PARTITIONS}
+        [stages.publisher]
+        component = "{publisher}"
+        input = ["{input}"]
+        group = "{first}"
+        output = ["app.publishedPosts"]
+        sql = ["posts"]
+        [stages.cache-manager]
+        component = "{cacher}"
+        input = ["app.publishedPosts"]
+        group = "{second}"
+        redis = {{ cache = {{ prefix = "post:" }} }}
+        [http]
+        listen = "127.0.0.1:0"
+        [[http.routes]]
+        path = "/post"
+        method = "POST"
+        produce = {{ topic = "{input}", key = "uid", fields = ["title", "content"], generate = ["uid"] }}
+        status = 201
+        [[http.routes]]
+        path = "/post/uid/{{uid}}"
+        method = "GET"
+        read = {{ redis = "cache", key = "post:uid:{{uid}}" }}
+        [admin]
+        listen = "127.0.0.1:0"
+        "#
+    )
+}

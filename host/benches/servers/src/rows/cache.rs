@@ -1,0 +1,117 @@
+//! The blog's cache manager: two keys in Redis for each post.
+
+use std::time::{Duration, Instant};
+
+use super::{PARTITIONS, ROUNDS, post};
+use crate::bench::{Bench, Pace, Side};
+use crate::compare::alternate;
+use crate::native::Settings;
+use crate::report::{Goal, Row};
+
+const BYTES: usize = 300;
+const MESSAGES: u64 = 200_000;
+/// Keys of a message.
+const KEYS: u64 = 2;
+/// Messages a batch, of both sides.
+const BATCH: usize = 500;
+const MOST: Duration = Duration::from_secs(10);
+/// How often Redis is asked how many keys it has.
+const LOOK: Duration = Duration::from_millis(10);
+
+pub(crate) fn cache(bench: &Bench, tell: &mut dyn FnMut(Row)) -> anyhow::Result<()> {
+    let input = bench.unique("input");
+    bench.log.create(&input, PARTITIONS)?;
+    bench.log.fill(&input, MESSAGES, |n| {
+        let (uid, mut value) = post(n, BYTES);
+        value.truncate(value.len() - 1);
+        value.extend_from_slice(format!(",\"slug\":\"post-number-{uid}\"}}").as_bytes());
+        (uid, value)
+    })?;
+    let goals = [
+        ("awaiting each answer", "cache-one-by-one", 5.0),
+        ("in pipelines", "cache", 0.7),
+    ];
+    for (how, native, goal) in goals {
+        let work = format!("cache manager, two sets a message, against native {how}");
+        let compared = alternate(
+            &work,
+            ROUNDS,
+            || run(bench, &Side::Host(pipeline(bench, &input))),
+            || run(bench, &Side::Native(native, settings(bench, &input))),
+        )?;
+        tell(Row {
+            id: "F5",
+            work,
+            goal: Goal::AtLeast(goal),
+            measured: compared.ratio,
+            unit: "×",
+            figures: compared.figures(),
+        });
+    }
+    bench.log.delete(&[&input])?;
+    Ok(())
+}
+
+/// From the first key in Redis to the last; of a slow program, as many as there are in a while.
+fn run(bench: &Bench, side: &Side) -> anyhow::Result<Pace> {
+    let mut redis = redis::Client::open(bench.redis.as_str())?.get_connection()?;
+    let _: () = redis::cmd("FLUSHALL").query(&mut redis)?;
+    let mut program = bench.start(side)?;
+    let mut begun = None;
+    let (seconds, messages) = loop {
+        program.check()?;
+        // A key of its own holds the version.
+        let messages = redis::cmd("DBSIZE").query::<u64>(&mut redis)? / (KEYS + 1);
+        if messages > 0 {
+            let (since, before) = *begun.get_or_insert_with(|| (Instant::now(), messages));
+            if messages >= MESSAGES || since.elapsed() > MOST {
+                break (since.elapsed().as_secs_f64(), messages - before);
+            }
+        }
+        std::thread::sleep(LOOK);
+    };
+    let usage = program.usage()?;
+    program.stop()?;
+    Ok(Pace {
+        rate: messages as f64 / seconds,
+        cpu_per_message: usage.cpu.div_f64(messages.max(1) as f64),
+        usage,
+    })
+}
+
+fn settings(bench: &Bench, input: &str) -> Settings {
+    Settings {
+        brokers: bench.log.brokers.clone(),
+        redis: bench.redis.clone(),
+        input: input.into(),
+        group: bench.unique("group"),
+        batch: BATCH,
+        ..Settings::default()
+    }
+}
+
+fn pipeline(bench: &Bench, input: &str) -> String {
+    let (brokers, component, group) = (
+        &bench.log.brokers,
+        bench.stage("cache-manager"),
+        bench.unique("group"),
+    );
+    let redis = &bench.redis;
+    format!(
+        r#"
+        name = "bench"
+        [kafka]
+        brokers = "{brokers}"
+        [redis.cache]
+        url = "{redis}"
+        [stages.cache-manager]
+        component = "{component}"
+        input = ["{input}"]
+        group = "{group}"
+        redis = {{ cache = {{ prefix = "post:" }} }}
+        batch = {{ max-messages = {BATCH} }}
+        [admin]
+        listen = "127.0.0.1:0"
+        "#
+    )
+}

@@ -1,0 +1,196 @@
+//! Load over HTTP: `wrk` for how many requests a second, a client of our own for how long a post takes to be readable.
+
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::header::CONTENT_TYPE;
+use hyper::{Method, Request, StatusCode};
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
+
+const CONNECTIONS: &str = "64";
+/// What one measurement of `wrk` takes.
+const DURATION: &str = "5s";
+/// A post of the blog, as a browser sends it.
+pub(crate) const FORM: &str =
+    "title=Notes+on+a+log&content=It+works%2C+and+it+is+fast+enough+to+be+used.";
+/// Posts that are waited for at a time; a service that is slower than the load has errors.
+const MAX_OPEN: usize = 20_000;
+/// How long a post may take to be readable before it counts as an error.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How often it is asked for.
+const ASK: Duration = Duration::from_millis(5);
+
+/// Requests a second that `wrk` gets answered; fails if any was answered with an error.
+pub(crate) fn requests_a_second(url: &str, script: Option<&Path>) -> anyhow::Result<f64> {
+    let mut wrk = Command::new("wrk");
+    wrk.args([
+        "--threads",
+        "1",
+        "--connections",
+        CONNECTIONS,
+        "--duration",
+        DURATION,
+    ]);
+    if let Some(script) = script {
+        wrk.arg("--script").arg(script);
+    }
+    let output = wrk.arg(url).output().context("cannot run wrk")?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    ensure!(output.status.success(), "wrk failed: {text}");
+    let clean = !text.contains("Non-2xx") && !text.contains("Socket errors");
+    ensure!(clean, "requests failed:\n{text}");
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("Requests/sec:"));
+    line.and_then(|rate| rate.trim().parse().ok())
+        .context("what wrk printed")
+}
+
+/// `wrk`'s words for a post.
+pub(crate) fn post_script() -> String {
+    format!(
+        "wrk.method = \"POST\"\nwrk.body = \"{FORM}\"\n\
+         wrk.headers[\"Content-Type\"] = \"application/x-www-form-urlencoded\"\n"
+    )
+}
+
+/// How long posts took until they could be read.
+pub(crate) struct EndToEnd {
+    pub(crate) p50: Duration,
+    pub(crate) p99: Duration,
+    pub(crate) max: Duration,
+    pub(crate) posts: usize,
+    pub(crate) errors: u64,
+}
+
+struct Visitor {
+    client: Client<HttpConnector, Full<Bytes>>,
+    address: String,
+    errors: AtomicU64,
+}
+
+/// Sends posts at a steady rate, whatever the answers take, and reads each until it is there.
+pub(crate) async fn end_to_end(
+    address: &str,
+    a_second: u32,
+    time: Duration,
+) -> anyhow::Result<EndToEnd> {
+    let mut connector = HttpConnector::new();
+    connector.set_nodelay(true);
+    let visitor = Arc::new(Visitor {
+        client: Client::builder(TokioExecutor::new()).build(connector),
+        address: address.to_owned(),
+        errors: AtomicU64::new(0),
+    });
+    let (sender, mut times) = mpsc::unbounded_channel();
+    let open = Arc::new(Semaphore::new(MAX_OPEN));
+    let mut tick = interval(Duration::from_secs(1) / a_second);
+    // Posts that are late are sent late, and not left out.
+    tick.set_missed_tick_behavior(MissedTickBehavior::Burst);
+    let count = (f64::from(a_second) * time.as_secs_f64()) as usize;
+    for _ in 0..count {
+        let due = tick.tick().await;
+        let permit = open.clone().acquire_owned().await?;
+        let (visitor, sender) = (visitor.clone(), sender.clone());
+        tokio::spawn(async move {
+            match timeout(PATIENCE, visitor.post_and_read()).await {
+                Ok(Ok(())) => drop(sender.send(due.elapsed())),
+                _ => drop(visitor.errors.fetch_add(1, Ordering::Relaxed)),
+            }
+            drop(permit);
+        });
+    }
+    drop(sender);
+    let mut all = Vec::with_capacity(count);
+    while let Some(time) = times.recv().await {
+        all.push(time);
+    }
+    ensure!(!all.is_empty(), "no post could be read");
+    all.sort();
+    let at = |part: f64| all[((all.len() - 1) as f64 * part) as usize];
+    Ok(EndToEnd {
+        p50: at(0.5),
+        p99: at(0.99),
+        max: at(1.0),
+        posts: all.len(),
+        errors: visitor.errors.load(Ordering::Relaxed),
+    })
+}
+
+impl Visitor {
+    async fn post_and_read(&self) -> anyhow::Result<()> {
+        let post = Request::builder()
+            .method(Method::POST)
+            .uri(format!("http://{}/post", self.address))
+            .header(CONTENT_TYPE, "application/x-www-form-urlencoded")
+            .body(Full::from(FORM))?;
+        let answer = self.client.request(post).await?;
+        ensure!(
+            answer.status() == StatusCode::CREATED,
+            "answered {}",
+            answer.status()
+        );
+        let uid = answer.headers().get("stagehost-uid").context("a uid")?;
+        let url = format!("http://{}/post/uid/{}", self.address, uid.to_str()?);
+        // So that the connection may be used again.
+        answer.into_body().collect().await?;
+        let mut next = Instant::now();
+        loop {
+            next += ASK;
+            sleep(next.saturating_duration_since(Instant::now())).await;
+            let answer = self.client.get(url.parse()?).await?;
+            let status = answer.status();
+            answer.into_body().collect().await?;
+            match status {
+                StatusCode::OK => return Ok(()),
+                StatusCode::NOT_FOUND => {}
+                other => anyhow::bail!("answered {other}"),
+            }
+        }
+    }
+}
+
+/// Whether a GET is answered with 200.
+pub(crate) fn answers(address: &str, path: &str) -> bool {
+    get(address, path).is_some_and(|answer| answer.starts_with("HTTP/1.1 200"))
+}
+
+/// Whether a host's stage has done as many messages as its routes took posts, by the host's own metrics.
+pub(crate) fn is_through(admin: &str, stage: &str) -> anyhow::Result<bool> {
+    let metrics = get(admin, "/metrics").context("metrics")?;
+    let count = |name: &str, label: &str| -> f64 {
+        let lines = metrics
+            .lines()
+            .filter(|line| line.starts_with(name) && line.contains(label));
+        let values = lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
+        values.sum()
+    };
+    let posts = count("stagehost_http_requests_total{", "status=\"201\"");
+    let stage = format!("stage=\"{stage}\",outcome=\"done\"");
+    Ok(count("stagehost_messages_total{", &stage) >= posts)
+}
+
+/// The whole answer, headers included.
+fn get(address: &str, path: &str) -> Option<String> {
+    use std::io::{Read, Write};
+    let mut stream = std::net::TcpStream::connect(address).ok()?;
+    stream.set_read_timeout(Some(PATIENCE)).ok()?;
+    write!(
+        stream,
+        "GET {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n"
+    )
+    .ok()?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).ok()?;
+    Some(answer)
+}
