@@ -33,6 +33,11 @@ use crate::record::Record;
 
 /// Bytes of outputs that a lane holds before it has them produced.
 const MAX_HELD_BYTES: usize = 16 << 20;
+/// How many messages an at-least-once lane takes beyond the first that is not done: as many may be delivered again after a
+/// crash.
+const MAX_AHEAD: usize = 10_000;
+/// A lane that has taken so many bytes of messages that are not done takes no more.
+const MAX_AHEAD_BYTES: usize = 16 << 20;
 /// How a lane waits for a log that does not take its outputs.
 const LOG_PATIENCE: Retry = Retry {
     max_attempts: u32::MAX,

@@ -1,60 +1,40 @@
 //! At least once, in the partition's order.
 //!
-//! Effects are durable as the stage makes them, outputs are acknowledged by the log, and only then is the offset
-//! given to the source to be committed.
+//! Effects are durable as the stage makes them. Outputs are sent while the next batch is handled, one flight at a time, so
+//! that they reach the log in their order; once all below an offset is handled and acknowledged, the source is told.
 
-use std::collections::BTreeSet;
-use std::mem;
+use std::collections::{BTreeSet, VecDeque};
 use std::ops::Range;
+use std::{future, mem};
 
+use futures::FutureExt;
+use futures::future::BoxFuture;
 use tokio::time::Instant;
 use tracing::debug;
 
-use super::held::Held;
+use super::held::{Held, Sent};
 use super::message::{End, Leave};
-use super::{Common, Equipment, LOG_PATIENCE, MAX_HELD_BYTES, Stopped};
+use super::{Common, Equipment, LOG_PATIENCE, MAX_AHEAD, MAX_AHEAD_BYTES, MAX_HELD_BYTES, Stopped};
 use crate::delivery::seen::Seen;
-use crate::delivery::{Fault, Handler, Invocation};
-use crate::log::{Sink, Source};
+use crate::delivery::{Fault, Handler};
+use crate::log::{Gap, Sink, Source};
 use crate::record::{Outgoing, Record};
 
 /// One stage on one partition.
 pub struct Lane<S, K, H> {
     source: S,
     common: Common<K, H>,
-    /// Since the lane began: a repetition of what came before it is delivered again.
-    seen: Seen,
-}
-
-/// A batch on its way through the lane.
-struct Batch {
-    records: Vec<Record>,
-    /// Behind all that was taken, what was dropped included.
-    next_offset: Option<i64>,
-    /// Records below this index are handled, and their outputs held.
-    handled: usize,
-    /// Records below this index are settled.
-    settled: usize,
-    /// Each output with the records of the call that it came of: in a batch call nobody can tell which.
-    held: Held<Range<usize>>,
-    /// Indices of the records that have a dead letter, held or sent.
-    given_up: BTreeSet<usize>,
-    since: Instant,
 }
 
 impl<S: Source, K: Sink, H: Handler<()>> Lane<S, K, H> {
     /// A lane that has not begun. Its waits are jittered by `seed`.
     pub fn new(source: S, equipment: Equipment<K, H>, seed: u64) -> Self {
         let common = Common::new(equipment, &source, seed);
-        Self {
-            source,
-            common,
-            seen: Seen::default(),
-        }
+        Self { source, common }
     }
 
-    /// Delivers until the partition is to be given up. Dropping the future abandons the batch at
-    /// hand: nothing of it that was not settled counts as done.
+    /// Delivers until the partition is to be given up. Dropping the future abandons the batches at
+    /// hand: nothing of them that was not settled counts as done.
     pub async fn run(mut self, topic: &str, partition: i32) {
         if let Err(Leave::Halted(halt)) = self.deliver().await {
             self.common.halted(topic, partition, halt).await;
@@ -66,23 +46,123 @@ impl<S: Source, K: Sink, H: Handler<()>> Lane<S, K, H> {
         loop {
             let started = self.common.start(&mut self.source, from).await;
             started.map_err(Leave::Halted)?;
-            let gap = loop {
-                match self.source.next(&self.common.policy().batch).await {
-                    Ok(Some(records)) => {
-                        self.common.metrics().batch(records.len());
-                        let batch = self.take(records);
-                        self.process(batch).await?;
-                    }
-                    Ok(None) => return Ok(()),
-                    Err(gap) => break gap,
-                }
-            };
+            let gap = Work::new(&mut self.source, &self.common)
+                .until_gap()
+                .await?;
             from = Some(self.common.pass(&gap).map_err(Leave::Halted)?);
         }
     }
+}
 
-    /// A batch without what was in the lane before.
-    fn take(&mut self, mut records: Vec<Record>) -> Batch {
+/// What the lane has in its hands.
+struct Work<'a, S, K, H> {
+    source: &'a mut S,
+    common: &'a Common<K, H>,
+    /// Since the work began: a repetition of what came before it is delivered again.
+    seen: Seen,
+    /// Batches that are not settled; all but the last one are handled.
+    batches: VecDeque<Batch>,
+    /// The number of the first of them.
+    first: u64,
+    /// Records and bytes of the batches that are not settled.
+    ahead: (usize, usize),
+    /// What was emitted and is not sent.
+    held: Held<Origin>,
+    flight: Option<Flight<'a>>,
+    /// How often in a row the log did not take what was sent.
+    failed: u32,
+}
+
+/// The records of one batch that an output came of: in a batch call nobody can tell which. The batch by its number.
+type Origin = (u64, Range<usize>);
+
+/// Outputs on their way to the log.
+struct Flight<'a> {
+    landing: BoxFuture<'a, Result<Sent<Origin>, Stopped>>,
+    /// When it lands, this is settled: the batches before the one of this number, and so many records of it.
+    mark: (u64, usize),
+}
+
+/// Consecutive records of the partition.
+struct Batch {
+    records: Vec<Record>,
+    /// Behind all that was taken, what was dropped included.
+    next_offset: Option<i64>,
+    bytes: usize,
+    /// Records below this index are handled, and their outputs held.
+    handled: usize,
+    /// Records below this index are settled.
+    settled: usize,
+    /// Indices of the records that have a dead letter, held or sent.
+    given_up: BTreeSet<usize>,
+    since: Instant,
+}
+
+/// Polls the flight where it is, so that it goes on at the next call.
+async fn landing(flight: &mut Option<Flight<'_>>) -> Result<Sent<Origin>, Stopped> {
+    match flight {
+        Some(aloft) => (&mut aloft.landing).await,
+        None => future::pending().await,
+    }
+}
+
+impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
+    fn new(source: &'a mut S, common: &'a Common<K, H>) -> Self {
+        Self {
+            source,
+            common,
+            seen: Seen::default(),
+            batches: VecDeque::new(),
+            first: 0,
+            ahead: (0, 0),
+            held: Held::default(),
+            flight: None,
+            failed: 0,
+        }
+    }
+
+    async fn until_gap(&mut self) -> Result<Gap, Leave> {
+        loop {
+            self.launch();
+            let has_room = self.has_room();
+            let limits = &self.common.policy().batch;
+            let taken = tokio::select! {
+                // In one order, so that a simulation can be repeated.
+                biased;
+                // Both are cancel-safe: the flight stays in its place, and a record is either taken or still to come.
+                landing = landing(&mut self.flight) => {
+                    self.landed(landing)?;
+                    continue;
+                }
+                taken = self.source.next(limits), if has_room => taken,
+            };
+            match taken {
+                Ok(Some(records)) => {
+                    self.common.metrics().batch(records.len());
+                    self.take(records);
+                    self.handle().await?;
+                }
+                Ok(None) => {
+                    self.settle_all().await?;
+                    return Err(Leave::Stopped);
+                }
+                Err(gap) => {
+                    self.settle_all().await?;
+                    return Ok(gap);
+                }
+            }
+        }
+    }
+
+    /// Whether more may be taken. Not while the log is away: all that is taken may be delivered again after a crash.
+    fn has_room(&self) -> bool {
+        let (records, bytes) = self.ahead;
+        let few = records < MAX_AHEAD && bytes < MAX_AHEAD_BYTES;
+        few && self.held.bytes() < MAX_HELD_BYTES && self.failed == 0
+    }
+
+    /// Takes a batch in, without what was in the lane before.
+    fn take(&mut self, mut records: Vec<Record>) {
         let next_offset = records.last().map(|record| record.offset + 1);
         records.retain(|record| {
             let is_new = !self.seen.admit(record);
@@ -91,132 +171,233 @@ impl<S: Source, K: Sink, H: Handler<()>> Lane<S, K, H> {
             }
             is_new
         });
-        Batch::new(records, next_offset)
+        let batch = Batch::new(records, next_offset);
+        self.ahead.0 += batch.records.len();
+        self.ahead.1 += batch.bytes;
+        self.batches.push_back(batch);
     }
 
-    async fn process(&mut self, mut batch: Batch) -> Result<(), Leave> {
-        let whole = if self.common.equipment.handler.takes_batches() {
-            batch.records.len()
-        } else {
-            1
-        };
+    /// Calls the stage with the records of the last batch.
+    async fn handle(&mut self) -> Result<(), Leave> {
+        let takes_batches = self.common.equipment.handler.takes_batches();
         // A batch call that failed as a whole is found by halving: `run` shrinks until the one
         // message at fault stands alone, and grows again behind the messages that were in that call.
-        let (mut run, mut suspect_until) = (whole, 0);
-        while batch.handled < batch.records.len() {
+        let (mut run, mut suspect_until) = (usize::MAX, 0);
+        while let Some(batch) = self.batches.back()
+            && batch.handled < batch.records.len()
+        {
+            let (start, since, count) = (batch.handled, batch.since, batch.records.len());
             if self.common.stopping.is_cancelled() {
-                self.settle(&mut batch).await?;
+                self.settle_all().await?;
                 return Err(Leave::Stopped);
             }
-            if batch.since.elapsed() >= self.common.policy().batch.max_time
-                || batch.held.bytes() >= MAX_HELD_BYTES
+            if since.elapsed() >= self.common.policy().batch.max_time
+                || self.held.bytes() >= MAX_HELD_BYTES
             {
-                self.settle(&mut batch).await?;
+                self.settle_all().await?;
             }
-            if batch.handled >= suspect_until {
-                run = whole;
+            if start >= suspect_until {
+                run = if takes_batches { count } else { 1 };
             }
-            let end = batch.records.len().min(batch.handled + run);
-            if let Some(fault) = self.step(&mut batch, end).await? {
+            let end = count.min(start.saturating_add(run));
+            if let Some(fault) = self.step(start..end).await? {
                 debug!(
-                    messages = end - batch.handled,
+                    messages = end - start,
                     "a batch call failed and is halved: {}", fault.message
                 );
                 suspect_until = suspect_until.max(end);
-                run = (end - batch.handled).div_ceil(2);
+                run = (end - start).div_ceil(2);
             }
         }
-        Ok(self.settle(&mut batch).await?)
+        Ok(())
     }
 
-    /// One call with the records from `batch.handled` up to `end`, and the policy for those that
-    /// faulted. Answers a fault where a call of several messages failed as a whole.
-    async fn step(&mut self, batch: &mut Batch, end: usize) -> Result<Option<Fault>, Leave> {
-        let start = batch.handled;
-        let invocation = self.invoke(&batch.records[start..end], 1).await;
+    /// One call with these records of the last batch, and the policy for those that faulted. Answers a fault where a call of
+    /// several messages failed as a whole.
+    async fn step(&mut self, records: Range<usize>) -> Result<Option<Fault>, Leave> {
+        let Some(batch) = self.batches.back() else {
+            return Ok(None);
+        };
+        let called: Vec<_> = batch.records[records.clone()].iter().collect();
+        let invocation = self.common.invoke(&called, 1, &()).await;
         let outcomes = match invocation.outcomes {
-            Err(fault) if end - start > 1 => return Ok(Some(fault)),
+            Err(fault) if records.len() > 1 => return Ok(Some(fault)),
             Err(fault) => vec![Err(fault)],
             Ok(outcomes) => outcomes,
         };
-        batch.hold(start..end, invocation.outputs);
-        for outcome in outcomes {
+        self.hold(records.clone(), invocation.outputs);
+        for (index, outcome) in records.zip(outcomes) {
             match outcome {
                 // For an output of the same call that the log refused.
-                _ if batch.given_up.contains(&batch.handled) => {}
+                _ if self.is_given_up(index) => {}
                 Ok(()) => self.common.metrics().messages("done", 1),
-                Err(fault) => self.redeliver(batch, fault).await?,
+                Err(fault) => self.redeliver(index, fault).await?,
             }
-            batch.handled += 1;
+            if let Some(batch) = self.batches.back_mut() {
+                batch.handled = index + 1;
+            }
         }
         Ok(None)
     }
 
-    /// The record at `batch.handled` faulted on its first delivery: again, as often as the policy
-    /// has it, and then to the dead letters. What came before is settled first: it does not wait for it.
-    async fn redeliver(&mut self, batch: &mut Batch, fault: Fault) -> Result<(), Leave> {
-        let at = batch.handled;
-        if self.common.holds_up(&fault) {
-            self.settle(batch).await?;
-            if batch.given_up.contains(&at) {
-                return Ok(());
-            }
+    /// The number of the last batch.
+    fn last(&self) -> u64 {
+        self.first + (self.batches.len() as u64).saturating_sub(1)
+    }
+
+    /// Outputs of these records of the last batch.
+    fn hold(&mut self, records: Range<usize>, outputs: Vec<Outgoing>) {
+        let origin = (self.last(), records);
+        for output in outputs {
+            self.held.hold(origin.clone(), output);
         }
-        match self.common.deliver_again(&batch.records[at], fault).await? {
+    }
+
+    fn is_given_up(&self, index: usize) -> bool {
+        let batch = self.batches.back();
+        batch.is_some_and(|batch| batch.given_up.contains(&index))
+    }
+
+    /// A record of the last batch faulted on its first delivery: again, as often as the policy
+    /// has it, and then to the dead letters. What came before is settled first: it does not wait for it.
+    async fn redeliver(&mut self, index: usize, fault: Fault) -> Result<(), Leave> {
+        if self.common.holds_up(&fault) {
+            self.settle_all().await?;
+        }
+        let Some(batch) = self.batches.back() else {
+            return Ok(());
+        };
+        if batch.given_up.contains(&index) {
+            return Ok(());
+        }
+        match self
+            .common
+            .deliver_again(&batch.records[index], fault)
+            .await?
+        {
             End::Done(outputs) => {
-                batch.hold(at..at + 1, outputs);
+                self.hold(index..index + 1, outputs);
                 self.common.metrics().messages("done", 1);
             }
-            End::GivenUp { attempts, fault } => self.give_up(batch, at, attempts, &fault),
+            End::GivenUp { attempts, fault } => {
+                if let Some(batch) = self.batches.back_mut() {
+                    let letter = batch.give_up(self.common, index, attempts, &fault);
+                    self.hold(index..index + 1, vec![letter]);
+                }
+            }
         }
         Ok(())
     }
 
-    fn give_up(&self, batch: &mut Batch, index: usize, attempts: u32, fault: &Fault) {
-        let letter = self.common.give_up(&batch.records[index], attempts, fault);
-        batch.given_up.insert(index);
-        batch.held.hold(index..index + 1, letter);
+    /// Has sent what is held, once what was sent before is in the log; where nothing is, all that is handled is settled.
+    fn launch(&mut self) {
+        let Some(batch) = self.batches.back().filter(|_| self.flight.is_none()) else {
+            return;
+        };
+        let mark = (self.last(), batch.handled);
+        if self.held.is_empty() {
+            return self.settle(mark);
+        }
+        let (common, held) = (self.common, mem::take(&mut self.held));
+        let wait = (self.failed > 0).then(|| common.backoff(&LOG_PATIENCE, self.failed));
+        let landing = async move {
+            if let Some(wait) = wait {
+                common.wait(wait).await?;
+            }
+            Ok(held.send(&*common.equipment.sink).await)
+        };
+        let landing = landing.boxed();
+        self.flight = Some(Flight { landing, mark });
     }
 
-    async fn invoke(&self, records: &[Record], attempt: u32) -> Invocation {
-        let records: Vec<_> = records.iter().collect();
-        self.common.invoke(&records, attempt, &()).await
-    }
-
-    /// Makes what is handled durable, and only then lets its offset be committed.
-    async fn settle(&mut self, batch: &mut Batch) -> Result<(), Stopped> {
-        let mut attempt = 1;
-        while !batch.held.is_empty() {
-            let sent = mem::take(&mut batch.held)
-                .send(&*self.common.equipment.sink)
-                .await;
-            batch.held = sent.again;
-            let is_away = !batch.held.is_empty();
-            for (call, fault) in sent.refused {
-                self.give_up_call(batch, call, &fault);
-            }
-            if is_away {
-                let wait = self.common.backoff(&LOG_PATIENCE, attempt);
-                attempt = attempt.saturating_add(1);
-                self.common.wait(wait).await?;
-            }
+    /// What the log has not taken is to be sent again, before what was handled since.
+    fn landed(&mut self, landing: Result<Sent<Origin>, Stopped>) -> Result<(), Stopped> {
+        let Some(flight) = self.flight.take() else {
+            return Ok(());
+        };
+        let sent = landing?;
+        if sent.is_complete() {
+            self.failed = 0;
+            self.settle(flight.mark);
+            return Ok(());
         }
-        let settled = &batch.records[batch.settled..batch.handled];
-        self.common.measure(settled.iter());
-        batch.settled = batch.handled;
-        if let Some(next_offset) = batch.settled_below() {
-            self.source.done(next_offset);
+        let mut again = sent.again;
+        self.failed = if again.is_empty() {
+            0
+        } else {
+            self.failed.saturating_add(1)
+        };
+        for ((number, records), fault) in sent.refused {
+            self.give_up_call(number, &records, &fault, &mut again);
         }
-        batch.since = Instant::now();
+        again.append(&mut self.held);
+        self.held = again;
         Ok(())
     }
 
     /// The log refused an output of the call, and nobody can tell whose it was.
-    fn give_up_call(&self, batch: &mut Batch, call: Range<usize>, fault: &Fault) {
-        for index in call {
+    fn give_up_call(
+        &mut self,
+        number: u64,
+        records: &Range<usize>,
+        fault: &Fault,
+        letters: &mut Held<Origin>,
+    ) {
+        let at = usize::try_from(number - self.first).unwrap_or(usize::MAX);
+        let Some(batch) = self.batches.get_mut(at) else {
+            return;
+        };
+        for index in records.clone() {
             if !batch.given_up.contains(&index) {
-                self.give_up(batch, index, 1, fault);
+                let letter = batch.give_up(self.common, index, 1, fault);
+                letters.hold((number, index..index + 1), letter);
             }
+        }
+    }
+
+    /// Waits until all that is handled is settled.
+    async fn settle_all(&mut self) -> Result<(), Stopped> {
+        loop {
+            self.launch();
+            if self.flight.is_none() {
+                break;
+            }
+            let landing = landing(&mut self.flight).await;
+            self.landed(landing)?;
+        }
+        if let Some(batch) = self.batches.back_mut() {
+            batch.since = Instant::now();
+        }
+        Ok(())
+    }
+
+    /// All effects and outputs up to the mark are durable.
+    fn settle(&mut self, (number, handled): (u64, usize)) {
+        let mut next_offset = None;
+        while let Some(batch) = self.batches.front_mut() {
+            let is_whole = self.first < number || handled == batch.records.len();
+            let until = if is_whole {
+                batch.records.len()
+            } else {
+                handled
+            };
+            self.common
+                .measure(batch.records[batch.settled..until].iter());
+            batch.settled = until;
+            next_offset = batch.settled_below().or(next_offset);
+            if !is_whole {
+                break;
+            }
+            self.ahead.0 -= batch.records.len();
+            self.ahead.1 -= batch.bytes;
+            self.batches.pop_front();
+            self.first += 1;
+            if self.first > number {
+                break;
+            }
+        }
+        if let Some(next_offset) = next_offset {
+            self.source.done(next_offset);
         }
     }
 }
@@ -224,14 +405,26 @@ impl<S: Source, K: Sink, H: Handler<()>> Lane<S, K, H> {
 impl Batch {
     fn new(records: Vec<Record>, next_offset: Option<i64>) -> Self {
         Self {
-            records,
             next_offset,
+            bytes: records.iter().map(Record::size).sum(),
+            records,
             handled: 0,
             settled: 0,
-            held: Held::default(),
             given_up: BTreeSet::new(),
             since: Instant::now(),
         }
+    }
+
+    /// The dead letter of a record.
+    fn give_up<K, H: Handler<()>>(
+        &mut self,
+        common: &Common<K, H>,
+        index: usize,
+        attempts: u32,
+        fault: &Fault,
+    ) -> Outgoing {
+        self.given_up.insert(index);
+        common.give_up(&self.records[index], attempts, fault)
     }
 
     /// The offset below which all is settled, if that is anything of this batch.
@@ -240,11 +433,5 @@ impl Batch {
             return self.next_offset;
         }
         Some(self.records[self.settled.checked_sub(1)?].offset + 1)
-    }
-
-    fn hold(&mut self, origin: Range<usize>, outputs: Vec<Outgoing>) {
-        for output in outputs {
-            self.held.hold(origin.clone(), output);
-        }
     }
 }

@@ -184,7 +184,10 @@ impl Log {
                 && (message.topic(), message.partition()) == (topic, partition)
                 && message.offset() == offset
             {
-                return message.timestamp().to_millis().context("a timestamp");
+                let timestamp = message.timestamp().to_millis().context("a timestamp");
+                // The topic may be gone soon.
+                self.reader.unassign()?;
+                return timestamp;
             }
         }
         bail!("offset {offset} of {topic} {partition} did not come");

@@ -23,16 +23,11 @@ use self::queue::{Message, Queue};
 use self::window::Window;
 use super::held::{Held, Sent};
 use super::message::{End, Leave};
-use super::{Common, Equipment, LOG_PATIENCE, MAX_HELD_BYTES, Stopped};
+use super::{Common, Equipment, LOG_PATIENCE, MAX_AHEAD, MAX_AHEAD_BYTES, MAX_HELD_BYTES, Stopped};
 use crate::delivery::seen::Seen;
 use crate::delivery::{Fault, Handler};
 use crate::log::{BatchLimits, Gap, Sink, Source};
 use crate::record::Record;
-
-/// How many messages a lane takes beyond the first that is not done: as many may be delivered again after a crash.
-const MAX_AHEAD: usize = 10_000;
-/// A lane that has taken so many bytes of messages that are not done takes no more.
-const MAX_AHEAD_BYTES: usize = 16 << 20;
 
 /// One stage on one partition.
 pub struct Lane<S, K, H> {

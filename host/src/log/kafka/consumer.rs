@@ -1,17 +1,20 @@
 //! Reading a stage's partitions as a member of its consumer group.
 //!
 //! One thread a stage polls librdkafka, whatever the lanes are doing, so that the stage never leaves
-//! its group. Records go into a bounded buffer for each partition; a full one pauses its partition.
+//! its group. Each partition has a queue of its own in librdkafka, from which the thread takes records into the partition's
+//! bounded buffer as long as there is room: to pause a partition would throw away what was fetched of it.
 //! librdkafka's rebalance callback runs on the same thread: it gives a revoked partition's lane time
 //! to end, commits what is settled, and only then lets go of the partition.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use rdkafka::client::ClientContext;
 use rdkafka::config::{ClientConfig, FromClientConfigAndContext, RDKafkaLogLevel};
+use rdkafka::consumer::base_consumer::PartitionQueue;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext, Rebalance};
 use rdkafka::error::KafkaError;
 use rdkafka::message::{BorrowedMessage, Message};
@@ -23,15 +26,18 @@ use tracing::{debug, error, info, warn};
 
 use super::super::LogError;
 use super::message::owned;
-use super::partition::{Partition, PartitionSource, Position, Pushed};
+use super::partition::{Bell, Partition, PartitionSource, Position, Pushed};
 use super::start::{self, Passed};
 use super::{ClientSettings, Kind, log_line};
 use crate::metrics::Metrics;
+use crate::record::Record;
 
-/// How long one poll waits for a record; also how fast a stop is seen.
-const POLL: Duration = Duration::from_millis(50);
-/// The same while a partition is paused, so that it is resumed soon after it has room.
-const POLL_PAUSED: Duration = Duration::from_millis(2);
+/// How long the thread sleeps unless it is woken; also how fast a stop is seen.
+const SLEEP: Duration = Duration::from_millis(50);
+/// The same while partitions wait for the log to be read.
+const SLEEP_STARTING: Duration = Duration::from_millis(2);
+/// Records that are taken from one partition before it is the next one's turn.
+const TURN: usize = 1_000;
 /// How often settled offsets are committed.
 const COMMIT_INTERVAL: Duration = Duration::from_millis(250);
 /// How often they are committed though they were before. One of those commits may have failed, as they do while the group
@@ -106,7 +112,8 @@ impl GroupConsumer {
         let mut defaults = vec![
             // librdkafka waits a whole second by default before it fetches again into a queue that was full.
             ("fetch.queue.backoff.ms", "10"),
-            ("queued.max.messages.kbytes", "16384"),
+            // Of each partition.
+            ("queued.max.messages.kbytes", "2048"),
         ];
         // With KIP-848's protocol the broker assigns, and librdkafka refuses the property.
         let protocol = settings.properties.get("group.protocol");
@@ -139,19 +146,22 @@ impl GroupConsumer {
             config.set("group.instance.id", id);
         }
         let (assigned, sources) = mpsc::unbounded_channel();
-        let attention = Arc::<AtomicBool>::default();
+        let bell = Arc::<Bell>::default();
         let joined = CancellationToken::new();
         let context = Context(Mutex::new(State {
             partitions: HashMap::new(),
             assigned,
             joined: joined.clone(),
-            attention: attention.clone(),
+            bell: bell.clone(),
             metrics,
             group: subscription.group.clone(),
             budget: subscription.revoke_budget,
         }));
         let refuse = |error| LogError::Refused(format!("cannot make a consumer: {error}"));
-        let consumer = BaseConsumer::from_config_and_context(&config, context).map_err(refuse)?;
+        let mut consumer =
+            BaseConsumer::from_config_and_context(&config, context).map_err(refuse)?;
+        let woken = bell.clone();
+        consumer.set_nonempty_callback(move || woken.ring());
         let topics: Vec<_> = subscription.topics.iter().map(String::as_str).collect();
         consumer.subscribe(&topics).map_err(refuse)?;
         let stop = StopHandle::default();
@@ -160,10 +170,10 @@ impl GroupConsumer {
             consumer: Arc::new(consumer),
             stop: stop.clone(),
             group: subscription.group,
-            attention,
+            bell,
+            queues: Vec::new(),
             starting: false,
             start_after: Instant::now(),
-            paused: Vec::new(),
             reported: HashMap::new(),
         };
         std::thread::Builder::new()
@@ -187,41 +197,39 @@ struct Poller {
     consumer: Arc<BaseConsumer<Context>>,
     stop: StopHandle,
     group: String,
-    /// Set where a lane wants to be read from elsewhere.
-    attention: Arc<AtomicBool>,
+    bell: Arc<Bell>,
+    /// Of the partitions that are read.
+    queues: Vec<Queue>,
     /// Some partition is not read yet where its lane wants it.
     starting: bool,
     /// Not to be tried again before.
     start_after: Instant,
-    /// Partitions that are paused because their buffers are full.
-    paused: Vec<Arc<Partition>>,
     reported: HashMap<String, Instant>,
+}
+
+/// Where librdkafka puts what it has fetched of a partition.
+struct Queue {
+    partition: Arc<Partition>,
+    records: PartitionQueue<Context>,
 }
 
 impl Poller {
     fn run(mut self) -> Result<(), LogError> {
+        self.bell.belongs_to_this_thread();
         let mut committed = Instant::now();
         let mut all_committed = committed;
         while !self.stop.is_stopped() {
-            let poll = if self.paused.is_empty() && !self.starting {
-                POLL
-            } else {
-                POLL_PAUSED
-            };
-            match self.consumer.clone().poll(poll) {
-                Some(Ok(message)) => self.take_in(&message),
-                Some(Err(KafkaError::MessageConsumptionFatal(code))) => {
-                    self.give_up_all(Duration::ZERO);
-                    let why = format!(
-                        "the consumer of group {} failed for good: {code}",
-                        self.group
-                    );
-                    return Err(LogError::Refused(why));
-                }
-                Some(Err(error)) => self.report(&error),
-                None => {}
+            let mut idle = true;
+            if let Some(event) = self.consumer.clone().poll(Duration::ZERO) {
+                self.take_event(event)?;
+                idle = false;
             }
-            self.resume_those_with_room();
+            if self.bell.was_called() {
+                self.let_go_of_queues();
+                self.starting = true;
+                idle = false;
+            }
+            idle &= !self.read_queues()?;
             self.start_those_that_wait();
             if committed.elapsed() >= COMMIT_INTERVAL {
                 committed = Instant::now();
@@ -230,6 +238,10 @@ impl Poller {
                     all_committed = committed;
                 }
                 self.context().commit_settled(&self.consumer, again);
+            }
+            if idle {
+                // Whoever rings before this is not missed: it then returns at once.
+                thread::park_timeout(if self.starting { SLEEP_STARTING } else { SLEEP });
             }
         }
         let budget = *self.stop.budget();
@@ -242,37 +254,112 @@ impl Poller {
         self.consumer.context()
     }
 
-    fn take_in(&mut self, message: &BorrowedMessage<'_>) {
-        let partition = self
-            .context()
-            .lock()
-            .partition(message.topic(), message.partition());
-        let Some(partition) = partition else { return };
-        let record = owned(message, partition.topic());
-        let offset = record.offset;
-        match partition.push(record) {
-            Pushed::Taken | Pushed::Unwanted => {}
-            Pushed::Full => self.pause(partition),
-            Pushed::Jump(expected) => {
-                let reading = Position::Reading(Some(expected));
-                match start::passed(&self.consumer, &partition, expected, offset) {
-                    Passed::Nothing => {
-                        // The lane may have gone elsewhere meanwhile: then this record is not wanted any more.
-                        if partition.replace_position(&reading, Position::Reading(Some(offset))) {
-                            self.take_in(message);
-                        }
-                    }
-                    Passed::Gap(gap) => {
-                        partition.replace_position(&reading, Position::Gap(gap));
-                        self.hold(&partition);
-                    }
-                    Passed::Unknown => {
-                        partition.replace_position(&reading, Position::Wanted(Some(expected)));
-                        self.hold(&partition);
-                        self.starting = true;
-                    }
+    /// An error, or a record that came before its partition had a queue.
+    fn take_event(
+        &mut self,
+        event: Result<BorrowedMessage<'_>, KafkaError>,
+    ) -> Result<(), LogError> {
+        match event {
+            Ok(message) => {
+                let partition = self
+                    .context()
+                    .lock()
+                    .partition(message.topic(), message.partition());
+                if let Some(partition) = partition {
+                    let record = owned(&message, partition.topic());
+                    self.take_in(&partition, &mut VecDeque::from([record]));
                 }
             }
+            Err(KafkaError::MessageConsumptionFatal(code)) => {
+                self.give_up_all(Duration::ZERO);
+                let why = format!(
+                    "the consumer of group {} failed for good: {code}",
+                    self.group
+                );
+                return Err(LogError::Refused(why));
+            }
+            Err(error) => self.report(&error),
+        }
+        Ok(())
+    }
+
+    /// Takes from each queue as much as its partition has room for; answers whether that was anything.
+    fn read_queues(&mut self) -> Result<bool, LogError> {
+        let mut any = false;
+        let mut records = VecDeque::new();
+        let queues = std::mem::take(&mut self.queues);
+        for queue in &queues {
+            let partition = &queue.partition;
+            let turn = partition.room().min(TURN);
+            while records.len() < turn {
+                match queue.records.poll(Duration::ZERO) {
+                    Some(Ok(message)) => records.push_back(owned(&message, partition.topic())),
+                    Some(Err(error)) => self.take_event(Err(error))?,
+                    None => break,
+                }
+            }
+            any |= !records.is_empty();
+            self.take_in(partition, &mut records);
+        }
+        self.queues = queues;
+        Ok(any)
+    }
+
+    fn take_in(&mut self, partition: &Arc<Partition>, records: &mut VecDeque<Record>) {
+        while let Pushed::Jump(expected) = partition.push(records)
+            && let Some(came) = records.front().map(|record| record.offset)
+        {
+            let reading = Position::Reading(Some(expected));
+            match start::passed(&self.consumer, partition, expected, came) {
+                Passed::Nothing => {
+                    // The lane may have gone elsewhere meanwhile: then these records are not wanted any more.
+                    if partition.replace_position(&reading, Position::Reading(Some(came))) {
+                        continue;
+                    }
+                }
+                Passed::Gap(gap) => {
+                    partition.replace_position(&reading, Position::Gap(gap));
+                    self.hold(partition);
+                }
+                Passed::Unknown => {
+                    partition.replace_position(&reading, Position::Wanted(Some(expected)));
+                    self.hold(partition);
+                    self.starting = true;
+                }
+            }
+            break;
+        }
+        records.clear();
+    }
+
+    /// Drops the queues of partitions that were given up. To drop one whose partition is read would strand it.
+    fn let_go_of_queues(&mut self) {
+        let state = self.consumer.context().lock();
+        self.queues.retain(|queue| {
+            let partition = &queue.partition;
+            let owned = state.partition(partition.topic(), partition.number());
+            owned.is_some_and(|owned| Arc::ptr_eq(&owned, partition))
+        });
+    }
+
+    /// Gives a partition that is about to be read a queue of its own. Not before librdkafka has begun with it: it would
+    /// then put all into the common one again.
+    fn split(&mut self, partition: &Arc<Partition>) {
+        if self
+            .queues
+            .iter()
+            .any(|queue| Arc::ptr_eq(&queue.partition, partition))
+        {
+            return;
+        }
+        let queue = self
+            .consumer
+            .split_partition_queue(partition.topic(), partition.number());
+        if let Some(mut records) = queue {
+            let bell = self.bell.clone();
+            records.set_nonempty_callback(move || bell.ring());
+            let partition = partition.clone();
+            self.queues.push(Queue { partition, records });
         }
     }
 
@@ -285,12 +372,12 @@ impl Poller {
 
     /// Has partitions read where their lanes want it. May wait for the log, within the bounds of `start`.
     fn start_those_that_wait(&mut self) {
-        self.starting |= self.attention.swap(false, Ordering::AcqRel);
         if !self.starting || Instant::now() < self.start_after {
             return;
         }
         let all: Vec<_> = self.context().lock().partitions.values().cloned().collect();
-        match start::start(&self.consumer, &all) {
+        let consumer = self.consumer.clone();
+        match start::start(&consumer, &all, |partition| self.split(partition)) {
             Ok(all_started) => {
                 self.starting = !all_started;
                 self.start_after = Instant::now() + START_AGAIN;
@@ -300,30 +387,6 @@ impl Poller {
                 self.start_after = Instant::now() + START_RETRY;
             }
         }
-    }
-
-    fn pause(&mut self, partition: Arc<Partition>) {
-        if self.paused.iter().any(|p| Arc::ptr_eq(p, &partition)) {
-            return;
-        }
-        match self.consumer.pause(&list_of(&partition)) {
-            Ok(()) => self.paused.push(partition),
-            Err(error) => warn!("cannot pause: {error}"),
-        }
-    }
-
-    fn resume_those_with_room(&mut self) {
-        let consumer = &self.consumer;
-        self.paused.retain(|partition| {
-            if !partition.has_room() {
-                return true;
-            }
-            // A partition that was given up meanwhile is not resumed, and need not be.
-            if let Err(error) = consumer.resume(&list_of(partition)) {
-                debug!("cannot resume: {error}");
-            }
-            false
-        });
     }
 
     fn give_up_all(&self, budget: Duration) {
@@ -359,7 +422,7 @@ struct State {
     partitions: HashMap<(String, i32), Arc<Partition>>,
     assigned: mpsc::UnboundedSender<PartitionSource>,
     joined: CancellationToken,
-    attention: Arc<AtomicBool>,
+    bell: Arc<Bell>,
     metrics: Arc<Metrics>,
     group: String,
     budget: Duration,
@@ -367,7 +430,6 @@ struct State {
 
 impl State {
     fn partition(&self, topic: &str, partition: i32) -> Option<Arc<Partition>> {
-        // A key made for each record would cost an allocation a record; a stage has few partitions.
         self.partitions
             .values()
             .find(|p| p.number() == partition && **p.topic() == *topic)
@@ -388,7 +450,7 @@ impl Context {
         }
         for element in list.elements() {
             let (topic, number) = (element.topic(), element.partition());
-            let partition = Partition::new(topic, number, state.attention.clone());
+            let partition = Partition::new(topic, number, state.bell.clone());
             state
                 .partitions
                 .insert((topic.to_string(), number), partition.clone());
@@ -553,6 +615,7 @@ impl ConsumerContext for Context {
 
     /// Until its lane has said where it is to be read.
     fn post_rebalance(&self, consumer: &BaseConsumer<Self>, rebalance: &Rebalance<'_>) {
+        self.lock().bell.call();
         if let Rebalance::Assign(list) = rebalance
             && let Err(error) = consumer.pause(list)
         {

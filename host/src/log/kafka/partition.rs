@@ -2,7 +2,8 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
@@ -17,6 +18,39 @@ const MAX_RECORDS: usize = 10_000;
 const MAX_BYTES: usize = 8 << 20;
 /// Says that nothing was settled yet.
 const NOTHING: i64 = -1;
+
+/// Wakes the consumer's thread.
+#[derive(Default)]
+pub(super) struct Bell {
+    thread: OnceLock<Thread>,
+    wanted: AtomicBool,
+}
+
+impl Bell {
+    /// It is this thread that is to be woken.
+    pub(super) fn belongs_to_this_thread(&self) {
+        // Set once, by the thread that waits.
+        let _ = self.thread.set(thread::current());
+    }
+
+    /// There may be something to do.
+    pub(super) fn ring(&self) {
+        if let Some(thread) = self.thread.get() {
+            thread.unpark();
+        }
+    }
+
+    /// A lane wants to be read from elsewhere, or partitions have come or gone.
+    pub(super) fn call(&self) {
+        self.wanted.store(true, Ordering::Release);
+        self.ring();
+    }
+
+    /// Whether it was called since last asked.
+    pub(super) fn was_called(&self) -> bool {
+        self.wanted.swap(false, Ordering::AcqRel)
+    }
+}
 
 /// Where a partition is read.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,8 +73,7 @@ pub(super) struct Partition {
     buffer: Mutex<Buffer>,
     /// The buffer or the position has changed.
     changed: Notify,
-    /// Tells the consumer's thread that a lane of its wants to be read from elsewhere.
-    attention: Arc<AtomicBool>,
+    bell: Arc<Bell>,
     /// The lane is asked to end.
     stopping: CancellationToken,
     /// The lane is not waited for any longer.
@@ -67,29 +100,34 @@ impl Buffer {
             bytes: 0,
         }
     }
+
+    fn room(&self) -> usize {
+        if self.bytes >= MAX_BYTES {
+            return 0;
+        }
+        MAX_RECORDS.saturating_sub(self.records.len())
+    }
 }
 
-/// What became of a record that was pushed.
+/// What became of records that were pushed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Pushed {
-    /// It is in, and there is room for more.
+    /// All are in.
     Taken,
-    /// It is in, and the partition is to be paused.
-    Full,
-    /// It is not what is to be read now.
+    /// Those that are left are not what is to be read now.
     Unwanted,
-    /// It is not the next one, but this is: records may be missing before it.
+    /// The first of those that are left is not the next one, but this is: records may be missing before it.
     Jump(i64),
 }
 
 impl Partition {
-    pub(super) fn new(topic: &str, number: i32, attention: Arc<AtomicBool>) -> Arc<Self> {
+    pub(super) fn new(topic: &str, number: i32, bell: Arc<Bell>) -> Arc<Self> {
         Arc::new(Self {
             topic: Arc::from(topic),
             number,
             buffer: Mutex::new(Buffer::at(Position::Waiting)),
             changed: Notify::new(),
-            attention,
+            bell,
             stopping: CancellationToken::new(),
             abandoned: CancellationToken::new(),
             settled: AtomicI64::new(NOTHING),
@@ -107,24 +145,32 @@ impl Partition {
         self.number
     }
 
-    /// Takes a record in, if it is the one to be read next.
-    pub(super) fn push(&self, record: Record) -> Pushed {
+    /// Takes records in, as far as they are the ones to be read next; those that are not are left in the list.
+    pub(super) fn push(&self, records: &mut VecDeque<Record>) -> Pushed {
         let mut buffer = self.buffer();
-        match buffer.position {
-            Position::Reading(None) => {}
-            Position::Reading(Some(next)) if next == record.offset => {}
-            Position::Reading(Some(next)) => return Pushed::Jump(next),
-            Position::Waiting | Position::Wanted(_) | Position::Gap(_) => return Pushed::Unwanted,
+        let mut taken = false;
+        let pushed = loop {
+            let Some(record) = records.front() else {
+                break Pushed::Taken;
+            };
+            match buffer.position {
+                Position::Reading(None) => {}
+                Position::Reading(Some(next)) if next == record.offset => {}
+                Position::Reading(Some(next)) => break Pushed::Jump(next),
+                Position::Waiting | Position::Wanted(_) | Position::Gap(_) => {
+                    break Pushed::Unwanted;
+                }
+            }
+            buffer.position = Position::Reading(Some(record.offset + 1));
+            buffer.bytes += record.size();
+            buffer.records.extend(records.pop_front());
+            taken = true;
+        };
+        drop(buffer);
+        if taken {
+            self.changed.notify_one();
         }
-        buffer.position = Position::Reading(Some(record.offset + 1));
-        buffer.bytes += record.size();
-        buffer.records.push_back(record);
-        self.changed.notify_one();
-        if buffer.records.len() >= MAX_RECORDS || buffer.bytes >= MAX_BYTES {
-            Pushed::Full
-        } else {
-            Pushed::Taken
-        }
+        pushed
     }
 
     /// Where the lane wants it read, if it is not read there yet.
@@ -141,10 +187,9 @@ impl Partition {
         self.changed.notify_one();
     }
 
-    /// Whether a paused partition may be resumed.
-    pub(super) fn has_room(&self) -> bool {
-        let buffer = self.buffer();
-        buffer.records.len() <= MAX_RECORDS / 2 && buffer.bytes <= MAX_BYTES / 2
+    /// How many records there is room for. One more may be larger than what is left of the buffer's bytes.
+    pub(super) fn room(&self) -> usize {
+        self.buffer().room()
     }
 
     /// Asks the lane to end. Records that it has not taken are left to the partition's next owner.
@@ -235,7 +280,8 @@ impl PartitionSource {
 
     fn take(&self, limits: &BatchLimits) -> Vec<Record> {
         let mut buffer = self.0.buffer();
-        let mut taken = Vec::new();
+        let had_room = buffer.room() > 0;
+        let mut taken = Vec::with_capacity(buffer.records.len().min(limits.max_messages));
         let mut bytes = 0;
         while let Some(record) = buffer.records.front() {
             let size = record.size();
@@ -247,6 +293,10 @@ impl PartitionSource {
             taken.extend(buffer.records.pop_front());
         }
         buffer.bytes -= bytes;
+        drop(buffer);
+        if !had_room {
+            self.0.bell.ring();
+        }
         taken
     }
 }
@@ -254,7 +304,7 @@ impl PartitionSource {
 impl Source for PartitionSource {
     async fn start(&mut self, offset: Option<i64>) -> Result<(), Gap> {
         *self.0.buffer() = Buffer::at(Position::Wanted(offset));
-        self.0.attention.store(true, Ordering::Release);
+        self.0.bell.call();
         loop {
             if self.0.stopping.is_cancelled() {
                 return Ok(());
@@ -324,6 +374,10 @@ mod tests {
         partition
     }
 
+    fn push(partition: &Partition, record: Record) -> Pushed {
+        partition.push(&mut VecDeque::from([record]))
+    }
+
     fn limits(max_messages: usize, max_bytes: usize) -> BatchLimits {
         BatchLimits {
             max_messages,
@@ -337,7 +391,7 @@ mod tests {
         let partition = partition();
         let mut source = PartitionSource::new(partition.clone());
         for (offset, size) in [(0, 10), (1, 10), (2, 10), (3, 100), (4, 1)] {
-            partition.push(record(offset, size));
+            push(&partition, record(offset, size));
         }
         for (limits, expected) in [
             (limits(2, 1000), vec![0, 1]),
@@ -364,7 +418,7 @@ mod tests {
                 _ = source.next(&one) => panic!("nothing is there"),
                 () = std::future::ready(()) => {}
             }
-            partition.push(record(offset, 1));
+            push(&partition, record(offset, 1));
             let taken = source.next(&limits(1, 1)).await.expect("no gap");
             assert_eq!(taken.expect("not stopped")[0].offset, offset);
         }
@@ -374,7 +428,7 @@ mod tests {
     async fn ends_when_it_is_stopped_and_says_so() {
         let partition = partition();
         let mut source = PartitionSource::new(partition.clone());
-        partition.push(record(0, 1));
+        push(&partition, record(0, 1));
         partition.stop();
         assert_eq!(source.next(&limits(1, 1)).await, Ok(None));
         assert!(!partition.wait_ended(Duration::ZERO));
@@ -384,12 +438,12 @@ mod tests {
 
     #[tokio::test]
     async fn is_read_where_its_lane_wants_and_says_what_is_missing() {
-        let attention = Arc::new(AtomicBool::new(false));
-        let partition = Partition::new("t", 0, attention.clone());
+        let bell = Arc::new(Bell::default());
+        let partition = Partition::new("t", 0, bell.clone());
         let mut source = PartitionSource::new(partition.clone());
-        assert_eq!(partition.push(record(0, 1)), Pushed::Unwanted);
+        assert_eq!(push(&partition, record(0, 1)), Pushed::Unwanted);
         let poller = async {
-            while !attention.swap(false, Ordering::AcqRel) {
+            while !bell.was_called() {
                 tokio::task::yield_now().await;
             }
             assert_eq!(partition.wanted(), Some(Some(5)));
@@ -397,8 +451,8 @@ mod tests {
         };
         let (started, ()) = tokio::join!(source.start(Some(5)), poller);
         assert_eq!(started, Ok(()));
-        assert_eq!(partition.push(record(5, 1)), Pushed::Taken);
-        assert_eq!(partition.push(record(9, 1)), Pushed::Jump(6));
+        assert_eq!(push(&partition, record(5, 1)), Pushed::Taken);
+        assert_eq!(push(&partition, record(9, 1)), Pushed::Jump(6));
         let gap = Gap::Removed {
             expected: 6,
             first: 9,
@@ -422,14 +476,27 @@ mod tests {
     }
 
     #[test]
-    fn says_when_it_is_full_and_when_it_has_room_again() {
+    fn says_how_much_room_there_is() {
         let partition = partition();
         let source = PartitionSource::new(partition.clone());
-        let filled =
-            (0..).position(|offset| partition.push(record(offset, 1 << 20)) == Pushed::Full);
-        assert_eq!(filled, Some(MAX_BYTES / (1 << 20) - 1));
-        assert!(!partition.has_room());
-        source.take(&limits(4, usize::MAX));
-        assert!(partition.has_room());
+        assert_eq!(partition.room(), MAX_RECORDS);
+        let filled = (0..).find(|offset| {
+            push(&partition, record(*offset, 1 << 20));
+            partition.room() == 0
+        });
+        assert_eq!(filled, Some((MAX_BYTES >> 20) as i64 - 1));
+        source.take(&limits(1, usize::MAX));
+        assert!(partition.room() > 0);
+    }
+
+    #[test]
+    fn what_is_not_next_is_left() {
+        let partition = partition();
+        let mut records: VecDeque<_> = [0, 1, 5, 6].map(|offset| record(offset, 1)).into();
+        assert_eq!(partition.push(&mut records), Pushed::Jump(2));
+        assert_eq!(records.len(), 2);
+        partition.set_position(Position::Reading(Some(5)));
+        assert_eq!(partition.push(&mut records), Pushed::Taken);
+        assert_eq!(push(&partition, record(7, 1)), Pushed::Taken);
     }
 }

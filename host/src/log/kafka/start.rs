@@ -28,9 +28,12 @@ type Place = (String, i32);
 
 /// Has those partitions read that wait for it. Answers whether all of them are, or have a gap to tell of; librdkafka may need
 /// a moment before it takes a partition for assigned.
+///
+/// Each is `split` from the others just before its first record may come.
 pub(super) fn start(
     consumer: &BaseConsumer<Context>,
     partitions: &[Arc<Partition>],
+    mut split: impl FnMut(&Arc<Partition>),
 ) -> KafkaResult<bool> {
     let waiting: Vec<_> = partitions
         .iter()
@@ -68,6 +71,7 @@ pub(super) fn start(
     for (partition, place, from) in seeking {
         match sought.find_partition(&place.0, place.1).map(|e| e.error()) {
             Some(Ok(())) => {
+                split(partition);
                 partition.set_position(Position::Reading(Some(from)));
                 consumer.resume(&list_of(partition))?;
             }
