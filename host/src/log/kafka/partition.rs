@@ -20,7 +20,7 @@ const NOTHING: i64 = -1;
 
 /// Where a partition is read.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Position {
+pub enum Position {
     /// Nowhere yet: its lane has not said where.
     Waiting,
     /// The lane wants it read from this offset, or from where the group has got to.
@@ -33,7 +33,7 @@ pub(super) enum Position {
 }
 
 /// Shared by the consumer's thread and the lane's source.
-pub(super) struct Partition {
+pub struct Partition {
     topic: Arc<str>,
     number: i32,
     buffer: Mutex<Buffer>,
@@ -71,7 +71,7 @@ impl Buffer {
 
 /// What became of a record that was pushed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Pushed {
+pub enum Pushed {
     /// It is in, and there is room for more.
     Taken,
     /// It is in, and the partition is to be paused.
@@ -83,7 +83,8 @@ pub(super) enum Pushed {
 }
 
 impl Partition {
-    pub(super) fn new(topic: &str, number: i32, attention: Arc<AtomicBool>) -> Arc<Self> {
+    /// One that is not read yet. `attention` is set when the lane wants it read from elsewhere.
+    pub fn new(topic: &str, number: i32, attention: Arc<AtomicBool>) -> Arc<Self> {
         Arc::new(Self {
             topic: Arc::from(topic),
             number,
@@ -108,7 +109,7 @@ impl Partition {
     }
 
     /// Takes a record in, if it is the one to be read next.
-    pub(super) fn push(&self, record: Record) -> Pushed {
+    pub fn push(&self, record: Record) -> Pushed {
         let mut buffer = self.buffer();
         match buffer.position {
             Position::Reading(None) => {}
@@ -136,7 +137,7 @@ impl Partition {
     }
 
     /// It is read from somewhere else now, or not at all. What was read before stays.
-    pub(super) fn set_position(&self, position: Position) {
+    pub fn set_position(&self, position: Position) {
         self.buffer().position = position;
         self.changed.notify_one();
     }
@@ -214,7 +215,8 @@ impl Partition {
 pub struct PartitionSource(Arc<Partition>);
 
 impl PartitionSource {
-    pub(super) fn new(partition: Arc<Partition>) -> Self {
+    /// The end for a partition that has no lane yet.
+    pub fn new(partition: Arc<Partition>) -> Self {
         Self(partition)
     }
 
