@@ -285,6 +285,11 @@ impl Pipeline {
         self.http.as_ref()
     }
 
+    /// The stages, in the order of their names.
+    pub fn stages(&self) -> &[Stage] {
+        &self.stages
+    }
+
     /// The `[redis]` stores by name.
     pub fn redis(&self) -> &BTreeMap<String, RedisStore> {
         &self.redis

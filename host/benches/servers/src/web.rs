@@ -27,6 +27,8 @@ pub(crate) const FORM: &str =
 const MAX_OPEN: usize = 20_000;
 /// How long a post may take to be readable before it counts as an error.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Errors that are shown.
+const SHOWN_ERRORS: u64 = 5;
 /// How often it is asked for.
 const ASK: Duration = Duration::from_millis(5);
 
@@ -105,7 +107,11 @@ pub(crate) async fn end_to_end(
         tokio::spawn(async move {
             match timeout(PATIENCE, visitor.post_and_read()).await {
                 Ok(Ok(())) => drop(sender.send(due.elapsed())),
-                _ => drop(visitor.errors.fetch_add(1, Ordering::Relaxed)),
+                late_or_failed => {
+                    if visitor.errors.fetch_add(1, Ordering::Relaxed) < SHOWN_ERRORS {
+                        eprintln!("  a post failed: {late_or_failed:?}");
+                    }
+                }
             }
             drop(permit);
         });

@@ -21,7 +21,7 @@ const NOTHING: i64 = -1;
 
 /// Wakes the consumer's thread.
 #[derive(Default)]
-pub(super) struct Bell {
+pub struct Bell {
     thread: OnceLock<Thread>,
     wanted: AtomicBool,
 }
@@ -54,7 +54,7 @@ impl Bell {
 
 /// Where a partition is read.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Position {
+pub enum Position {
     /// Nowhere yet: its lane has not said where.
     Waiting,
     /// The lane wants it read from this offset, or from where the group has got to.
@@ -67,7 +67,7 @@ pub(super) enum Position {
 }
 
 /// Shared by the consumer's thread and the lane's source.
-pub(super) struct Partition {
+pub struct Partition {
     topic: Arc<str>,
     number: i32,
     buffer: Mutex<Buffer>,
@@ -111,7 +111,7 @@ impl Buffer {
 
 /// What became of records that were pushed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Pushed {
+pub enum Pushed {
     /// All are in.
     Taken,
     /// Those that are left are not what is to be read now.
@@ -121,7 +121,8 @@ pub(super) enum Pushed {
 }
 
 impl Partition {
-    pub(super) fn new(topic: &str, number: i32, bell: Arc<Bell>) -> Arc<Self> {
+    /// One that is not read yet. `bell` wakes who reads it.
+    pub fn new(topic: &str, number: i32, bell: Arc<Bell>) -> Arc<Self> {
         Arc::new(Self {
             topic: Arc::from(topic),
             number,
@@ -146,7 +147,7 @@ impl Partition {
     }
 
     /// Takes records in, as far as they are the ones to be read next; those that are not are left in the list.
-    pub(super) fn push(&self, records: &mut VecDeque<Record>) -> Pushed {
+    pub fn push(&self, records: &mut VecDeque<Record>) -> Pushed {
         let mut buffer = self.buffer();
         let mut taken = false;
         let pushed = loop {
@@ -182,7 +183,7 @@ impl Partition {
     }
 
     /// It is read from somewhere else now, or not at all. What was read before stays.
-    pub(super) fn set_position(&self, position: Position) {
+    pub fn set_position(&self, position: Position) {
         self.buffer().position = position;
         self.changed.notify_one();
     }
@@ -259,7 +260,8 @@ impl Partition {
 pub struct PartitionSource(Arc<Partition>);
 
 impl PartitionSource {
-    pub(super) fn new(partition: Arc<Partition>) -> Self {
+    /// The end for a partition that has no lane yet.
+    pub fn new(partition: Arc<Partition>) -> Self {
         Self(partition)
     }
 

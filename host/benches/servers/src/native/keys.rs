@@ -11,15 +11,10 @@ use tokio::sync::mpsc;
 
 use super::{Settings, consumer_config, producer_config};
 
-/// What the probe's message says: how long to wait, and what to emit.
+/// How many milliseconds a message waits.
 #[derive(Deserialize)]
 struct Work {
-    steps: Vec<Step>,
-}
-
-#[derive(Deserialize)]
-struct Step {
-    ms: Option<u64>,
+    ms: u64,
 }
 
 pub(super) fn run(settings: &Settings) -> anyhow::Result<()> {
@@ -34,7 +29,6 @@ pub(super) fn run(settings: &Settings) -> anyhow::Result<()> {
         loop {
             let message = consumer.recv().await?;
             let work: Work = serde_json::from_slice(message.payload().unwrap_or_default())?;
-            let wait = work.steps.iter().filter_map(|step| step.ms).sum();
             let key = message.key().unwrap_or_default().to_vec();
             let (producer, output) = (producer.clone(), settings.output.clone());
             let sender = keys.entry(key).or_insert_with_key(|key| {
@@ -42,7 +36,7 @@ pub(super) fn run(settings: &Settings) -> anyhow::Result<()> {
                 tokio::spawn(handle(key.clone(), waits, producer, output));
                 sender
             });
-            sender.send(wait)?;
+            sender.send(work.ms)?;
         }
     })
 }

@@ -109,7 +109,8 @@ fn pipeline(bench: &Bench, input: &str) -> String {
         input = ["{input}"]
         group = "{group}"
         redis = {{ cache = {{ prefix = "post:" }} }}
-        batch = {{ max-messages = {BATCH} }}
+        order = "key"
+        concurrency = 64
         [admin]
         listen = "127.0.0.1:0"
         "#

@@ -29,12 +29,8 @@ pub(crate) fn concurrency(bench: &Bench, tell: &mut dyn FnMut(Row)) -> anyhow::R
     let work = work();
     bench.log.fill(&input, MESSAGES, |n| {
         let (key, wait) = work[usize::try_from(n).unwrap_or_default()];
-        let steps = serde_json::json!([
-            { "do": "sleep", "ms": wait },
-            { "do": "emit", "topic": output, "value": "done" },
-        ]);
-        let message = serde_json::json!({ "do": "steps", "steps": steps });
-        (format!("key-{key}"), message.to_string().into_bytes())
+        let message = format!("{{\"ms\":{wait}}}");
+        (format!("key-{key}"), message.into_bytes())
     })?;
     let waits = |key| {
         work.iter()
@@ -51,7 +47,7 @@ pub(crate) fn concurrency(bench: &Bench, tell: &mut dyn FnMut(Row)) -> anyhow::R
     for round in 1..=ROUNDS {
         let side = Side::Native("keys", settings(bench, &input, &output));
         let by_native = bench.pace(&side, &output, MESSAGES, WHOLE)?;
-        let side = Side::Host(pipeline(bench, "test-probe", &input, &output, more));
+        let side = Side::Host(pipeline(bench, "test-waits", &input, &output, more));
         let by_host = bench.pace(&side, &output, MESSAGES, WHOLE)?;
         let seconds = |rate: f64| MESSAGES as f64 / rate;
         host.push(seconds(by_host.rate));
