@@ -4,13 +4,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tracing::debug;
-use wasmtime::component::InstancePre;
 use wasmtime::{Engine, Store};
 
 use super::clock::Clock;
 use super::guest::{Grants, Guest};
 use super::plain;
+use super::runtime::Mould;
 use crate::capability::logging::Place;
 use crate::capability::producer::ProducerGrant;
 use crate::capability::sql::Transaction;
@@ -58,6 +59,8 @@ use bindings::one::{One, OnePre};
 pub struct StageComponent {
     engine: Engine,
     clock: Clock,
+    /// A permit a call, where there can't be any number of instances.
+    room: Option<Arc<Semaphore>>,
     world: World,
     grants: Grants,
     deadline: Duration,
@@ -85,10 +88,15 @@ enum Exports {
 impl StageComponent {
     pub(super) fn new(
         stage: &pipeline::Stage,
-        (engine, clock): (&Engine, &Clock),
-        pre: InstancePre<Guest>,
+        mould: Mould,
         stores: &Stores,
     ) -> anyhow::Result<Self> {
+        let Mould {
+            engine,
+            clock,
+            pre,
+            room,
+        } = mould;
         let world = match OnePre::new(pre.clone()) {
             Ok(one) => World::Handler(one),
             Err(_) => World::BatchHandler(
@@ -111,8 +119,9 @@ impl StageComponent {
             memory: stage.limits.memory,
         };
         Ok(Self {
-            engine: engine.clone(),
-            clock: clock.clone(),
+            engine,
+            clock,
+            room,
             world,
             grants,
             deadline: stage.limits.deadline,
@@ -142,6 +151,12 @@ impl StageComponent {
         }
     }
 
+    /// Waits until there may be one more instance. That is not counted into a call's time.
+    async fn enter(&self) -> Option<SemaphorePermit<'_>> {
+        // It is never closed.
+        self.room.as_ref()?.acquire().await.ok()
+    }
+
     async fn instantiate(&self) -> wasmtime::Result<Instance> {
         let mut store = Store::new(&self.engine, Guest::new(&self.grants));
         store.limiter(|guest| &mut guest.limiter);
@@ -158,6 +173,7 @@ impl StageComponent {
 
     /// Makes a first instance, so that a component that cannot be instantiated is found at start.
     pub async fn warm_up(&self) -> anyhow::Result<()> {
+        let _permit = self.enter().await;
         let instance = self
             .clock
             .within(self.deadline, self.instantiate())
@@ -175,6 +191,7 @@ impl StageComponent {
         deliveries: &[Delivery<'_>],
         transaction: Option<&Transaction>,
     ) -> Invocation {
+        let _permit = self.enter().await;
         // On expiry the future is dropped, and with it the instance: wasmtime unwinds its stack.
         let waits = Waits::default();
         let call = self.invoke(deliveries, transaction, &waits);

@@ -1,9 +1,12 @@
 //! The wasmtime engine, the linker with everything that a stage may import, and the clock that interrupts guests.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::Context;
-use wasmtime::component::{Component, Linker};
+use tokio::sync::Semaphore;
+use tracing::{debug, warn};
+use wasmtime::component::{Component, InstancePre, Linker};
 use wasmtime::{Cache, CacheConfig, Config, Engine, EngineWeak};
 use wasmtime_wasi_config::WasiConfig;
 
@@ -11,8 +14,9 @@ use super::clock::{Clock, TICK};
 use super::guest::Guest;
 use super::instance::StageComponent;
 use super::plain;
+use super::pool;
 use crate::capability::{self, Stores};
-use crate::pipeline;
+use crate::pipeline::{self, Instances};
 
 /// Bytes of WebAssembly stack.
 const WASM_STACK: usize = 512 << 10;
@@ -22,11 +26,30 @@ const CALL_STACK: usize = 2 << 20;
 /// A compiled component.
 pub struct Compiled(Component);
 
-/// One engine and linker for all stages of a host.
+/// The engines and linkers for all stages of a host.
 pub struct Runtime {
+    /// Maps memory for an instance and gives it back: for those that stay.
+    lasting: Linked,
+    /// Has memory at hand: for those that serve one call. `None` where it is not to be had.
+    passing: Option<Linked>,
+    /// How many of those there may be.
+    room: Arc<Semaphore>,
+    clock: Clock,
+}
+
+/// An engine and what its components may import.
+struct Linked {
     engine: Engine,
     linker: Linker<Guest>,
-    clock: Clock,
+}
+
+/// What instances of a stage are made of.
+pub(super) struct Mould {
+    pub(super) engine: Engine,
+    pub(super) clock: Clock,
+    pub(super) pre: InstancePre<Guest>,
+    /// A permit an instance, where there can't be any number of them.
+    pub(super) room: Option<Arc<Semaphore>>,
 }
 
 impl Runtime {
@@ -39,20 +62,34 @@ impl Runtime {
             .max_wasm_stack(WASM_STACK)
             .async_stack_size(CALL_STACK)
             .cache(Some(open_cache(cache)?));
-        let engine = Engine::new(&config).map_err(plain)?;
-        let linker = link(&engine).map_err(plain)?;
+        let lasting = Linked::new(&config)?;
+        let passing = pooled(&mut config);
         let clock = Clock::default();
-        start_ticker(engine.weak(), clock.clone())?;
+        let weak = [Some(&lasting), passing.as_ref()];
+        let weak = weak
+            .into_iter()
+            .flatten()
+            .map(|linked| linked.engine.weak());
+        start_ticker(weak.collect(), clock.clone())?;
         Ok(Self {
-            engine,
-            linker,
+            lasting,
+            passing,
+            room: Arc::new(Semaphore::new(pool::MAX_INSTANCES as usize)),
             clock,
         })
     }
 
     /// Compiles a component file's bytes. Takes as long as the component is large: call it off the async runtime.
-    pub fn compile(&self, bytes: &[u8]) -> anyhow::Result<Compiled> {
-        Component::new(&self.engine, bytes)
+    pub fn compile(&self, bytes: &[u8], instances: Instances) -> anyhow::Result<Compiled> {
+        let passing = self.passing.as_ref();
+        if let Some(passing) = passing.filter(|_| instances == Instances::Fresh) {
+            match Component::new(&passing.engine, bytes) {
+                Ok(component) => return Ok(Compiled(component)),
+                // It may have more parts than the pool has for one.
+                Err(error) => debug!("not for the pool: {error:#}"),
+            }
+        }
+        Component::new(&self.lasting.engine, bytes)
             .map(Compiled)
             .map_err(plain)
     }
@@ -64,21 +101,53 @@ impl Runtime {
         component: &Compiled,
         stores: &Stores,
     ) -> anyhow::Result<StageComponent> {
-        let pre = self.linker.instantiate_pre(&component.0).map_err(plain)?;
-        StageComponent::new(stage, (&self.engine, &self.clock), pre, stores)
+        let Compiled(component) = component;
+        let passing = self.passing.as_ref();
+        let passing = passing.filter(|linked| Engine::same(&linked.engine, component.engine()));
+        let linked = passing.unwrap_or(&self.lasting);
+        let mould = Mould {
+            engine: linked.engine.clone(),
+            clock: self.clock.clone(),
+            pre: linked.linker.instantiate_pre(component).map_err(plain)?,
+            room: passing.map(|_| self.room.clone()),
+        };
+        StageComponent::new(stage, mould, stores)
     }
 }
 
+impl Linked {
+    fn new(config: &Config) -> anyhow::Result<Self> {
+        let engine = Engine::new(config).map_err(plain)?;
+        let linker = link(&engine).map_err(plain)?;
+        Ok(Self { engine, linker })
+    }
+}
+
+fn pooled(config: &mut Config) -> Option<Linked> {
+    let pooled = pool::strategies().into_iter().find_map(|strategy| {
+        let linked = Linked::new(config.allocation_strategy(strategy));
+        linked
+            .inspect_err(|error| debug!("no such pool: {error:#}"))
+            .ok()
+    });
+    if pooled.is_none() {
+        warn!(
+            "no address space is to be had for a pool of instances: `instances = \"fresh\"` will be slower"
+        );
+    }
+    pooled
+}
+
 /// Interrupts running guests at every tick: they then yield to the other tasks of their thread. A thread of its own, since
-/// guests that spin may hold every thread of the async runtime until then. It ends with the engine.
-fn start_ticker(engine: EngineWeak, clock: Clock) -> anyhow::Result<()> {
+/// guests that spin may hold every thread of the async runtime until then. It ends with the engines.
+fn start_ticker(engines: Vec<EngineWeak>, clock: Clock) -> anyhow::Result<()> {
     std::thread::Builder::new()
         .name("epoch".into())
         .spawn(move || {
-            while let Some(engine) = engine.upgrade() {
-                engine.increment_epoch();
+            let tick =
+                |engine: &EngineWeak| engine.upgrade().map(|engine| engine.increment_epoch());
+            while engines.iter().filter_map(tick).count() > 0 {
                 clock.tick();
-                drop(engine);
                 std::thread::sleep(TICK);
             }
         })
