@@ -52,7 +52,7 @@ impl Config {
             auto_create_topics: true,
             default_partitions: 1,
             max_message_bytes: 1_048_588,
-            rebalance_delay: Duration::from_millis(100),
+            rebalance_delay: Duration::from_millis(20),
             min_session_timeout: Duration::from_secs(6),
             max_connections: 1000,
         }

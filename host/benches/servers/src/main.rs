@@ -19,6 +19,10 @@ use self::bench::Bench;
 use self::native::Settings;
 use self::report::Row;
 
+/// The host's.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Measures the host beside native programs.
 #[derive(Parser)]
 struct Arguments {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::header::CONTENT_TYPE;
@@ -17,7 +17,7 @@ use hyper_util::rt::TokioExecutor;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 
-const CONNECTIONS: &str = "64";
+const CONNECTIONS: usize = 64;
 /// What one measurement of `wrk` takes.
 const DURATION: &str = "5s";
 /// A post of the blog, as a browser sends it.
@@ -29,17 +29,20 @@ const MAX_OPEN: usize = 20_000;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Errors that are shown.
 const SHOWN_ERRORS: u64 = 5;
-/// How often it is asked for.
+/// How long after the answer it is asked for first. Then the time since the post is made longer by a part each time, so what
+/// is measured is at most that part too long, and a service that is late is not asked to death.
 const ASK: Duration = Duration::from_millis(5);
+const LONGER: f64 = 1.5;
 
 /// Requests a second that `wrk` gets answered; fails if any was answered with an error.
 pub(crate) fn requests_a_second(url: &str, script: Option<&Path>) -> anyhow::Result<f64> {
     let mut wrk = Command::new("wrk");
+    let connections = CONNECTIONS.to_string();
     wrk.args([
         "--threads",
         "1",
         "--connections",
-        CONNECTIONS,
+        &connections,
         "--duration",
         DURATION,
     ]);
@@ -77,6 +80,8 @@ pub(crate) struct EndToEnd {
 
 struct Visitor {
     client: Client<HttpConnector, Full<Bytes>>,
+    /// A request that finds none free waits, and that counts.
+    connections: Semaphore,
     address: String,
     errors: AtomicU64,
 }
@@ -91,6 +96,7 @@ pub(crate) async fn end_to_end(
     connector.set_nodelay(true);
     let visitor = Arc::new(Visitor {
         client: Client::builder(TokioExecutor::new()).build(connector),
+        connections: Semaphore::new(CONNECTIONS),
         address: address.to_owned(),
         errors: AtomicU64::new(0),
     });
@@ -109,7 +115,10 @@ pub(crate) async fn end_to_end(
                 Ok(Ok(())) => drop(sender.send(due.elapsed())),
                 late_or_failed => {
                     if visitor.errors.fetch_add(1, Ordering::Relaxed) < SHOWN_ERRORS {
-                        eprintln!("  a post failed: {late_or_failed:?}");
+                        match late_or_failed {
+                            Ok(Err(why)) => eprintln!("  a post failed: {why:#}"),
+                            _ => eprintln!("  a post could not be read after {PATIENCE:?}"),
+                        }
                     }
                 }
             }
@@ -140,29 +149,41 @@ impl Visitor {
             .uri(format!("http://{}/post", self.address))
             .header(CONTENT_TYPE, "application/x-www-form-urlencoded")
             .body(Full::from(FORM))?;
-        let answer = self.client.request(post).await?;
+        let (status, uid) = self.ask(post).await?;
         ensure!(
-            answer.status() == StatusCode::CREATED,
-            "answered {}",
-            answer.status()
+            status == StatusCode::CREATED,
+            "a post was answered {status}"
         );
-        let uid = answer.headers().get("stagehost-uid").context("a uid")?;
-        let url = format!("http://{}/post/uid/{}", self.address, uid.to_str()?);
-        // So that the connection may be used again.
-        answer.into_body().collect().await?;
-        let mut next = Instant::now();
+        let url = format!("http://{}/post/uid/{}", self.address, uid.context("a uid")?);
+        let (posted, mut wait) = (Instant::now(), ASK);
         loop {
-            next += ASK;
-            sleep(next.saturating_duration_since(Instant::now())).await;
-            let answer = self.client.get(url.parse()?).await?;
-            let status = answer.status();
-            answer.into_body().collect().await?;
-            match status {
-                StatusCode::OK => return Ok(()),
-                StatusCode::NOT_FOUND => {}
-                other => anyhow::bail!("answered {other}"),
+            sleep(wait.saturating_sub(posted.elapsed())).await;
+            wait = wait.mul_f64(LONGER);
+            let get = Request::get(&url).body(Full::default())?;
+            match self.ask(get).await? {
+                (StatusCode::OK, _) => return Ok(()),
+                (StatusCode::NOT_FOUND, _) => {}
+                (other, _) => bail!("a read was answered {other}"),
             }
         }
+    }
+
+    /// The answer's status, and the uid that it names.
+    async fn ask(
+        &self,
+        request: Request<Full<Bytes>>,
+    ) -> anyhow::Result<(StatusCode, Option<String>)> {
+        let _connection = self.connections.acquire().await?;
+        let answer = self.client.request(request).await?;
+        let uid = answer
+            .headers()
+            .get("stagehost-uid")
+            .map(|uid| uid.to_str());
+        let uid = uid.transpose()?.map(str::to_owned);
+        let status = answer.status();
+        // So that the connection may be used again.
+        answer.into_body().collect().await?;
+        Ok((status, uid))
     }
 }
 

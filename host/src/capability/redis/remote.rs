@@ -7,8 +7,8 @@ use redis::aio::{ConnectionManager, ConnectionManagerConfig};
 use redis::io::tcp::TcpSettings;
 use redis::io::tcp::socket2::TcpKeepalive;
 use redis::{
-    Client, Cmd, ErrorKind, FromRedisValue, IntoConnectionInfo, RedisError, Script, Value, cmd,
-    pipe,
+    Client, Cmd, ErrorKind, FromRedisValue, IntoConnectionInfo, Pipeline, RedisError, Script,
+    ScriptInvocation, Value, cmd, pipe,
 };
 
 use super::commands::Command;
@@ -126,23 +126,21 @@ impl Remote {
     }
 
     pub(super) async fn set(&self, set: Set) -> Result<Vec<bool>, Error> {
-        if set.entries.is_empty() {
-            return Ok(Vec::new());
-        }
-        let text = |number: Option<u64>| number.map_or(String::new(), |number| number.to_string());
-        let mut call = SET.prepare_invoke();
-        call.arg(text(set.ttl));
-        call.arg(match set.condition {
-            None => "",
-            Some(Condition::IfAbsent) => "absent",
-            Some(Condition::IfPresent) => "present",
-        });
-        call.arg(text(set.version));
-        for (key, value) in &set.entries {
-            call.key(key.as_slice()).key(version_key(key));
-            call.arg(value.as_slice());
-        }
         let mut connection = self.connection.clone();
+        let call = match (set.entries.as_slice(), set.condition, set.version, set.ttl) {
+            ([], ..) => return Ok(Vec::new()),
+            (entries, None, None, ttl) => {
+                in_time(plain_set(entries, ttl).exec_async(&mut connection)).await?;
+                return Ok(vec![true; entries.len()]);
+            }
+            ([(key, value)], None, Some(version), None) => {
+                let mut call = SET_IF_NEWER.prepare_invoke();
+                call.key(key.as_slice()).key(version_key(key));
+                call.arg(value.as_slice()).arg(version);
+                call
+            }
+            _ => general_set(&set),
+        };
         in_time(call.invoke_async(&mut connection)).await
     }
 
@@ -172,6 +170,52 @@ impl Remote {
         let mut connection = self.connection.clone();
         in_time(command.query_async(&mut connection)).await
     }
+}
+
+/// Sets the keys, and takes their versions away.
+fn plain_set(entries: &[(Vec<u8>, Vec<u8>)], ttl: Option<u64>) -> Pipeline {
+    let mut sets = pipe();
+    sets.atomic();
+    for (key, value) in entries {
+        let set = sets.cmd("SET").arg(key).arg(value);
+        if let Some(ttl) = ttl {
+            set.arg("PX").arg(ttl);
+        }
+    }
+    let versions: Vec<_> = entries.iter().map(|(key, _)| version_key(key)).collect();
+    sets.cmd("DEL").arg(versions);
+    sets
+}
+
+/// What a stage sets most: one key, if the version is newer. It takes Redis half the time of the general script.
+static SET_IF_NEWER: LazyLock<Script> = LazyLock::new(|| {
+    Script::new(
+        r"
+        local old, new = redis.call('GET', KEYS[2]), ARGV[2]
+        if old and (#new < #old or (#new == #old and new <= old)) then
+            return {0}
+        end
+        redis.call('MSET', KEYS[1], ARGV[1], KEYS[2], new)
+        return {1}
+        ",
+    )
+});
+
+fn general_set(set: &Set) -> ScriptInvocation<'static> {
+    let text = |number: Option<u64>| number.map_or(String::new(), |number| number.to_string());
+    let mut call = SET.prepare_invoke();
+    call.arg(text(set.ttl));
+    call.arg(match set.condition {
+        None => "",
+        Some(Condition::IfAbsent) => "absent",
+        Some(Condition::IfPresent) => "present",
+    });
+    call.arg(text(set.version));
+    for (key, value) in &set.entries {
+        call.key(key.as_slice()).key(version_key(key));
+        call.arg(value.as_slice());
+    }
+    call
 }
 
 /// Sets every key whose condition and version allow it, and answers 1 or 0 for each. The keys come in pairs,

@@ -110,7 +110,7 @@ fn pipeline(bench: &Bench, input: &str) -> String {
         group = "{group}"
         redis = {{ cache = {{ prefix = "post:" }} }}
         order = "key"
-        concurrency = 64
+        concurrency = 16
         [admin]
         listen = "127.0.0.1:0"
         "#
