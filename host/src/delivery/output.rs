@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 use super::seen::Seen;
 use crate::record::{Header, Outgoing};
@@ -30,11 +30,21 @@ struct Stored<'a> {
     partition: Option<i32>,
     timestamp: Option<i64>,
     #[serde(borrow)]
-    key: Option<&'a [u8]>,
+    key: Option<Bytes<'a>>,
     #[serde(borrow)]
-    value: Option<&'a [u8]>,
+    value: Option<Bytes<'a>>,
     #[serde(borrow)]
-    headers: Vec<(&'a str, Option<&'a [u8]>)>,
+    headers: Vec<(&'a str, Option<Bytes<'a>>)>,
+}
+
+/// Written in one go. Serde writes a slice byte by byte; postcard has both as their length and the bytes.
+#[derive(Clone, Copy, Deserialize)]
+struct Bytes<'a>(#[serde(borrow)] &'a [u8]);
+
+impl Serialize for Bytes<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_bytes(self.0)
+    }
 }
 
 /// Encodes outputs, none as no bytes.
@@ -85,12 +95,12 @@ fn stored(output: &Outgoing) -> Stored<'_> {
         topic: &output.topic,
         partition: output.partition,
         timestamp: output.timestamp,
-        key: output.key.as_deref(),
-        value: output.value.as_deref(),
+        key: output.key.as_deref().map(Bytes),
+        value: output.value.as_deref().map(Bytes),
         headers: output
             .headers
             .iter()
-            .map(|h| (h.name.as_str(), h.value.as_deref()))
+            .map(|h| (h.name.as_str(), h.value.as_deref().map(Bytes)))
             .collect(),
     }
 }
@@ -100,14 +110,14 @@ fn outgoing(stored: Stored<'_>) -> Outgoing {
         topic: Arc::from(stored.topic),
         partition: stored.partition,
         timestamp: stored.timestamp,
-        key: stored.key.map(<[u8]>::to_vec),
-        value: stored.value.map(<[u8]>::to_vec),
+        key: stored.key.map(|key| key.0.to_vec()),
+        value: stored.value.map(|value| value.0.to_vec()),
         headers: stored
             .headers
             .into_iter()
             .map(|(name, value)| Header {
                 name: name.to_owned(),
-                value: value.map(<[u8]>::to_vec),
+                value: value.map(|value| value.0.to_vec()),
             })
             .collect(),
     }
@@ -146,6 +156,24 @@ mod tests {
         assert_eq!(decode(&bytes).expect("decoded"), outputs);
         assert_eq!(encode(&[]).expect("encoded"), Vec::<u8>::new());
         assert_eq!(decode(&[]).expect("decoded"), Vec::<Outgoing>::new());
+    }
+
+    /// Rows that are there were written so.
+    #[test]
+    fn outputs_are_written_as_ever() {
+        let output = Outgoing {
+            topic: Arc::from("t"),
+            partition: Some(1),
+            timestamp: None,
+            key: Some(b"k".to_vec()),
+            value: None,
+            headers: vec![Header::new("h", "v")],
+        };
+        let bytes = encode(&[output]).expect("encoded");
+        assert_eq!(
+            bytes,
+            b"\x01\x01\x01t\x01\x02\x00\x01\x01k\x00\x01\x01h\x01\x01v"
+        );
     }
 
     #[test]
