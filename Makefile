@@ -5,7 +5,7 @@ STAGES := $(CURDIR)/target/stages
 MINUTES ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build stages test test-faults lint clean
+.PHONY: help demo build stages test test-faults budget lint clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -24,7 +24,13 @@ stages: ## compile the stages to WebAssembly: target/stages/<name>.wasm
 test: stages ## run all tests, on real servers that are started for them (or KAFKA_BROKERS, DATABASE_URL, REDIS_URL)
 	@scripts/install-deps test
 	jars=$$(scripts/kafka-jars) && \
-	STAGES_DIR=$(STAGES) KAFKA_JARS=$$jars scripts/with-servers cargo test --workspace --no-fail-fast
+	STAGES_DIR=$(STAGES) KAFKA_JARS=$$jars scripts/with-servers cargo test --workspace --no-fail-fast; \
+	tested=$$?; $(MAKE) budget && exit $$tested
+
+budget: ## count the instructions that a message costs in the lanes, and hold them against host/benches/budget/budget.toml
+	@scripts/install-deps test
+	cargo build --workspace --example budget --config host/benches/budget/profile.toml
+	$${CARGO_TARGET_DIR:-target}/debug/examples/budget check host/benches/budget/budget.toml
 
 test-faults: stages ## break hosts, servers and the network for about MINUTES=20 (FAULTS_SEED repeats a run), and judge what became of the messages
 	@scripts/install-deps test
