@@ -18,7 +18,7 @@ use crate::capability::{Pending, StoreError, StoreName, Stores};
 use crate::delivery::progress::Transaction as _;
 use crate::delivery::{Cause, Delivery, Fault, Handler, Invocation};
 use crate::pipeline::{self, Instances};
-use crate::record::Record;
+use crate::record::Header;
 
 /// Instances of a stage that are kept while they have nothing to do.
 const MAX_IDLE: usize = 256;
@@ -34,6 +34,7 @@ mod bindings {
                 world one { export stagehost:stage/handler@0.1.0; }
             ",
             exports: { default: async },
+            ownership: Borrowing { duplicate_if_necessary: false },
         });
     }
     pub(super) mod batch {
@@ -44,6 +45,7 @@ mod bindings {
                 world batch { export stagehost:stage/batch-handler@0.1.0; }
             ",
             exports: { default: async },
+            ownership: Borrowing { duplicate_if_necessary: false },
             with: { "stagehost:stage/types": super::one::stagehost::stage::types },
         });
     }
@@ -331,14 +333,16 @@ impl Instance {
         self.store.set_epoch_deadline(TICKS_PER_YIELD);
         match &self.exports {
             Exports::Handler(exports) => {
+                let headers = headers(first);
+                let message = message(first, &headers);
                 let handler = exports.stagehost_stage_handler();
-                let answer = handler
-                    .call_handle(&mut self.store, &message(first))
-                    .await?;
+                let answer = handler.call_handle(&mut self.store, message).await?;
                 Ok(vec![answer])
             }
             Exports::BatchHandler(exports) => {
-                let messages: Vec<_> = deliveries.iter().map(message).collect();
+                let headers: Vec<_> = deliveries.iter().map(headers).collect();
+                let messages = deliveries.iter().zip(&headers);
+                let messages: Vec<_> = messages.map(|(d, headers)| message(d, headers)).collect();
                 let handler = exports.stagehost_stage_batch_handler();
                 let answers = handler.call_handle(&mut self.store, &messages).await?;
                 if answers.len() != deliveries.len() {
@@ -354,30 +358,26 @@ impl Instance {
     }
 }
 
-fn message(delivery: &Delivery<'_>) -> wit::Message {
-    let Record {
-        topic,
-        partition,
-        offset,
-        timestamp,
-        key,
-        value,
-        headers,
-    } = delivery.record;
+fn headers<'a>(delivery: &Delivery<'a>) -> Vec<wit::Header<'a>> {
+    let headers = delivery.record.headers.iter();
+    let header = |header: &'a Header| wit::Header {
+        name: &header.name,
+        value: header.value.as_deref(),
+    };
+    headers.map(header).collect()
+}
+
+/// The record as it goes into the guest's memory: borrowed, so that it is copied once.
+fn message<'a>(delivery: &Delivery<'a>, headers: &'a [wit::Header<'a>]) -> wit::Message<'a> {
+    let record = delivery.record;
     wit::Message {
-        topic: topic.to_string(),
-        partition: u32::try_from(*partition).unwrap_or_default(),
-        offset: u64::try_from(*offset).unwrap_or_default(),
-        timestamp: timestamp.and_then(|t| u64::try_from(t).ok()),
-        key: key.clone(),
-        value: value.clone(),
-        headers: headers
-            .iter()
-            .map(|h| wit::Header {
-                name: h.name.clone(),
-                value: h.value.clone(),
-            })
-            .collect(),
+        topic: &record.topic,
+        partition: u32::try_from(record.partition).unwrap_or_default(),
+        offset: u64::try_from(record.offset).unwrap_or_default(),
+        timestamp: record.timestamp.and_then(|t| u64::try_from(t).ok()),
+        key: record.key.as_deref(),
+        value: record.value.as_deref(),
+        headers,
         attempt: delivery.attempt,
     }
 }
