@@ -89,10 +89,12 @@ fn stage(folder: &TempDir, guest: &str, instances: &str) -> StageComponent {
     };
     let runtime = Runtime::new(&folder.path().join("cache")).expect("a runtime");
     let bytes = std::fs::read(&component).expect("a component");
-    let compiled = runtime.compile(&bytes).expect("compiled");
     let [stage] = pipeline.stages() else {
         panic!("one stage");
     };
+    let compiled = runtime
+        .compile(&bytes, stage.instances())
+        .expect("compiled");
     runtime
         .bind(stage, &compiled, &Stores::default())
         .expect("linked")

@@ -15,7 +15,7 @@ use crate::capability::sql::{SqlCtx, SqlGrants};
 use crate::capability::{Pending, StoreName};
 
 /// Elements of all of an instance's tables together.
-const MAX_TABLE_ELEMENTS: usize = 100_000;
+pub(super) const MAX_TABLE_ELEMENTS: usize = 100_000;
 /// Core instances, tables and memories that one component may be made of.
 const MAX_PARTS: usize = 100;
 /// Resources (connections, streams, pollables) that an instance may hold.

@@ -4,13 +4,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::debug;
-use wasmtime::component::InstancePre;
 use wasmtime::{Engine, Store};
 
 use super::clock::Clock;
 use super::guest::{Grants, Guest};
 use super::plain;
+use super::runtime::{Prepared, Source};
 use crate::capability::logging::Place;
 use crate::capability::producer::ProducerGrant;
 use crate::capability::sql::Transaction;
@@ -56,14 +57,21 @@ use bindings::one::{One, OnePre};
 
 /// A compiled stage with its grants.
 pub struct StageComponent {
-    engine: Engine,
     clock: Clock,
-    world: World,
+    mapped: Mould,
+    /// Tried first, as long as there are permits.
+    pooled: Option<(Mould, Arc<Semaphore>)>,
     grants: Grants,
     deadline: Duration,
     instances: Instances,
     /// Instances at rest: at most as many as there were calls at one time, so `concurrency` a lane.
     idle: Mutex<Vec<Instance>>,
+}
+
+/// What instances are made of.
+struct Mould {
+    engine: Engine,
+    world: World,
 }
 
 /// What the component exports.
@@ -75,6 +83,8 @@ enum World {
 struct Instance {
     store: Store<Guest>,
     exports: Exports,
+    /// Given back after the store has given back what it permits.
+    _permit: Option<OwnedSemaphorePermit>,
 }
 
 enum Exports {
@@ -85,22 +95,12 @@ enum Exports {
 impl StageComponent {
     pub(super) fn new(
         stage: &pipeline::Stage,
-        (engine, clock): (&Engine, &Clock),
-        pre: InstancePre<Guest>,
+        source: Source,
         stores: &Stores,
     ) -> anyhow::Result<Self> {
-        let world = match OnePre::new(pre.clone()) {
-            Ok(one) => World::Handler(one),
-            Err(_) => World::BatchHandler(
-                BatchPre::new(pre)
-                    .map_err(plain)
-                    .with_context(|| {
-                        format!(
-                            "{} exports neither stagehost:stage/handler nor stagehost:stage/batch-handler",
-                            stage.component.display()
-                        )
-                    })?,
-            ),
+        let pooled = match source.pooled {
+            Some((prepared, room)) => Some((Mould::new(stage, prepared)?, room)),
+            None => None,
         };
         let grants = Grants {
             stage: Arc::from(stage.name.as_str()),
@@ -111,9 +111,9 @@ impl StageComponent {
             memory: stage.limits.memory,
         };
         Ok(Self {
-            engine: engine.clone(),
-            clock: clock.clone(),
-            world,
+            clock: source.clock,
+            mapped: Mould::new(stage, source.mapped)?,
+            pooled,
             grants,
             deadline: stage.limits.deadline,
             instances: stage.instances,
@@ -143,17 +143,29 @@ impl StageComponent {
     }
 
     async fn instantiate(&self) -> wasmtime::Result<Instance> {
-        let mut store = Store::new(&self.engine, Guest::new(&self.grants));
+        let pooled = self.pooled.as_ref().and_then(|(mould, room)| {
+            let permit = room.clone().try_acquire_owned().ok()?;
+            Some((mould, permit))
+        });
+        let (mould, permit) = match pooled {
+            Some((mould, permit)) => (mould, Some(permit)),
+            None => (&self.mapped, None),
+        };
+        let mut store = Store::new(&mould.engine, Guest::new(&self.grants));
         store.limiter(|guest| &mut guest.limiter);
         store.set_epoch_deadline(TICKS_PER_YIELD);
         store.epoch_deadline_callback(|_| Ok(wasmtime::UpdateDeadline::Yield(TICKS_PER_YIELD)));
-        let exports = match &self.world {
+        let exports = match &mould.world {
             World::Handler(pre) => Exports::Handler(pre.instantiate_async(&mut store).await?),
             World::BatchHandler(pre) => {
                 Exports::BatchHandler(pre.instantiate_async(&mut store).await?)
             }
         };
-        Ok(Instance { store, exports })
+        Ok(Instance {
+            store,
+            exports,
+            _permit: permit,
+        })
     }
 
     /// Makes a first instance, so that a component that cannot be instantiated is found at start.
@@ -270,6 +282,26 @@ impl StageComponent {
     }
 }
 
+impl Mould {
+    fn new(stage: &pipeline::Stage, prepared: Prepared) -> anyhow::Result<Self> {
+        let Prepared { engine, pre } = prepared;
+        let world = match OnePre::new(pre.clone()) {
+            Ok(one) => World::Handler(one),
+            Err(_) => World::BatchHandler(
+                BatchPre::new(pre)
+                    .map_err(plain)
+                    .with_context(|| {
+                        format!(
+                            "{} exports neither stagehost:stage/handler nor stagehost:stage/batch-handler",
+                            stage.component.display()
+                        )
+                    })?,
+            ),
+        };
+        Ok(Self { engine, world })
+    }
+}
+
 /// What the instance of a call waits for; it outlives the call's future, and the instance with it.
 #[derive(Default)]
 struct Waits(Mutex<Option<Arc<Pending>>>);
@@ -289,7 +321,7 @@ impl Waits {
 /// Effects in SQL stores are durable statement by statement.
 impl Handler<()> for StageComponent {
     fn takes_batches(&self) -> bool {
-        matches!(self.world, World::BatchHandler(_))
+        matches!(self.mapped.world, World::BatchHandler(_))
     }
 
     async fn call(&self, deliveries: &[Delivery<'_>], (): &()) -> Invocation {
@@ -304,7 +336,7 @@ impl Handler<()> for StageComponent {
 /// Effects in the stage's SQL store belong to the transaction.
 impl Handler<Transaction> for StageComponent {
     fn takes_batches(&self) -> bool {
-        matches!(self.world, World::BatchHandler(_))
+        matches!(self.mapped.world, World::BatchHandler(_))
     }
 
     async fn call(&self, deliveries: &[Delivery<'_>], transaction: &Transaction) -> Invocation {

@@ -4,6 +4,7 @@ mod clock;
 mod guest;
 pub mod inspect;
 mod instance;
+mod pool;
 mod runtime;
 
 pub use instance::StageComponent;

@@ -1,9 +1,13 @@
 //! The wasmtime engine, the linker with everything that a stage may import, and the clock that interrupts guests.
 
+use std::iter;
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::Context;
-use wasmtime::component::{Component, Linker};
+use tokio::sync::Semaphore;
+use tracing::debug;
+use wasmtime::component::{Component, InstancePre, Linker};
 use wasmtime::{Cache, CacheConfig, Config, Engine, EngineWeak};
 use wasmtime_wasi_config::WasiConfig;
 
@@ -11,8 +15,9 @@ use super::clock::{Clock, TICK};
 use super::guest::Guest;
 use super::instance::StageComponent;
 use super::plain;
+use super::pool;
 use crate::capability::{self, Stores};
-use crate::pipeline;
+use crate::pipeline::{self, Instances};
 
 /// Bytes of WebAssembly stack.
 const WASM_STACK: usize = 512 << 10;
@@ -20,13 +25,41 @@ const WASM_STACK: usize = 512 << 10;
 const CALL_STACK: usize = 2 << 20;
 
 /// A compiled component.
-pub struct Compiled(Component);
+pub struct Compiled {
+    mapped: Component,
+    /// Where its instances serve one call each, and the pool has room for what they are made of.
+    pooled: Option<Component>,
+}
 
-/// One engine and linker for all stages of a host.
+/// The engines and linkers for all stages of a host.
 pub struct Runtime {
+    /// Maps memory for an instance and gives it back.
+    mapping: Linked,
+    /// Has memory at hand, for so many instances. `None` where address space for it is not to be had.
+    pooling: Option<Linked>,
+    /// A permit for each of those.
+    room: Arc<Semaphore>,
+    clock: Clock,
+}
+
+/// An engine and what its components may import.
+struct Linked {
     engine: Engine,
     linker: Linker<Guest>,
-    clock: Clock,
+}
+
+/// A component that can be instantiated, and how.
+pub(super) struct Prepared {
+    pub(super) engine: Engine,
+    pub(super) pre: InstancePre<Guest>,
+}
+
+/// What a stage's instances are made from.
+pub(super) struct Source {
+    pub(super) mapped: Prepared,
+    /// As long as there are permits.
+    pub(super) pooled: Option<(Prepared, Arc<Semaphore>)>,
+    pub(super) clock: Clock,
 }
 
 impl Runtime {
@@ -39,22 +72,32 @@ impl Runtime {
             .max_wasm_stack(WASM_STACK)
             .async_stack_size(CALL_STACK)
             .cache(Some(open_cache(cache)?));
-        let engine = Engine::new(&config).map_err(plain)?;
-        let linker = link(&engine).map_err(plain)?;
+        let mapping = Linked::new(&config)?;
+        let pooling = pooled(&mut config);
         let clock = Clock::default();
-        start_ticker(engine.weak(), clock.clone())?;
+        let engines = iter::once(&mapping).chain(&pooling);
+        let engines = engines.map(|linked| linked.engine.weak()).collect();
+        start_ticker(engines, clock.clone())?;
         Ok(Self {
-            engine,
-            linker,
+            mapping,
+            pooling,
+            room: Arc::new(Semaphore::new(pool::MAX_INSTANCES as usize)),
             clock,
         })
     }
 
     /// Compiles a component file's bytes. Takes as long as the component is large: call it off the async runtime.
-    pub fn compile(&self, bytes: &[u8]) -> anyhow::Result<Compiled> {
-        Component::new(&self.engine, bytes)
-            .map(Compiled)
-            .map_err(plain)
+    pub fn compile(&self, bytes: &[u8], instances: Instances) -> anyhow::Result<Compiled> {
+        let mapped = Component::new(&self.mapping.engine, bytes).map_err(plain)?;
+        let pooling = self.pooling.as_ref();
+        let pooling = pooling.filter(|_| instances == Instances::Fresh);
+        let pooled = pooling.and_then(|linked| {
+            let pooled = Component::new(&linked.engine, bytes);
+            // It may have more parts than the pool has for one.
+            let pooled = pooled.inspect_err(|error| debug!("not for the pool: {error:#}"));
+            pooled.ok()
+        });
+        Ok(Compiled { mapped, pooled })
     }
 
     /// Binds a stage's grants to its component.
@@ -64,21 +107,52 @@ impl Runtime {
         component: &Compiled,
         stores: &Stores,
     ) -> anyhow::Result<StageComponent> {
-        let pre = self.linker.instantiate_pre(&component.0).map_err(plain)?;
-        StageComponent::new(stage, (&self.engine, &self.clock), pre, stores)
+        let pooled = match (&self.pooling, &component.pooled) {
+            (Some(linked), Some(pooled)) => Some((linked.prepare(pooled)?, self.room.clone())),
+            _ => None,
+        };
+        let source = Source {
+            mapped: self.mapping.prepare(&component.mapped)?,
+            pooled,
+            clock: self.clock.clone(),
+        };
+        StageComponent::new(stage, source, stores)
     }
 }
 
+impl Linked {
+    fn new(config: &Config) -> anyhow::Result<Self> {
+        let engine = Engine::new(config).map_err(plain)?;
+        let linker = link(&engine).map_err(plain)?;
+        Ok(Self { engine, linker })
+    }
+
+    fn prepare(&self, component: &Component) -> anyhow::Result<Prepared> {
+        Ok(Prepared {
+            engine: self.engine.clone(),
+            pre: self.linker.instantiate_pre(component).map_err(plain)?,
+        })
+    }
+}
+
+fn pooled(config: &mut Config) -> Option<Linked> {
+    pool::strategies().into_iter().find_map(|strategy| {
+        let linked = Linked::new(config.allocation_strategy(strategy));
+        let linked = linked.inspect_err(|error| debug!("no such pool: {error:#}"));
+        linked.ok()
+    })
+}
+
 /// Interrupts running guests at every tick: they then yield to the other tasks of their thread. A thread of its own, since
-/// guests that spin may hold every thread of the async runtime until then. It ends with the engine.
-fn start_ticker(engine: EngineWeak, clock: Clock) -> anyhow::Result<()> {
+/// guests that spin may hold every thread of the async runtime until then. It ends with the engines.
+fn start_ticker(engines: Vec<EngineWeak>, clock: Clock) -> anyhow::Result<()> {
     std::thread::Builder::new()
         .name("epoch".into())
         .spawn(move || {
-            while let Some(engine) = engine.upgrade() {
-                engine.increment_epoch();
+            let tick =
+                |engine: &EngineWeak| engine.upgrade().map(|engine| engine.increment_epoch());
+            while engines.iter().filter_map(tick).count() > 0 {
                 clock.tick();
-                drop(engine);
                 std::thread::sleep(TICK);
             }
         })

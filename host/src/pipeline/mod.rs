@@ -296,6 +296,13 @@ impl Pipeline {
     }
 }
 
+impl Stage {
+    /// Whether its instances serve more than one call.
+    pub fn instances(&self) -> Instances {
+        self.instances
+    }
+}
+
 impl Secret {
     /// Hides the text.
     pub fn new(text: impl Into<String>) -> Self {

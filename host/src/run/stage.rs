@@ -54,8 +54,8 @@ pub(super) async fn load(
         .await
         .with_context(|| format!("cannot read {}", stage.component.display()))?;
     let hash: Arc<str> = hex(&Sha256::digest(&bytes)).into();
-    let compiler = runtime.clone();
-    let compiled = tokio::task::spawn_blocking(move || compiler.compile(&bytes))
+    let (compiler, instances) = (runtime.clone(), stage.instances);
+    let compiled = tokio::task::spawn_blocking(move || compiler.compile(&bytes, instances))
         .await
         .context("compiling failed")?
         .with_context(|| format!("{} does not compile", stage.component.display()))?;

@@ -75,3 +75,18 @@ async fn each_key_keeps_its_order_and_a_crash_loses_nothing() {
     let expected: BTreeSet<u64> = (0..MESSAGES).filter(|n| n % 100 == 7).collect();
     assert_eq!(dead, expected);
 }
+
+/// Memory is at hand for 500 of them.
+#[tokio::test(flavor = "multi_thread")]
+async fn there_may_be_any_number_of_fresh_instances() {
+    let settings =
+        "delivery = \"at-least-once\"\norder = \"none\"\nconcurrency = 1000\ninstances = \"fresh\"";
+    let bench = Bench::start("test-probe", 1, settings);
+    let sleep = json!({ "do": "sleep", "ms": 500 });
+    let emit = json!({ "do": "emit", "topic": bench.output, "value": 1 });
+    let message = json!({ "do": "steps", "steps": [sleep, emit] });
+    let (outputs, dead) = bench.deliver(&vec![message; 1_200]).await;
+    assert_eq!((outputs.len(), dead.len()), (1_200, 0));
+    let retries = bench.metric("stagehost_retries_total{stage=\"probe\"}");
+    assert_eq!(retries.as_deref(), Some("0"));
+}
