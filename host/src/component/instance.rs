@@ -4,14 +4,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::debug;
 use wasmtime::{Engine, Store};
 
 use super::clock::Clock;
 use super::guest::{Grants, Guest};
 use super::plain;
-use super::runtime::Mould;
+use super::runtime::{Prepared, Source};
 use crate::capability::logging::Place;
 use crate::capability::producer::ProducerGrant;
 use crate::capability::sql::Transaction;
@@ -57,16 +57,21 @@ use bindings::one::{One, OnePre};
 
 /// A compiled stage with its grants.
 pub struct StageComponent {
-    engine: Engine,
     clock: Clock,
-    /// A permit a call, where there can't be any number of instances.
-    room: Option<Arc<Semaphore>>,
-    world: World,
+    mapped: Mould,
+    /// Tried first, as long as there are permits.
+    pooled: Option<(Mould, Arc<Semaphore>)>,
     grants: Grants,
     deadline: Duration,
     instances: Instances,
     /// Instances at rest: at most as many as there were calls at one time, so `concurrency` a lane.
     idle: Mutex<Vec<Instance>>,
+}
+
+/// What instances are made of.
+struct Mould {
+    engine: Engine,
+    world: World,
 }
 
 /// What the component exports.
@@ -78,6 +83,8 @@ enum World {
 struct Instance {
     store: Store<Guest>,
     exports: Exports,
+    /// Given back after the store has given back what it permits.
+    _permit: Option<OwnedSemaphorePermit>,
 }
 
 enum Exports {
@@ -88,27 +95,12 @@ enum Exports {
 impl StageComponent {
     pub(super) fn new(
         stage: &pipeline::Stage,
-        mould: Mould,
+        source: Source,
         stores: &Stores,
     ) -> anyhow::Result<Self> {
-        let Mould {
-            engine,
-            clock,
-            pre,
-            room,
-        } = mould;
-        let world = match OnePre::new(pre.clone()) {
-            Ok(one) => World::Handler(one),
-            Err(_) => World::BatchHandler(
-                BatchPre::new(pre)
-                    .map_err(plain)
-                    .with_context(|| {
-                        format!(
-                            "{} exports neither stagehost:stage/handler nor stagehost:stage/batch-handler",
-                            stage.component.display()
-                        )
-                    })?,
-            ),
+        let pooled = match source.pooled {
+            Some((prepared, room)) => Some((Mould::new(stage, prepared)?, room)),
+            None => None,
         };
         let grants = Grants {
             stage: Arc::from(stage.name.as_str()),
@@ -119,10 +111,9 @@ impl StageComponent {
             memory: stage.limits.memory,
         };
         Ok(Self {
-            engine,
-            clock,
-            room,
-            world,
+            clock: source.clock,
+            mapped: Mould::new(stage, source.mapped)?,
+            pooled,
             grants,
             deadline: stage.limits.deadline,
             instances: stage.instances,
@@ -151,29 +142,34 @@ impl StageComponent {
         }
     }
 
-    /// Waits until there may be one more instance. That is not counted into a call's time.
-    async fn enter(&self) -> Option<SemaphorePermit<'_>> {
-        // It is never closed.
-        self.room.as_ref()?.acquire().await.ok()
-    }
-
     async fn instantiate(&self) -> wasmtime::Result<Instance> {
-        let mut store = Store::new(&self.engine, Guest::new(&self.grants));
+        let pooled = self.pooled.as_ref().and_then(|(mould, room)| {
+            let permit = room.clone().try_acquire_owned().ok()?;
+            Some((mould, permit))
+        });
+        let (mould, permit) = match pooled {
+            Some((mould, permit)) => (mould, Some(permit)),
+            None => (&self.mapped, None),
+        };
+        let mut store = Store::new(&mould.engine, Guest::new(&self.grants));
         store.limiter(|guest| &mut guest.limiter);
         store.set_epoch_deadline(TICKS_PER_YIELD);
         store.epoch_deadline_callback(|_| Ok(wasmtime::UpdateDeadline::Yield(TICKS_PER_YIELD)));
-        let exports = match &self.world {
+        let exports = match &mould.world {
             World::Handler(pre) => Exports::Handler(pre.instantiate_async(&mut store).await?),
             World::BatchHandler(pre) => {
                 Exports::BatchHandler(pre.instantiate_async(&mut store).await?)
             }
         };
-        Ok(Instance { store, exports })
+        Ok(Instance {
+            store,
+            exports,
+            _permit: permit,
+        })
     }
 
     /// Makes a first instance, so that a component that cannot be instantiated is found at start.
     pub async fn warm_up(&self) -> anyhow::Result<()> {
-        let _permit = self.enter().await;
         let instance = self
             .clock
             .within(self.deadline, self.instantiate())
@@ -191,7 +187,6 @@ impl StageComponent {
         deliveries: &[Delivery<'_>],
         transaction: Option<&Transaction>,
     ) -> Invocation {
-        let _permit = self.enter().await;
         // On expiry the future is dropped, and with it the instance: wasmtime unwinds its stack.
         let waits = Waits::default();
         let call = self.invoke(deliveries, transaction, &waits);
@@ -287,6 +282,26 @@ impl StageComponent {
     }
 }
 
+impl Mould {
+    fn new(stage: &pipeline::Stage, prepared: Prepared) -> anyhow::Result<Self> {
+        let Prepared { engine, pre } = prepared;
+        let world = match OnePre::new(pre.clone()) {
+            Ok(one) => World::Handler(one),
+            Err(_) => World::BatchHandler(
+                BatchPre::new(pre)
+                    .map_err(plain)
+                    .with_context(|| {
+                        format!(
+                            "{} exports neither stagehost:stage/handler nor stagehost:stage/batch-handler",
+                            stage.component.display()
+                        )
+                    })?,
+            ),
+        };
+        Ok(Self { engine, world })
+    }
+}
+
 /// What the instance of a call waits for; it outlives the call's future, and the instance with it.
 #[derive(Default)]
 struct Waits(Mutex<Option<Arc<Pending>>>);
@@ -306,7 +321,7 @@ impl Waits {
 /// Effects in SQL stores are durable statement by statement.
 impl Handler<()> for StageComponent {
     fn takes_batches(&self) -> bool {
-        matches!(self.world, World::BatchHandler(_))
+        matches!(self.mapped.world, World::BatchHandler(_))
     }
 
     async fn call(&self, deliveries: &[Delivery<'_>], (): &()) -> Invocation {
@@ -321,7 +336,7 @@ impl Handler<()> for StageComponent {
 /// Effects in the stage's SQL store belong to the transaction.
 impl Handler<Transaction> for StageComponent {
     fn takes_batches(&self) -> bool {
-        matches!(self.world, World::BatchHandler(_))
+        matches!(self.mapped.world, World::BatchHandler(_))
     }
 
     async fn call(&self, deliveries: &[Delivery<'_>], transaction: &Transaction) -> Invocation {

@@ -4,9 +4,9 @@ use wasmtime::{Enabled, InstanceAllocationStrategy, PoolingAllocationConfig};
 
 use super::guest::MAX_TABLE_ELEMENTS;
 
-/// Instances that there may be at one time. A call beyond them waits until another one has ended.
+/// Instances that there may be at one time. Memory for those beyond is mapped.
 pub(super) const MAX_INSTANCES: u32 = 500;
-/// Core instances, memories and tables of one. A component of more parts is left to the engine that maps them.
+/// Core instances, memories and tables of one. Memory for a component of more parts is mapped.
 const MAX_CORE_INSTANCES: u32 = 16;
 const MAX_MEMORIES: u32 = 1;
 const MAX_TABLES: u32 = 4;

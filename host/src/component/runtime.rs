@@ -1,11 +1,12 @@
 //! The wasmtime engine, the linker with everything that a stage may import, and the clock that interrupts guests.
 
+use std::iter;
 use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context;
 use tokio::sync::Semaphore;
-use tracing::{debug, warn};
+use tracing::debug;
 use wasmtime::component::{Component, InstancePre, Linker};
 use wasmtime::{Cache, CacheConfig, Config, Engine, EngineWeak};
 use wasmtime_wasi_config::WasiConfig;
@@ -24,15 +25,19 @@ const WASM_STACK: usize = 512 << 10;
 const CALL_STACK: usize = 2 << 20;
 
 /// A compiled component.
-pub struct Compiled(Component);
+pub struct Compiled {
+    mapped: Component,
+    /// Where its instances serve one call each, and the pool has room for what they are made of.
+    pooled: Option<Component>,
+}
 
 /// The engines and linkers for all stages of a host.
 pub struct Runtime {
-    /// Maps memory for an instance and gives it back: for those that stay.
-    lasting: Linked,
-    /// Has memory at hand: for those that serve one call. `None` where it is not to be had.
-    passing: Option<Linked>,
-    /// How many of those there may be.
+    /// Maps memory for an instance and gives it back.
+    mapping: Linked,
+    /// Has memory at hand, for so many instances. `None` where address space for it is not to be had.
+    pooling: Option<Linked>,
+    /// A permit for each of those.
     room: Arc<Semaphore>,
     clock: Clock,
 }
@@ -43,13 +48,18 @@ struct Linked {
     linker: Linker<Guest>,
 }
 
-/// What instances of a stage are made of.
-pub(super) struct Mould {
+/// A component that can be instantiated, and how.
+pub(super) struct Prepared {
     pub(super) engine: Engine,
-    pub(super) clock: Clock,
     pub(super) pre: InstancePre<Guest>,
-    /// A permit an instance, where there can't be any number of them.
-    pub(super) room: Option<Arc<Semaphore>>,
+}
+
+/// What a stage's instances are made from.
+pub(super) struct Source {
+    pub(super) mapped: Prepared,
+    /// As long as there are permits.
+    pub(super) pooled: Option<(Prepared, Arc<Semaphore>)>,
+    pub(super) clock: Clock,
 }
 
 impl Runtime {
@@ -62,18 +72,15 @@ impl Runtime {
             .max_wasm_stack(WASM_STACK)
             .async_stack_size(CALL_STACK)
             .cache(Some(open_cache(cache)?));
-        let lasting = Linked::new(&config)?;
-        let passing = pooled(&mut config);
+        let mapping = Linked::new(&config)?;
+        let pooling = pooled(&mut config);
         let clock = Clock::default();
-        let weak = [Some(&lasting), passing.as_ref()];
-        let weak = weak
-            .into_iter()
-            .flatten()
-            .map(|linked| linked.engine.weak());
-        start_ticker(weak.collect(), clock.clone())?;
+        let engines = iter::once(&mapping).chain(&pooling);
+        let engines = engines.map(|linked| linked.engine.weak()).collect();
+        start_ticker(engines, clock.clone())?;
         Ok(Self {
-            lasting,
-            passing,
+            mapping,
+            pooling,
             room: Arc::new(Semaphore::new(pool::MAX_INSTANCES as usize)),
             clock,
         })
@@ -81,17 +88,16 @@ impl Runtime {
 
     /// Compiles a component file's bytes. Takes as long as the component is large: call it off the async runtime.
     pub fn compile(&self, bytes: &[u8], instances: Instances) -> anyhow::Result<Compiled> {
-        let passing = self.passing.as_ref();
-        if let Some(passing) = passing.filter(|_| instances == Instances::Fresh) {
-            match Component::new(&passing.engine, bytes) {
-                Ok(component) => return Ok(Compiled(component)),
-                // It may have more parts than the pool has for one.
-                Err(error) => debug!("not for the pool: {error:#}"),
-            }
-        }
-        Component::new(&self.lasting.engine, bytes)
-            .map(Compiled)
-            .map_err(plain)
+        let mapped = Component::new(&self.mapping.engine, bytes).map_err(plain)?;
+        let pooling = self.pooling.as_ref();
+        let pooling = pooling.filter(|_| instances == Instances::Fresh);
+        let pooled = pooling.and_then(|linked| {
+            let pooled = Component::new(&linked.engine, bytes);
+            // It may have more parts than the pool has for one.
+            let pooled = pooled.inspect_err(|error| debug!("not for the pool: {error:#}"));
+            pooled.ok()
+        });
+        Ok(Compiled { mapped, pooled })
     }
 
     /// Binds a stage's grants to its component.
@@ -101,17 +107,16 @@ impl Runtime {
         component: &Compiled,
         stores: &Stores,
     ) -> anyhow::Result<StageComponent> {
-        let Compiled(component) = component;
-        let passing = self.passing.as_ref();
-        let passing = passing.filter(|linked| Engine::same(&linked.engine, component.engine()));
-        let linked = passing.unwrap_or(&self.lasting);
-        let mould = Mould {
-            engine: linked.engine.clone(),
-            clock: self.clock.clone(),
-            pre: linked.linker.instantiate_pre(component).map_err(plain)?,
-            room: passing.map(|_| self.room.clone()),
+        let pooled = match (&self.pooling, &component.pooled) {
+            (Some(linked), Some(pooled)) => Some((linked.prepare(pooled)?, self.room.clone())),
+            _ => None,
         };
-        StageComponent::new(stage, mould, stores)
+        let source = Source {
+            mapped: self.mapping.prepare(&component.mapped)?,
+            pooled,
+            clock: self.clock.clone(),
+        };
+        StageComponent::new(stage, source, stores)
     }
 }
 
@@ -121,21 +126,21 @@ impl Linked {
         let linker = link(&engine).map_err(plain)?;
         Ok(Self { engine, linker })
     }
+
+    fn prepare(&self, component: &Component) -> anyhow::Result<Prepared> {
+        Ok(Prepared {
+            engine: self.engine.clone(),
+            pre: self.linker.instantiate_pre(component).map_err(plain)?,
+        })
+    }
 }
 
 fn pooled(config: &mut Config) -> Option<Linked> {
-    let pooled = pool::strategies().into_iter().find_map(|strategy| {
+    pool::strategies().into_iter().find_map(|strategy| {
         let linked = Linked::new(config.allocation_strategy(strategy));
-        linked
-            .inspect_err(|error| debug!("no such pool: {error:#}"))
-            .ok()
-    });
-    if pooled.is_none() {
-        warn!(
-            "no address space is to be had for a pool of instances: `instances = \"fresh\"` will be slower"
-        );
-    }
-    pooled
+        let linked = linked.inspect_err(|error| debug!("no such pool: {error:#}"));
+        linked.ok()
+    })
 }
 
 /// Interrupts running guests at every tick: they then yield to the other tasks of their thread. A thread of its own, since

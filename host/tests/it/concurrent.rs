@@ -76,9 +76,9 @@ async fn each_key_keeps_its_order_and_a_crash_loses_nothing() {
     assert_eq!(dead, expected);
 }
 
-/// There is room for 500 instances that serve one call.
+/// Memory is at hand for 500 of them.
 #[tokio::test(flavor = "multi_thread")]
-async fn fresh_instances_wait_for_room() {
+async fn there_may_be_any_number_of_fresh_instances() {
     let settings =
         "delivery = \"at-least-once\"\norder = \"none\"\nconcurrency = 1000\ninstances = \"fresh\"";
     let bench = Bench::start("test-probe", 1, settings);
