@@ -6,6 +6,7 @@ mod delivery;
 mod partition;
 mod sample;
 mod sandbox;
+mod stage;
 
 use criterion::{criterion_group, criterion_main};
 

@@ -94,7 +94,7 @@ impl<K, H: Handler<()>> Common<K, H> {
 
     /// One delivery of one message.
     async fn deliver(&self, record: &Record, attempt: u32) -> Result<Vec<Outgoing>, Fault> {
-        let invocation = self.call(&[Delivery { record, attempt }], &()).await;
+        let (invocation, _) = self.call(&[Delivery { record, attempt }], &()).await;
         let mut outcomes = invocation.outcomes?.into_iter();
         outcomes.next().unwrap_or(Ok(()))?;
         Ok(invocation.outputs)

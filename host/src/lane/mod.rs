@@ -158,17 +158,19 @@ impl<K, H> Common<K, H> {
             .zip(attempts)
             .map(|(record, attempt)| Delivery { record, attempt })
             .collect();
-        self.call(&deliveries, transaction).await
+        self.call(&deliveries, transaction).await.0
     }
 
-    async fn call<T>(&self, deliveries: &[Delivery<'_>], transaction: &T) -> Invocation
+    /// One call, and how long it took.
+    async fn call<T>(&self, deliveries: &[Delivery<'_>], transaction: &T) -> (Invocation, Duration)
     where
         H: Handler<T>,
     {
         let since = Instant::now();
         let invocation = self.equipment.handler.call(deliveries, transaction).await;
-        self.metrics().invocation(since.elapsed());
-        invocation
+        let took = since.elapsed();
+        self.metrics().invocation(took);
+        (invocation, took)
     }
 
     async fn wait(&self, time: Duration) -> Result<(), Stopped> {

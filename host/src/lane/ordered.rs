@@ -5,18 +5,18 @@
 
 use std::collections::{BTreeSet, VecDeque};
 use std::ops::Range;
+use std::time::Duration;
 use std::{future, mem};
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use tokio::time::Instant;
 use tracing::debug;
 
 use super::held::{Held, Sent};
 use super::message::{End, Leave};
 use super::{Common, Equipment, LOG_PATIENCE, MAX_AHEAD, MAX_AHEAD_BYTES, MAX_HELD_BYTES, Stopped};
 use crate::delivery::seen::Seen;
-use crate::delivery::{Fault, Handler};
+use crate::delivery::{Delivery, Fault, Handler};
 use crate::log::{Gap, Sink, Source};
 use crate::record::{Outgoing, Record};
 
@@ -95,7 +95,8 @@ struct Batch {
     settled: usize,
     /// Indices of the records that have a dead letter, held or sent.
     given_up: BTreeSet<usize>,
-    since: Instant,
+    /// Time in calls since the last time that all was settled.
+    spent: Duration,
 }
 
 /// Polls the flight where it is, so that it goes on at the next call.
@@ -186,14 +187,12 @@ impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
         while let Some(batch) = self.batches.back()
             && batch.handled < batch.records.len()
         {
-            let (start, since, count) = (batch.handled, batch.since, batch.records.len());
+            let (start, spent, count) = (batch.handled, batch.spent, batch.records.len());
             if self.common.stopping.is_cancelled() {
                 self.settle_all().await?;
                 return Err(Leave::Stopped);
             }
-            if since.elapsed() >= self.common.policy().batch.max_time
-                || self.held.bytes() >= MAX_HELD_BYTES
-            {
+            if spent >= self.common.policy().batch.max_time || self.held.bytes() >= MAX_HELD_BYTES {
                 self.settle_all().await?;
             }
             if start >= suspect_until {
@@ -218,8 +217,17 @@ impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
         let Some(batch) = self.batches.back() else {
             return Ok(None);
         };
-        let called: Vec<_> = batch.records[records.clone()].iter().collect();
-        let invocation = self.common.invoke(&called, 1, &()).await;
+        let delivery = |record| Delivery { record, attempt: 1 };
+        let (invocation, took) = match &batch.records[records.clone()] {
+            [record] => self.common.call(&[delivery(record)], &()).await,
+            many => {
+                let deliveries: Vec<_> = many.iter().map(delivery).collect();
+                self.common.call(&deliveries, &()).await
+            }
+        };
+        if let Some(batch) = self.batches.back_mut() {
+            batch.spent += took;
+        }
         let outcomes = match invocation.outcomes {
             Err(fault) if records.len() > 1 => return Ok(Some(fault)),
             Err(fault) => vec![Err(fault)],
@@ -366,7 +374,7 @@ impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
             self.landed(landing)?;
         }
         if let Some(batch) = self.batches.back_mut() {
-            batch.since = Instant::now();
+            batch.spent = Duration::ZERO;
         }
         Ok(())
     }
@@ -411,7 +419,7 @@ impl Batch {
             handled: 0,
             settled: 0,
             given_up: BTreeSet::new(),
-            since: Instant::now(),
+            spent: Duration::ZERO,
         }
     }
 

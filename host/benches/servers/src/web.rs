@@ -31,7 +31,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const SHOWN_ERRORS: u64 = 5;
 /// How long after the answer it is asked for first. Then the time since the post is made longer by a part each time, so what
 /// is measured is at most that part too long, and a service that is late is not asked to death.
-const ASK: Duration = Duration::from_millis(5);
+const ASK: Duration = Duration::from_millis(12);
 const LONGER: f64 = 1.5;
 
 /// Requests a second that `wrk` gets answered; fails if any was answered with an error.

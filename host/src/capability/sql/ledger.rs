@@ -13,16 +13,27 @@ use crate::delivery::progress::{Checkpoint, Claim, Commit, CommitError, LaneId, 
 pub(super) const TABLE: &str = "stagehost_progress";
 /// What the host's own migrations are kept in; `_sqlx_migrations` is the user's.
 const MIGRATIONS: &str = "_stagehost_migrations";
-/// What makes the table on PostgreSQL. It has been run on databases: a change is another migration.
-pub(super) const POSTGRES: &str = include_str!("ledger/postgres.sql");
-/// What makes the table on SQLite. It has been run on databases: a change is another migration.
-pub(super) const SQLITE: &str = include_str!("ledger/sqlite.sql");
+/// What makes the table on PostgreSQL, step by step. They have been run on databases: a change is another one.
+pub(super) const POSTGRES: &[&str] = &[
+    include_str!("ledger/postgres.sql"),
+    include_str!("ledger/postgres-storage.sql"),
+];
+/// The same on SQLite.
+pub(super) const SQLITE: &[&str] = &[include_str!("ledger/sqlite.sql")];
 
 /// The host's migrations of one kind of database.
-pub(super) fn migrator(table: &'static str) -> Migrator {
-    let simple = MigrationType::Simple;
-    let first = Migration::new(1, "progress".into(), simple, table.into_sql_str(), false);
-    let mut migrator = Migrator::with_migrations(vec![first]);
+pub(super) fn migrator(steps: &[&'static str]) -> Migrator {
+    let migration = |(version, step): (i64, &&'static str)| {
+        let simple = MigrationType::Simple;
+        Migration::new(
+            version,
+            "progress".into(),
+            simple,
+            step.into_sql_str(),
+            false,
+        )
+    };
+    let mut migrator = Migrator::with_migrations((1..).zip(steps).map(migration).collect());
     migrator.dangerous_set_table_name(MIGRATIONS);
     migrator
 }

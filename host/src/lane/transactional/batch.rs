@@ -116,27 +116,27 @@ impl Batch {
         offset(self.handled).or_else(|| Some(offset(self.handled.checked_sub(1)?)? + 1))
     }
 
-    /// What is held, with ids that grow as the outputs do.
-    pub(super) fn outputs(&self, lane: &LaneId, generation: i64) -> Vec<Outgoing> {
+    /// Takes what is held, with ids that grow as the outputs do.
+    pub(super) fn take_outputs(&mut self, lane: &LaneId, generation: i64) -> Vec<Outgoing> {
         let mut place = Place {
             generation,
             ..Place::default()
         };
         let mut last = None;
-        let with_id = |(origin, output): &(usize, Outgoing)| {
-            place.index = if last == Some(*origin) {
+        let with_id = |(origin, mut output): (usize, Outgoing)| {
+            place.index = if last == Some(origin) {
                 place.index + 1
             } else {
                 0
             };
-            last = Some(*origin);
-            place.offset = self.records[*origin].offset;
-            let mut output = output.clone();
+            last = Some(origin);
+            place.offset = self.records[origin].offset;
             let id = OutputId::new(lane, place).to_string();
             output.headers.push(Header::new(HEADER, id));
             output
         };
-        self.held.iter().map(with_id).collect()
+        self.held_bytes = 0;
+        mem::take(&mut self.held).into_iter().map(with_id).collect()
     }
 
     /// Remembers the outputs of other lanes that are handled.

@@ -186,8 +186,8 @@ where
     }
 
     /// The outputs of what is handled, each with its id and its partition.
-    async fn outputs(&self, generation: i64, batch: &Batch) -> Result<Vec<Outgoing>, Fault> {
-        let mut outputs = batch.outputs(&self.id, generation);
+    async fn outputs(&self, generation: i64, batch: &mut Batch) -> Result<Vec<Outgoing>, Fault> {
+        let mut outputs = batch.take_outputs(&self.id, generation);
         for output in &mut outputs {
             if output.partition.is_none() {
                 output.partition = Some(self.partition_of(output).await?);

@@ -6,6 +6,12 @@ mod growth;
 mod keys;
 mod process;
 mod publisher;
+#[path = "../../../micro/sample.rs"]
+#[expect(dead_code, reason = "the other benchmarks take more from there")]
+mod sample;
+mod sandbox;
+#[path = "../../../micro/stage.rs"]
+mod stage;
 mod topics;
 
 use crate::bench::Bench;
@@ -24,6 +30,7 @@ pub(crate) const ALL: &[(&str, Measure)] = &[
     ("F6", blog::routes),
     ("F7", blog::end_to_end),
     ("F8", keys::concurrency),
+    ("F9", sandbox::cost),
     ("F10", process::start),
     ("F11", process::stages),
     ("F12", growth::growth),

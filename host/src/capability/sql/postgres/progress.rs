@@ -158,7 +158,8 @@ async fn not_allowed(connection: &mut PgConnection, error: &sqlx::Error) -> Stor
     StoreError::Refused(format!(
         "{error}: the role {role} may not make the table {TABLE}, which lanes keep their progress in. Either let it: \
          GRANT USAGE, CREATE ON SCHEMA {schema} TO {role}; or make the table as a role that may:\n\
-         {POSTGRES}GRANT SELECT, INSERT, UPDATE ON {TABLE} TO {role};"
+         {}GRANT SELECT, INSERT, UPDATE ON {TABLE} TO {role};",
+        POSTGRES.concat()
     ))
 }
 
