@@ -311,6 +311,8 @@ fn error_of(error: &RedisError) -> Error {
     const PASSING: &[&str] = &[
         "BUSY",
         "CLUSTERDOWN",
+        // What a MULTI comes to where Redis takes no command at the moment, for one of the other reasons here.
+        "EXECABORT",
         "LOADING",
         "MASTERDOWN",
         "MISCONF",

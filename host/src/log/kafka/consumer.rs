@@ -34,7 +34,7 @@ use crate::record::Record;
 
 /// How long the thread sleeps unless it is woken; also how fast a stop is seen.
 const SLEEP: Duration = Duration::from_millis(50);
-/// The same while partitions wait for the log to be read.
+/// The least that it sleeps while partitions wait to be read.
 const SLEEP_STARTING: Duration = Duration::from_millis(2);
 /// Records that are taken from one partition before it is the next one's turn.
 const TURN: usize = 1_000;
@@ -114,6 +114,7 @@ impl GroupConsumer {
             ("fetch.queue.backoff.ms", "10"),
             // Of each partition.
             ("queued.max.messages.kbytes", "2048"),
+            ("queued.min.messages", "10000"),
         ];
         // With KIP-848's protocol the broker assigns, and librdkafka refuses the property.
         let protocol = settings.properties.get("group.protocol");
@@ -241,13 +242,22 @@ impl Poller {
             }
             if idle {
                 // Whoever rings before this is not missed: it then returns at once.
-                thread::park_timeout(if self.starting { SLEEP_STARTING } else { SLEEP });
+                thread::park_timeout(self.sleep());
             }
         }
         let budget = *self.stop.budget();
         self.give_up_all(budget);
         debug!(group = self.group, "leaving the group");
         Ok(())
+    }
+
+    /// How long there is nothing to do, unless somebody rings.
+    fn sleep(&self) -> Duration {
+        if !self.starting {
+            return SLEEP;
+        }
+        let until_start = self.start_after.saturating_duration_since(Instant::now());
+        until_start.clamp(SLEEP_STARTING, SLEEP)
     }
 
     fn context(&self) -> &Context {
