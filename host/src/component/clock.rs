@@ -27,7 +27,8 @@ impl Clock {
         call: impl Future<Output = T>,
     ) -> Option<T> {
         let mut call = std::pin::pin!(call);
-        // Most calls wait for nothing, and need no timer.
+        // Most calls wait for nothing, and need no timer; and many of them in a row are no reason to keep the thread.
+        tokio::task::coop::consume_budget().await;
         if let Poll::Ready(answer) = futures::poll!(call.as_mut()) {
             return Some(answer);
         }
