@@ -106,7 +106,7 @@ pub(crate) fn write(folder: &Path, rows: &[Row]) -> anyhow::Result<()> {
 
 /// Sizes of the chart, in its own units.
 const LINE: usize = 26;
-const LABEL: f64 = 400.0;
+const LABEL: f64 = 660.0;
 const BAR: f64 = 360.0;
 /// Where the goals stand, as a part of the bars' length.
 const GOAL_AT: f64 = 0.5;
@@ -129,7 +129,8 @@ fn chart(rows: &[Row]) -> Result<String, std::fmt::Error> {
         let y = (n + 1) * LINE;
         let better = match row.goal {
             Goal::AtLeast(goal) => row.measured / goal,
-            Goal::AtMost(goal) => goal / row.measured.max(f64::MIN_POSITIVE),
+            Goal::AtMost(_) if row.measured <= 0.0 => f64::INFINITY,
+            Goal::AtMost(goal) => goal / row.measured,
             Goal::Reported => 1.0,
         };
         let length = BAR * (GOAL_AT * better).min(1.0);
