@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-/// A message costs some dozen small allocations, which libc's allocator takes twice as long for.
+/// A message costs many small allocations, in which libc's allocator was a good part of a busy host's time.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

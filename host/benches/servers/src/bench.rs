@@ -81,6 +81,18 @@ impl Bench {
             .to_string()
     }
 
+    /// What every native program works on, in a group of its own.
+    pub(crate) fn settings(&self, input: &str, output: &str) -> Settings {
+        Settings {
+            brokers: self.log.brokers.clone(),
+            redis: self.redis.clone(),
+            input: input.into(),
+            output: output.into(),
+            group: self.unique("group"),
+            ..Settings::default()
+        }
+    }
+
     /// Starts a program in a folder of its own; compiled components are shared, as a host's are from its second start on.
     pub(crate) fn start(&self, side: &Side) -> anyhow::Result<Program> {
         let name = self.unique("program");

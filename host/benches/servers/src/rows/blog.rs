@@ -9,7 +9,6 @@ use tokio::runtime::Builder;
 use super::{PARTITIONS, ROUNDS};
 use crate::bench::{Bench, Pace, Side};
 use crate::compare::alternate;
-use crate::native::Settings;
 use crate::program::Program;
 use crate::report::{Goal, Row};
 use crate::web;
@@ -63,12 +62,7 @@ pub(crate) fn routes(bench: &Bench, tell: &mut dyn FnMut(Row)) -> anyhow::Result
                 usage,
             })
         };
-        let native = Settings {
-            brokers: bench.log.brokers.clone(),
-            redis: bench.redis.clone(),
-            output: topic.clone(),
-            ..Settings::default()
-        };
+        let native = bench.settings("", &topic);
         let compared = alternate(
             work,
             ROUNDS,

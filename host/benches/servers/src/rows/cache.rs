@@ -81,12 +81,8 @@ fn run(bench: &Bench, side: &Side) -> anyhow::Result<Pace> {
 
 fn settings(bench: &Bench, input: &str) -> Settings {
     Settings {
-        brokers: bench.log.brokers.clone(),
-        redis: bench.redis.clone(),
-        input: input.into(),
-        group: bench.unique("group"),
         batch: BATCH,
-        ..Settings::default()
+        ..bench.settings(input, "")
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use super::topics::{WHOLE, pipeline, settings};
+use super::topics::{WHOLE, pipeline};
 use crate::bench::{Bench, Side};
 use crate::compare::median;
 use crate::report::{Goal, Row};
@@ -45,7 +45,7 @@ pub(crate) fn concurrency(bench: &Bench, tell: &mut dyn FnMut(Row)) -> anyhow::R
     let more = "delivery = \"at-least-once\"\norder = \"key\"\nconcurrency = 100";
     let (mut host, mut native) = (Vec::new(), Vec::new());
     for round in 1..=ROUNDS {
-        let side = Side::Native("keys", settings(bench, &input, &output));
+        let side = Side::Native("keys", bench.settings(&input, &output));
         let by_native = bench.pace(&side, &output, MESSAGES, WHOLE)?;
         let side = Side::Host(pipeline(bench, "test-waits", &input, &output, more));
         let by_host = bench.pace(&side, &output, MESSAGES, WHOLE)?;

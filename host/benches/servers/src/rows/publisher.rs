@@ -88,13 +88,9 @@ fn run(bench: &Bench, side: impl Fn(&str) -> Side) -> anyhow::Result<Pace> {
 
 fn settings(bench: &Bench, input: &str, database: &str) -> Settings {
     Settings {
-        brokers: bench.log.brokers.clone(),
-        input: input.into(),
-        output: OUTPUT.into(),
-        group: bench.unique("group"),
         database: database.into(),
         batch: BATCH,
-        ..Settings::default()
+        ..bench.settings(input, OUTPUT)
     }
 }
 

@@ -5,7 +5,6 @@ use std::time::Duration;
 use super::{PARTITIONS, ROUNDS, post};
 use crate::bench::{Bench, Side};
 use crate::compare::alternate;
-use crate::native::Settings;
 use crate::report::{Goal, Row};
 
 /// Longer than any run takes.
@@ -55,7 +54,7 @@ fn both(
             &what,
             ROUNDS,
             || run(Side::Host(pipeline(bench, stage, &input, &output, ""))),
-            || run(Side::Native(native, settings(bench, &input, &output))),
+            || run(Side::Native(native, bench.settings(&input, &output))),
         )?;
         bench.log.delete(&[&input, &output])?;
         tell(Row {
@@ -68,16 +67,6 @@ fn both(
         });
     }
     Ok(())
-}
-
-pub(super) fn settings(bench: &Bench, input: &str, output: &str) -> Settings {
-    Settings {
-        brokers: bench.log.brokers.clone(),
-        input: input.into(),
-        output: output.into(),
-        group: bench.unique("group"),
-        ..Settings::default()
-    }
 }
 
 /// A pipeline of one stage that passes messages on; `more` are lines of the stage.
