@@ -1,6 +1,7 @@
 //! The one real client: Kafka, or what speaks its protocol, through rdkafka.
 
 pub mod consumer;
+mod membership;
 mod message;
 pub mod partition;
 mod partitioner;

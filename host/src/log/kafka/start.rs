@@ -14,7 +14,7 @@ use rdkafka::{Offset, TopicPartitionList};
 use tracing::debug;
 
 use super::super::Gap;
-use super::consumer::{Context, list_of};
+use super::membership::{Context, list_of};
 use super::partition::{Partition, Position};
 
 /// How long the log may take for one answer. Polling stands still meanwhile, for the members of a group may be silent for

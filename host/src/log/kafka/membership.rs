@@ -1,0 +1,257 @@
+//! What a member of a group does where the group gives it partitions or takes them away, and what it commits.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rdkafka::client::ClientContext;
+use rdkafka::config::RDKafkaLogLevel;
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext, Rebalance};
+use rdkafka::error::KafkaError;
+use rdkafka::statistics::Statistics;
+use rdkafka::{Offset, TopicPartitionList};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, error, info, warn};
+
+use super::log_line;
+use super::partition::{Bell, Partition, PartitionSource};
+use crate::metrics::Metrics;
+
+/// How long an abandoned lane may take to be gone.
+const ABANDON_WAIT: Duration = Duration::from_secs(5);
+
+/// What librdkafka's callbacks work on; all run on the poller's thread.
+pub(super) struct Context(pub(super) Mutex<State>);
+
+pub(super) struct State {
+    pub(super) partitions: HashMap<(String, i32), Arc<Partition>>,
+    pub(super) assigned: mpsc::UnboundedSender<PartitionSource>,
+    pub(super) joined: CancellationToken,
+    pub(super) bell: Arc<Bell>,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) group: String,
+    pub(super) budget: Duration,
+}
+
+impl State {
+    pub(super) fn partition(&self, topic: &str, partition: i32) -> Option<Arc<Partition>> {
+        self.partitions
+            .values()
+            .find(|p| p.number() == partition && **p.topic() == *topic)
+            .cloned()
+    }
+}
+
+impl Context {
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn assign(&self, list: &TopicPartitionList) {
+        let mut state = self.lock();
+        state.joined.cancel();
+        if list.count() > 0 {
+            info!(group = state.group, "assigned {}", names(list));
+        }
+        for element in list.elements() {
+            let (topic, number) = (element.topic(), element.partition());
+            let partition = Partition::new(topic, number, state.bell.clone());
+            state
+                .partitions
+                .insert((topic.to_string(), number), partition.clone());
+            // The receiver is gone only when the stage is going down.
+            let _ = state.assigned.send(PartitionSource::new(partition));
+        }
+    }
+
+    fn revoke(&self, consumer: &BaseConsumer<Self>, list: &TopicPartitionList) {
+        let (revoked, budget) = {
+            let mut state = self.lock();
+            let revoked: Vec<_> = list
+                .elements()
+                .iter()
+                .filter_map(|e| {
+                    state
+                        .partitions
+                        .remove(&(e.topic().to_string(), e.partition()))
+                })
+                .collect();
+            (revoked, state.budget)
+        };
+        if revoked.is_empty() {
+            return;
+        }
+        if consumer.assignment_lost() {
+            // Others own them by now: what was not committed is theirs.
+            warn!(
+                "lost {} partition(s): the group gave them to others, or forgot this member",
+                revoked.len()
+            );
+            end_lanes(&revoked, Duration::ZERO);
+            self.forget(&revoked);
+        } else {
+            self.part(consumer, &revoked, budget);
+        }
+    }
+
+    /// Ends the lanes, commits what they settled, and forgets them.
+    pub(super) fn part(
+        &self,
+        consumer: &BaseConsumer<Self>,
+        parting: &[Arc<Partition>],
+        budget: Duration,
+    ) {
+        end_lanes(parting, budget);
+        commit_again(parting);
+        commit(consumer, parting, CommitMode::Sync);
+        self.forget(parting);
+    }
+
+    fn forget(&self, gone: &[Arc<Partition>]) {
+        let state = self.lock();
+        let mut list = TopicPartitionList::new();
+        for partition in gone {
+            list.add_partition(partition.topic(), partition.number());
+        }
+        if !gone.is_empty() {
+            info!(group = state.group, "released {}", names(&list));
+        }
+        for partition in gone {
+            state
+                .metrics
+                .remove_lag(&state.group, partition.topic(), partition.number());
+        }
+    }
+
+    pub(super) fn commit_settled(&self, consumer: &BaseConsumer<Self>, again: bool) {
+        let all: Vec<_> = self.lock().partitions.values().cloned().collect();
+        if again {
+            commit_again(&all);
+        }
+        commit(consumer, &all, CommitMode::Async);
+    }
+}
+
+/// Asks the lanes to end and waits for them; those that have not when the budget is spent are abandoned.
+fn end_lanes(partitions: &[Arc<Partition>], budget: Duration) {
+    for partition in partitions {
+        partition.stop();
+    }
+    let deadline = Instant::now() + budget;
+    for partition in partitions {
+        if partition.wait_ended(deadline.saturating_duration_since(Instant::now())) {
+            continue;
+        }
+        warn!(
+            topic = &**partition.topic(),
+            partition = partition.number(),
+            "its lane was cut off in the middle of a call; what it had not settled will be delivered again"
+        );
+        partition.abandon();
+        if !partition.wait_ended(ABANDON_WAIT) {
+            error!(
+                topic = &**partition.topic(),
+                partition = partition.number(),
+                "the lane does not end"
+            );
+        }
+    }
+}
+
+fn commit(consumer: &BaseConsumer<Context>, partitions: &[Arc<Partition>], mode: CommitMode) {
+    let mut list = TopicPartitionList::new();
+    for partition in partitions {
+        if let Some(offset) = partition.take_uncommitted() {
+            // Fails only for offsets that are none.
+            let _ = list.add_partition_offset(
+                partition.topic(),
+                partition.number(),
+                Offset::Offset(offset),
+            );
+        }
+    }
+    if list.count() == 0 {
+        return;
+    }
+    if let Err(error) = consumer.commit(&list, mode) {
+        warn!("offsets were not committed, their records may be delivered again: {error}");
+        commit_again(partitions);
+    }
+}
+
+fn commit_again(partitions: &[Arc<Partition>]) {
+    for partition in partitions {
+        partition.commit_again();
+    }
+}
+
+impl ClientContext for Context {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        log_line(level, facility, message);
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        debug!(target: "librdkafka", "consumer: {error}: {reason}");
+    }
+
+    fn stats(&self, statistics: Statistics) {
+        let state = self.lock();
+        for partition in state.partitions.values() {
+            let figures = statistics
+                .topics
+                .get(&**partition.topic())
+                .and_then(|topic| topic.partitions.get(&partition.number()))
+                .filter(|p| p.hi_offset >= 0);
+            let Some(figures) = figures else { continue };
+            let from = partition
+                .settled()
+                .unwrap_or_else(|| figures.committed_offset.max(figures.lo_offset));
+            let lag = (figures.hi_offset - from).max(0);
+            state
+                .metrics
+                .set_lag(&state.group, partition.topic(), partition.number(), lag);
+        }
+    }
+}
+
+impl ConsumerContext for Context {
+    fn pre_rebalance(&self, consumer: &BaseConsumer<Self>, rebalance: &Rebalance<'_>) {
+        match rebalance {
+            Rebalance::Assign(list) => self.assign(list),
+            Rebalance::Revoke(list) => self.revoke(consumer, list),
+            Rebalance::Error(error) => warn!("rebalance: {error}"),
+        }
+    }
+
+    /// Until its lane has said where it is to be read.
+    fn post_rebalance(&self, consumer: &BaseConsumer<Self>, rebalance: &Rebalance<'_>) {
+        self.lock().bell.call();
+        if let Rebalance::Assign(list) = rebalance
+            && let Err(error) = consumer.pause(list)
+        {
+            debug!("cannot pause: {error}");
+        }
+    }
+}
+
+/// `topic 0 1 2, other 5`.
+fn names(list: &TopicPartitionList) -> String {
+    let mut topics = BTreeMap::<String, Vec<i32>>::new();
+    for element in list.elements() {
+        let numbers = topics.entry(element.topic().to_string()).or_default();
+        numbers.push(element.partition());
+    }
+    let topics = topics.into_iter().map(|(topic, mut numbers)| {
+        numbers.sort_unstable();
+        let numbers: Vec<_> = numbers.iter().map(i32::to_string).collect();
+        format!("{topic} {}", numbers.join(" "))
+    });
+    topics.collect::<Vec<_>>().join(", ")
+}
+
+pub(super) fn list_of(partition: &Partition) -> TopicPartitionList {
+    let mut list = TopicPartitionList::new();
+    list.add_partition(partition.topic(), partition.number());
+    list
+}
