@@ -283,8 +283,6 @@ pub(super) fn blog(bench: &Bench, services: &str) -> String {
         input = ["app.publishedPosts"]
         group = "{second}"
         redis = {{ cache = {{ prefix = "post:" }} }}
-        order = "key"
-        concurrency = 16
         [http]
         listen = "127.0.0.1:0"
         [[http.routes]]
