@@ -68,6 +68,7 @@ fn run(out: &std::path::Path, wanted: &[String]) -> anyhow::Result<()> {
     let bench = Bench::new()?;
     let since = Instant::now();
     let mut all: Vec<Row> = Vec::new();
+    rows::warm_up(&bench)?;
     for (id, measure) in rows::ALL {
         if !wanted.is_empty() && !wanted.iter().any(|row| row == id) {
             continue;

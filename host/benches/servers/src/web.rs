@@ -2,8 +2,8 @@
 
 use std::path::Path;
 use std::process::Command;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
@@ -29,10 +29,17 @@ const MAX_OPEN: usize = 20_000;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Errors that are shown.
 const SHOWN_ERRORS: u64 = 5;
-/// How long after the answer it is asked for first. Then the time since the post is made longer by a part each time, so what
-/// is measured is at most that part too long, and a service that is late is not asked to death.
-const ASK: Duration = Duration::from_millis(12);
-const LONGER: f64 = 1.5;
+/// After the answer it is asked for first when this part of the time has passed that posts take at the moment. Then the time
+/// since the post is made longer by a part each time. So what is measured is at most that part too long, and most of what the
+/// host does is not answering that a post is not there yet.
+const ASK: f64 = 0.75;
+const LONGER: f64 = 1.15;
+/// What posts take at first.
+const USUAL: Duration = Duration::from_millis(20);
+/// Not sooner, and not in shorter steps.
+const SOONEST: Duration = Duration::from_millis(1);
+/// How much a post counts for what they take at the moment.
+const WEIGHT: f64 = 1.0 / 64.0;
 
 /// Requests a second that `wrk` gets answered; fails if any was answered with an error.
 pub(crate) fn requests_a_second(url: &str, script: Option<&Path>) -> anyhow::Result<f64> {
@@ -84,6 +91,8 @@ struct Visitor {
     connections: Semaphore,
     address: String,
     errors: AtomicU64,
+    /// How long after their answers posts can be read at the moment.
+    usual: Mutex<Duration>,
 }
 
 /// Sends posts at a steady rate, whatever the answers take, and reads each until it is there.
@@ -99,6 +108,7 @@ pub(crate) async fn end_to_end(
         connections: Semaphore::new(CONNECTIONS),
         address: address.to_owned(),
         errors: AtomicU64::new(0),
+        usual: Mutex::new(USUAL),
     });
     let (sender, mut times) = mpsc::unbounded_channel();
     let open = Arc::new(Semaphore::new(MAX_OPEN));
@@ -155,17 +165,25 @@ impl Visitor {
             "a post was answered {status}"
         );
         let url = format!("http://{}/post/uid/{}", self.address, uid.context("a uid")?);
-        let (posted, mut wait) = (Instant::now(), ASK);
+        let (posted, mut wait) = (Instant::now(), self.usual().mul_f64(ASK).max(SOONEST));
         loop {
             sleep(wait.saturating_sub(posted.elapsed())).await;
-            wait = wait.mul_f64(LONGER);
+            wait = wait.mul_f64(LONGER).max(wait + SOONEST);
             let get = Request::get(&url).body(Full::default())?;
             match self.ask(get).await? {
-                (StatusCode::OK, _) => return Ok(()),
+                (StatusCode::OK, _) => {
+                    let mut usual = self.usual();
+                    *usual = usual.mul_f64(1.0 - WEIGHT) + posted.elapsed().mul_f64(WEIGHT);
+                    return Ok(());
+                }
                 (StatusCode::NOT_FOUND, _) => {}
                 (other, _) => bail!("a read was answered {other}"),
             }
         }
+    }
+
+    fn usual(&self) -> MutexGuard<'_, Duration> {
+        self.usual.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The answer's status, and the uid that it names.

@@ -9,7 +9,7 @@ use tokio::runtime::Builder;
 use super::{PARTITIONS, ROUNDS};
 use crate::bench::{Bench, Pace, Side};
 use crate::compare::alternate;
-use crate::program::Program;
+use crate::program::{Program, Usage};
 use crate::report::{Goal, Row};
 use crate::web;
 
@@ -89,11 +89,84 @@ fn ready(bench: &Bench, program: &mut Program, side: &Side) -> anyhow::Result<()
     Ok(())
 }
 
+/// How a blog is set up.
+struct Setup {
+    /// In words.
+    name: &'static str,
+    publisher: &'static str,
+    partitions: i32,
+    linger: &'static str,
+}
+
+/// As `examples/blog` has it; it waits a little for larger batches.
+const EXAMPLE: Setup = Setup {
+    name: "the example's pipeline",
+    publisher: "publisher",
+    partitions: PARTITIONS,
+    linger: "5",
+};
+/// Every batch of a partition costs a transaction, so there are few partitions, and one statement for all posts of a batch.
+const TUNED: Setup = Setup {
+    name: "2 partitions, the publisher as a batch stage",
+    publisher: "test-publisher-batch",
+    partitions: 2,
+    linger: "1",
+};
+
 /// Ten million posts an hour through the whole blog, and the memory that it takes.
 pub(crate) fn end_to_end(bench: &Bench, tell: &mut dyn FnMut(Row)) -> anyhow::Result<()> {
-    afresh(bench)?;
+    let (mut idle, mut peak) = (0, 0);
+    for setup in [TUNED, EXAMPLE] {
+        let (resting, usage, seen) = ten_million_an_hour(bench, &setup)?;
+        idle = idle.max(resting.resident);
+        peak = peak.max(usage.peak);
+        let millis = |time: Duration| time.as_secs_f64() * 1e3;
+        let figures = format!(
+            "{} posts, the slowest {:.0} ms",
+            seen.posts,
+            millis(seen.max)
+        );
+        let rows = [
+            ("p50", 20.0, millis(seen.p50), "ms"),
+            ("p99", 100.0, millis(seen.p99), "ms"),
+            ("errors", 0.0, seen.errors as f64, ""),
+        ];
+        for (what, goal, measured, unit) in rows {
+            tell(Row {
+                id: "F7",
+                work: format!(
+                    "{A_SECOND} posts a second for 60 s, from POST until GET answers, {}, {what}",
+                    setup.name
+                ),
+                goal: Goal::AtMost(goal),
+                measured,
+                unit,
+                figures: figures.clone(),
+            });
+        }
+    }
+    let memory = |work: &str, goal, bytes: u64| Row {
+        id: "F11",
+        work: format!("memory of the host, {work}"),
+        goal,
+        measured: bytes as f64 / MEGABYTE,
+        unit: "MB",
+        figures: "resident".into(),
+    };
+    tell(memory("blog idle", Goal::Reported, idle));
+    tell(memory("blog under F7, at most", Goal::AtMost(200.0), peak));
+    Ok(())
+}
+
+/// What the host used when nothing had been asked of it, what it used in the end, and what was seen of it.
+fn ten_million_an_hour(
+    bench: &Bench,
+    setup: &Setup,
+) -> anyhow::Result<(Usage, Usage, web::EndToEnd)> {
+    afresh(bench, setup.partitions)?;
     let database = bench.database()?;
-    let mut program = bench.start(&Side::Host(blog(bench, &services(bench, &database))))?;
+    let pipeline = blog(bench, &services(bench, &database, setup.linger), setup);
+    let mut program = bench.start(&Side::Host(pipeline))?;
     let address = bench.address(&mut program, "HTTP")?;
     let admin = bench.address(&mut program, "admin")?;
     bench.until("readiness", &mut program, || {
@@ -108,53 +181,7 @@ pub(crate) fn end_to_end(bench: &Bench, tell: &mut dyn FnMut(Row)) -> anyhow::Re
     let usage = program.usage()?;
     program.stop()?;
     bench.drop_database(&database)?;
-    let millis = |time: Duration| time.as_secs_f64() * 1e3;
-    let work = format!("{A_SECOND} posts a second for 60 s, from POST until GET answers");
-    let row = |work: String, goal, measured, unit| Row {
-        id: "F7",
-        work,
-        goal,
-        measured,
-        unit,
-        figures: format!(
-            "{} posts, the slowest {:.0} ms",
-            seen.posts,
-            millis(seen.max)
-        ),
-    };
-    tell(row(
-        format!("{work}, p50"),
-        Goal::AtMost(20.0),
-        millis(seen.p50),
-        "ms",
-    ));
-    tell(row(
-        format!("{work}, p99"),
-        Goal::AtMost(100.0),
-        millis(seen.p99),
-        "ms",
-    ));
-    tell(row(
-        format!("{work}, errors"),
-        Goal::AtMost(0.0),
-        seen.errors as f64,
-        "",
-    ));
-    let memory = |work: &str, goal, bytes: u64| Row {
-        id: "F11",
-        work: format!("memory of the host, {work}"),
-        goal,
-        measured: bytes as f64 / MEGABYTE,
-        unit: "MB",
-        figures: "resident".into(),
-    };
-    tell(memory("blog idle", Goal::Reported, idle.resident));
-    tell(memory(
-        "blog under F7, at most",
-        Goal::AtMost(200.0),
-        usage.peak,
-    ));
-    Ok(())
+    Ok((idle, usage, seen))
 }
 
 /// The blog on what is embedded, against the blog on real services.
@@ -162,7 +189,7 @@ pub(crate) fn embedded(bench: &Bench, tell: &mut dyn FnMut(Row)) -> anyhow::Resu
     let script = bench.folder.path().join("post.lua");
     fs::write(&script, web::post_script())?;
     let run = |services: String| {
-        let mut program = bench.start(&Side::Host(blog(bench, &services)))?;
+        let mut program = bench.start(&Side::Host(blog(bench, &services, &EXAMPLE)))?;
         let address = bench.address(&mut program, "HTTP")?;
         let admin = bench.address(&mut program, "admin")?;
         bench.until("readiness", &mut program, || {
@@ -184,13 +211,13 @@ pub(crate) fn embedded(bench: &Bench, tell: &mut dyn FnMut(Row)) -> anyhow::Resu
         };
         anyhow::Ok(pace)
     };
-    afresh(bench)?;
+    afresh(bench, EXAMPLE.partitions)?;
     let database = bench.database()?;
     let compared = alternate(
         "the blog, posts through both stages, 64 connections",
         1,
         || run(embedded_services()),
-        || run(services(bench, &database)),
+        || run(services(bench, &database, EXAMPLE.linger)),
     )?;
     bench.drop_database(&database)?;
     tell(Row {
@@ -205,10 +232,10 @@ pub(crate) fn embedded(bench: &Bench, tell: &mut dyn FnMut(Row)) -> anyhow::Resu
 }
 
 /// The stages' topic and Redis hold nothing of other rows.
-fn afresh(bench: &Bench) -> anyhow::Result<()> {
+fn afresh(bench: &Bench, partitions: i32) -> anyhow::Result<()> {
     let mut redis = redis::Client::open(bench.redis.as_str())?.get_connection()?;
     let () = redis::cmd("FLUSHALL").query(&mut redis)?;
-    bench.log.make_anew(super::publisher::OUTPUT, PARTITIONS)
+    bench.log.make_anew(super::publisher::OUTPUT, partitions)
 }
 
 fn routes_alone(bench: &Bench, topic: &str) -> String {
@@ -241,14 +268,14 @@ fn routes_alone(bench: &Bench, topic: &str) -> String {
 }
 
 /// Lines of the pipeline that say where its servers are.
-fn services(bench: &Bench, database: &str) -> String {
+fn services(bench: &Bench, database: &str, linger: &str) -> String {
     format!(
-        "[kafka]\nbrokers = \"{}\"\nproperties = {{ \"linger.ms\" = \"5\" }}\n[sql.posts]\nurl = \"{database}\"\n[redis.cache]\nurl = \"{}\"\n",
+        "[kafka]\nbrokers = \"{}\"\nproperties = {{ \"linger.ms\" = \"{linger}\" }}\n[sql.posts]\nurl = \"{database}\"\n[redis.cache]\nurl = \"{}\"\n",
         bench.log.brokers, bench.redis
     )
 }
 
-pub(super) fn embedded_services() -> String {
+fn embedded_services() -> String {
     let migrations = concat!(
         env!("CARGO_MANIFEST_DIR"),
         "/../../../examples/blog/migrations"
@@ -259,9 +286,15 @@ pub(super) fn embedded_services() -> String {
     )
 }
 
+/// The example's pipeline on what is embedded.
+pub(super) fn embedded_blog(bench: &Bench) -> String {
+    blog(bench, &embedded_services(), &EXAMPLE)
+}
+
 /// The blog's pipeline with groups of its own.
-pub(super) fn blog(bench: &Bench, services: &str) -> String {
-    let (publisher, cacher) = (bench.stage("publisher"), bench.stage("cache-manager"));
+fn blog(bench: &Bench, services: &str, setup: &Setup) -> String {
+    let (publisher, cacher) = (bench.stage(setup.publisher), bench.stage("cache-manager"));
+    let partitions = setup.partitions;
     let (first, second) = (bench.unique("group"), bench.unique("group"));
     let input = bench.unique("newPosts");
     format!(
@@ -269,9 +302,9 @@ pub(super) fn blog(bench: &Bench, services: &str) -> String {
         name = "blog"
         {services}
         [topics."{input}"]
-        partitions = {PARTITIONS}
+        partitions = {partitions}
         [topics."app.publishedPosts"]
-        partitions = {PARTITIONS}
+        partitions = {partitions}
         [stages.publisher]
         component = "{publisher}"
         input = ["{input}"]

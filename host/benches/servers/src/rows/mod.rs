@@ -14,6 +14,7 @@ mod sandbox;
 mod stage;
 mod topics;
 
+pub(crate) use self::topics::warm_up;
 use crate::bench::Bench;
 use crate::report::Row;
 

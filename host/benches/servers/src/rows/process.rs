@@ -26,7 +26,7 @@ pub(crate) fn start(bench: &Bench, tell: &mut dyn FnMut(Row)) -> anyhow::Result<
     let folder = bench.folder.path().join("start");
     fs::create_dir(&folder)?;
     let admin = TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string();
-    let pipeline = blog::blog(bench, &blog::embedded_services());
+    let pipeline = blog::embedded_blog(bench);
     let file = folder.join("pipeline.toml");
     fs::write(
         &file,
