@@ -5,6 +5,8 @@
 //! [`message`] and [`held`].
 
 pub mod concurrent;
+#[cfg(test)]
+mod fakes;
 mod held;
 mod message;
 pub mod ordered;

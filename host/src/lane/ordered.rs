@@ -5,11 +5,12 @@
 
 use std::collections::{BTreeSet, VecDeque};
 use std::ops::Range;
+use std::pin::{Pin, pin};
 use std::time::Duration;
 use std::{future, mem};
 
 use futures::FutureExt;
-use futures::future::BoxFuture;
+use futures::future::{BoxFuture, MaybeDone, maybe_done};
 use tracing::debug;
 
 use super::held::{Held, Sent};
@@ -19,6 +20,9 @@ use crate::delivery::seen::Seen;
 use crate::delivery::{Delivery, Fault, Handler};
 use crate::log::{Gap, Sink, Source};
 use crate::record::{Outgoing, Record};
+
+/// Outputs of a batch that takes longer than this are sent before its end. More often would cost more: they go together.
+const FLIGHT_INTERVAL: Duration = Duration::from_millis(5);
 
 /// One stage on one partition.
 pub struct Lane<S, K, H> {
@@ -69,6 +73,9 @@ struct Work<'a, S, K, H> {
     /// What was emitted and is not sent.
     held: Held<Origin>,
     flight: Option<Flight<'a>>,
+    /// Time in calls, and what that was when outputs were last sent.
+    worked: Duration,
+    launched: Duration,
     /// How often in a row the log did not take what was sent.
     failed: u32,
 }
@@ -78,7 +85,7 @@ type Origin = (u64, Range<usize>);
 
 /// Outputs on their way to the log.
 struct Flight<'a> {
-    landing: BoxFuture<'a, Result<Sent<Origin>, Stopped>>,
+    landing: MaybeDone<BoxFuture<'a, Landing>>,
     /// When it lands, this is settled: the batches before the one of this number, and so many records of it.
     mark: (u64, usize),
 }
@@ -99,12 +106,27 @@ struct Batch {
     spent: Duration,
 }
 
-/// Polls the flight where it is, so that it goes on at the next call.
-async fn landing(flight: &mut Option<Flight<'_>>) -> Result<Sent<Origin>, Stopped> {
+type Landing = Result<Sent<Origin>, Stopped>;
+
+/// Polls the flight where it is, so that it goes on at the next call. What came of it stays there.
+async fn landing(flight: &mut Option<Flight<'_>>) {
     match flight {
         Some(aloft) => (&mut aloft.landing).await,
         None => future::pending().await,
     }
+}
+
+/// Does some work while the flight goes on. Dropping it drops the work; the flight stays.
+async fn alongside<T>(flight: &mut Option<Flight<'_>>, work: impl Future<Output = T>) -> T {
+    let mut work = pin!(work);
+    tokio::select! {
+        // Most calls are ready at once.
+        biased;
+        // Both are polled in their places, so nothing is lost whichever is ready.
+        outcome = &mut work => return outcome,
+        () = landing(flight) => {}
+    }
+    work.await
 }
 
 impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
@@ -118,6 +140,8 @@ impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
             ahead: (0, 0),
             held: Held::default(),
             flight: None,
+            worked: Duration::ZERO,
+            launched: Duration::ZERO,
             failed: 0,
         }
     }
@@ -131,8 +155,8 @@ impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
                 // In one order, so that a simulation can be repeated.
                 biased;
                 // Both are cancel-safe: the flight stays in its place, and a record is either taken or still to come.
-                landing = landing(&mut self.flight) => {
-                    self.landed(landing)?;
+                () = landing(&mut self.flight) => {
+                    self.landed()?;
                     continue;
                 }
                 taken = self.source.next(limits), if has_room => taken,
@@ -195,6 +219,10 @@ impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
             if spent >= self.common.policy().batch.max_time || self.held.bytes() >= MAX_HELD_BYTES {
                 self.settle_all().await?;
             }
+            if self.worked.saturating_sub(self.launched) >= FLIGHT_INTERVAL {
+                self.landed()?;
+                self.launch();
+            }
             if start >= suspect_until {
                 run = if takes_batches { count } else { 1 };
             }
@@ -218,13 +246,15 @@ impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
             return Ok(None);
         };
         let delivery = |record| Delivery { record, attempt: 1 };
+        let (common, flight) = (self.common, &mut self.flight);
         let (invocation, took) = match &batch.records[records.clone()] {
-            [record] => self.common.call(&[delivery(record)], &()).await,
+            [record] => alongside(flight, common.call(&[delivery(record)], &())).await,
             many => {
                 let deliveries: Vec<_> = many.iter().map(delivery).collect();
-                self.common.call(&deliveries, &()).await
+                alongside(flight, common.call(&deliveries, &())).await
             }
         };
+        self.worked += took;
         if let Some(batch) = self.batches.back_mut() {
             batch.spent += took;
         }
@@ -303,6 +333,7 @@ impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
             return;
         };
         let mark = (self.last(), batch.handled);
+        self.launched = self.worked;
         if self.held.is_empty() {
             return self.settle(mark);
         }
@@ -314,13 +345,19 @@ impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
             }
             Ok(held.send(&*common.equipment.sink).await)
         };
-        let landing = landing.boxed();
-        self.flight = Some(Flight { landing, mark });
+        self.flight = Some(Flight {
+            landing: maybe_done(landing.boxed()),
+            mark,
+        });
     }
 
-    /// What the log has not taken is to be sent again, before what was handled since.
-    fn landed(&mut self, landing: Result<Sent<Origin>, Stopped>) -> Result<(), Stopped> {
-        let Some(flight) = self.flight.take() else {
+    /// What the log has not taken is to be sent again, before what was handled since. Nothing, as long as it is in flight.
+    fn landed(&mut self) -> Result<(), Stopped> {
+        let Some(mut flight) = self.flight.take() else {
+            return Ok(());
+        };
+        let Some(landing) = Pin::new(&mut flight.landing).take_output() else {
+            self.flight = Some(flight);
             return Ok(());
         };
         let sent = landing?;
@@ -370,8 +407,8 @@ impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
             if self.flight.is_none() {
                 break;
             }
-            let landing = landing(&mut self.flight).await;
-            self.landed(landing)?;
+            landing(&mut self.flight).await;
+            self.landed()?;
         }
         if let Some(batch) = self.batches.back_mut() {
             batch.spent = Duration::ZERO;
@@ -441,5 +478,43 @@ impl Batch {
             return self.next_offset;
         }
         Some(self.records[self.settled.checked_sub(1)?].offset + 1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::sleep;
+
+    use crate::lane::fakes::{Bench, NOTHING, millis};
+    use crate::pipeline::Order;
+
+    #[tokio::test(start_paused = true)]
+    async fn outputs_of_a_slow_batch_do_not_wait_for_its_end() {
+        let bench = Bench::new(Order::Partition, [None; 100], |_, _| (millis(4), Ok(())));
+        let look = async {
+            sleep(millis(7)).await;
+            assert_eq!(bench.done(), NOTHING);
+            sleep(millis(50)).await;
+            assert!(bench.emitted().len() > 5, "{:?}", bench.emitted());
+            assert!(bench.done() > 5);
+            sleep(millis(500)).await;
+        };
+        bench.run_beside(look).await;
+        assert_eq!(bench.emitted(), Vec::from_iter(0..100));
+        assert_eq!(bench.done(), 100);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn outputs_go_on_their_way_during_a_call() {
+        let bench = Bench::new(Order::Partition, [None; 3], |r, _| {
+            (millis(if r.offset == 2 { 300 } else { 4 }), Ok(()))
+        });
+        let look = async {
+            sleep(millis(100)).await;
+            assert_eq!(bench.emitted(), [0, 1], "the third is with the stage");
+            sleep(millis(500)).await;
+        };
+        bench.run_beside(look).await;
+        assert_eq!(bench.done(), 3);
     }
 }

@@ -1,15 +1,13 @@
 //! The lane over a log and a stage that are fakes, with the clock of the tests.
 
-mod bench;
-
 use std::collections::BTreeSet;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-use self::bench::{Bench, LONG, NOTHING, fault, millis, random};
 use super::MAX_AHEAD;
 use crate::delivery::{Cause, dead_letter};
+use crate::lane::fakes::{Bench, LONG, NOTHING, fault, millis, random};
 use crate::log::{Gap, LogError};
 use crate::pipeline::{OnExhausted, OnGap, Order};
 use crate::record::Record;

@@ -8,18 +8,18 @@ use std::time::Duration;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
 
-use super::super::*;
+use super::{Equipment, Policy, concurrent, ordered};
 use crate::admin::Readiness;
 use crate::capability::{StoreError, StoreName};
 use crate::delivery::breaker::Breaker;
 use crate::delivery::dead_letter::{self, DeadLetters};
-use crate::delivery::{Cause, Delivery, Invocation};
-use crate::lane::Policy;
-use crate::log::{LogError, Unsent};
+use crate::delivery::{Cause, Delivery, Fault, Handler, Invocation};
+use crate::log::{BatchLimits, Gap, LogError, Sink, Source, Unsent};
 use crate::metrics::Metrics;
 use crate::pipeline::{OnExhausted, OnGap, Order, Retry};
-use crate::record::Outgoing;
+use crate::record::{Outgoing, Record};
 
 pub(super) const NOTHING: i64 = -1;
 /// Longer than anything that a test waits for, but a lane that has stopped.
@@ -276,8 +276,17 @@ impl Bench {
         };
         let log = self.log.lock().unwrap().take();
         let log = log.expect("the first run");
-        let lane = Lane::new(log, equipment, 7).run("in", 0);
-        timeout(LONG, lane).await.expect("the lane has ended");
+        let ended = match self.policy.order {
+            Order::Partition => {
+                let lane = ordered::Lane::new(log, equipment, 7);
+                timeout(LONG, lane.run("in", 0)).await
+            }
+            Order::Key | Order::None => {
+                let lane = concurrent::Lane::new(log, equipment, 7);
+                timeout(LONG, lane.run("in", 0)).await
+            }
+        };
+        ended.expect("the lane has ended");
     }
 
     /// Runs beside the lane, and at its end asks it to stop.
