@@ -1,9 +1,9 @@
 //! Whether throughput and memory hold as partitions, batches and the backlog grow.
 
-use super::post;
 use super::topics::{WHOLE, pipeline};
+use super::{ROUNDS, post};
 use crate::bench::{Bench, Pace, Side};
-use crate::compare::thousands;
+use crate::compare::{median, thousands};
 use crate::report::{Goal, Row};
 
 const BYTES: usize = 100;
@@ -17,33 +17,38 @@ const BACKLOG: u64 = 10_000_000;
 const FALL: f64 = 0.85;
 
 pub(crate) fn growth(bench: &Bench, tell: &mut dyn FnMut(Row)) -> anyhow::Result<()> {
-    let mut paces = Vec::new();
+    let mut all = Vec::new();
     for partitions in PARTITIONS {
-        let pace = run(bench, partitions, MESSAGES, "")?;
-        eprintln!(
-            "  {partitions} partitions: {} a second",
-            thousands(pace.rate)
-        );
-        paces.push((u64::try_from(partitions)?, pace));
+        let what = u64::try_from(partitions)?;
+        all.push(Setting::new(bench, what, partitions, MESSAGES)?);
     }
+    let rates = rates(bench, "partitions", &all)?;
     tell(row(
         "identity, 1 to 128 partitions: the rate against the best with fewer",
-        &paces,
+        &rates,
     ));
-    let mut paces = Vec::new();
+    remove(bench, &all)?;
+    let mut all = Vec::new();
     for batch in BATCHES {
+        let setting = Setting::new(bench, u64::try_from(batch)?, USUAL, MESSAGES)?;
         let more = format!("batch = {{ max-messages = {batch}, max-bytes = \"16MiB\" }}");
-        let pace = run(bench, USUAL, MESSAGES, &more)?;
-        eprintln!("  batches of {batch}: {} a second", thousands(pace.rate));
-        paces.push((u64::try_from(batch)?, pace));
+        all.push(Setting { more, ..setting });
     }
+    let rates = self::rates(bench, "messages a batch", &all)?;
     tell(row(
         "identity, batches of 1 to 10,000: the rate against the best with smaller ones",
-        &paces,
+        &rates,
     ));
+    remove(bench, &all)?;
+    backlog(bench, tell)
+}
+
+fn backlog(bench: &Bench, tell: &mut dyn FnMut(Row)) -> anyhow::Result<()> {
     let mut paces = Vec::new();
     for backlog in [BACKLOG / 10, BACKLOG] {
-        let pace = run(bench, USUAL, backlog, "")?;
+        let setting = Setting::new(bench, backlog, USUAL, backlog)?;
+        let pace = setting.run(bench)?;
+        remove(bench, &[setting])?;
         eprintln!(
             "  backlog of {backlog}: {} a second, {} MB",
             thousands(pace.rate),
@@ -51,9 +56,10 @@ pub(crate) fn growth(bench: &Bench, tell: &mut dyn FnMut(Row)) -> anyhow::Result
         );
         paces.push((backlog, pace));
     }
+    let rates: Vec<_> = paces.iter().map(|(n, pace)| (*n, pace.rate)).collect();
     tell(row(
         "identity, a backlog of 10 million against one of a million",
-        &paces,
+        &rates,
     ));
     let (few, many) = (paces[0].1.usage.peak as f64, paces[1].1.usage.peak as f64);
     tell(Row {
@@ -67,18 +73,78 @@ pub(crate) fn growth(bench: &Bench, tell: &mut dyn FnMut(Row)) -> anyhow::Result
     Ok(())
 }
 
-/// The deepest fall of the rate below the best before it.
-fn row(work: &str, paces: &[(u64, Pace)]) -> Row {
-    let (mut best, mut worst) = (0.0_f64, f64::INFINITY);
-    for (_, pace) in paces {
-        if best > 0.0 {
-            worst = worst.min(pace.rate / best);
-        }
-        best = best.max(pace.rate);
+/// A topic, and a pipeline that reads it.
+struct Setting {
+    /// What grows.
+    what: u64,
+    input: String,
+    partitions: i32,
+    count: u64,
+    /// Lines of the stage.
+    more: String,
+}
+
+impl Setting {
+    fn new(bench: &Bench, what: u64, partitions: i32, count: u64) -> anyhow::Result<Self> {
+        let input = bench.unique("input");
+        bench.log.create(&input, partitions)?;
+        bench.log.fill(&input, count, |n| post(n, BYTES))?;
+        Ok(Self {
+            what,
+            input,
+            partitions,
+            count,
+            more: String::new(),
+        })
     }
-    let rates: Vec<_> = paces
+
+    fn run(&self, bench: &Bench) -> anyhow::Result<Pace> {
+        let output = bench.unique("output");
+        bench.log.create(&output, self.partitions)?;
+        let pipeline = pipeline(bench, "test-identity", &self.input, &output, &self.more);
+        let pace = bench.pace(&Side::Host(pipeline), &output, self.count, WHOLE)?;
+        bench.log.delete(&[&output])?;
+        Ok(pace)
+    }
+}
+
+fn remove(bench: &Bench, all: &[Setting]) -> anyhow::Result<()> {
+    let inputs: Vec<_> = all.iter().map(|setting| setting.input.as_str()).collect();
+    bench.log.delete(&inputs)
+}
+
+/// All in turns, several times: each one's rate that lies in the middle.
+fn rates(bench: &Bench, unit: &str, all: &[Setting]) -> anyhow::Result<Vec<(u64, f64)>> {
+    let mut rates = vec![Vec::new(); all.len()];
+    for round in 1..=ROUNDS {
+        for (setting, rates) in all.iter().zip(&mut rates) {
+            let pace = setting.run(bench)?;
+            eprintln!(
+                "  {} {unit}, round {round} of {ROUNDS}: {} a second",
+                setting.what,
+                thousands(pace.rate)
+            );
+            rates.push(pace.rate);
+        }
+    }
+    let rates = all.iter().zip(rates);
+    Ok(rates
+        .map(|(setting, rates)| (setting.what, median(rates)))
+        .collect())
+}
+
+/// The deepest fall of the rate below the best before it.
+fn row(work: &str, rates: &[(u64, f64)]) -> Row {
+    let (mut best, mut worst) = (0.0_f64, f64::INFINITY);
+    for (_, rate) in rates {
+        if best > 0.0 {
+            worst = worst.min(rate / best);
+        }
+        best = best.max(*rate);
+    }
+    let rates: Vec<_> = rates
         .iter()
-        .map(|(n, pace)| format!("{}: {}", thousands(*n as f64), thousands(pace.rate)))
+        .map(|(n, rate)| format!("{}: {}", thousands(*n as f64), thousands(*rate)))
         .collect();
     Row {
         id: "F12",
@@ -88,15 +154,4 @@ fn row(work: &str, paces: &[(u64, Pace)]) -> Row {
         unit: "×",
         figures: rates.join(", ") + " a second",
     }
-}
-
-fn run(bench: &Bench, partitions: i32, count: u64, more: &str) -> anyhow::Result<Pace> {
-    let (input, output) = (bench.unique("input"), bench.unique("output"));
-    bench.log.create(&input, partitions)?;
-    bench.log.create(&output, partitions)?;
-    bench.log.fill(&input, count, |n| post(n, BYTES))?;
-    let side = Side::Host(pipeline(bench, "test-identity", &input, &output, more));
-    let pace = bench.pace(&side, &output, count, WHOLE)?;
-    bench.log.delete(&[&input, &output])?;
-    Ok(pace)
 }
