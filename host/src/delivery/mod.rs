@@ -85,6 +85,22 @@ pub struct Invocation {
     pub worn: bool,
 }
 
+impl Invocation {
+    /// The store that was not available for any of the call's deliveries, if it is one and the same.
+    pub fn away(&self) -> Option<&StoreName> {
+        let outcomes = match &self.outcomes {
+            Ok(outcomes) => outcomes,
+            Err(fault) => return fault.away.as_ref(),
+        };
+        fn away(outcome: &Result<(), Fault>) -> Option<&StoreName> {
+            outcome.as_ref().err()?.away.as_ref()
+        }
+        let first = outcomes.first().and_then(away)?;
+        let all = outcomes.iter().all(|outcome| away(outcome) == Some(first));
+        all.then_some(first)
+    }
+}
+
 /// A stage as its lanes call it. `T` is what the effects of a call belong to: a transaction, or nothing.
 pub trait Handler<T>: Send + Sync {
     /// How many deliveries one call takes: one, or any number.

@@ -1,7 +1,7 @@
 //! At least once, in the partition's order.
 //!
-//! Effects are durable as the stage makes them. Outputs are sent while the next batch is handled, one flight at a time, so
-//! that they reach the log in their order; once all below an offset is handled and acknowledged, the source is told.
+//! Effects are durable as the stage makes them. Outputs are sent while the stage goes on, one flight at a time, so that
+//! they reach the log in their order; once all below an offset is handled and acknowledged, the source is told.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::ops::Range;
@@ -17,11 +17,11 @@ use super::held::{Held, Sent};
 use super::message::{End, Leave};
 use super::{Common, Equipment, LOG_PATIENCE, MAX_AHEAD, MAX_AHEAD_BYTES, MAX_HELD_BYTES, Stopped};
 use crate::delivery::seen::Seen;
-use crate::delivery::{Delivery, Fault, Handler};
+use crate::delivery::{Delivery, Fault, Handler, Invocation};
 use crate::log::{Gap, Sink, Source};
 use crate::record::{Outgoing, Record};
 
-/// Outputs of a batch that takes longer than this are sent before its end. More often would cost more: they go together.
+/// After so much time in calls the outputs of a batch are sent before its end, between two calls. More often would cost more.
 const FLIGHT_INTERVAL: Duration = Duration::from_millis(5);
 
 /// One stage on one partition.
@@ -220,8 +220,10 @@ impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
                 self.settle_all().await?;
             }
             if self.worked.saturating_sub(self.launched) >= FLIGHT_INTERVAL {
+                self.poll_flight();
                 self.landed()?;
                 self.launch();
+                self.poll_flight();
             }
             if start >= suspect_until {
                 run = if takes_batches { count } else { 1 };
@@ -242,22 +244,7 @@ impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
     /// One call with these records of the last batch, and the policy for those that faulted. Answers a fault where a call of
     /// several messages failed as a whole.
     async fn step(&mut self, records: Range<usize>) -> Result<Option<Fault>, Leave> {
-        let Some(batch) = self.batches.back() else {
-            return Ok(None);
-        };
-        let delivery = |record| Delivery { record, attempt: 1 };
-        let (common, flight) = (self.common, &mut self.flight);
-        let (invocation, took) = match &batch.records[records.clone()] {
-            [record] => alongside(flight, common.call(&[delivery(record)], &())).await,
-            many => {
-                let deliveries: Vec<_> = many.iter().map(delivery).collect();
-                alongside(flight, common.call(&deliveries, &())).await
-            }
-        };
-        self.worked += took;
-        if let Some(batch) = self.batches.back_mut() {
-            batch.spent += took;
-        }
+        let invocation = self.call(records.clone()).await?;
         let outcomes = match invocation.outcomes {
             Err(fault) if records.len() > 1 => return Ok(Some(fault)),
             Err(fault) => vec![Err(fault)],
@@ -276,6 +263,45 @@ impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
             }
         }
         Ok(None)
+    }
+
+    /// One call with these records of the last batch; several for which a store was away wait for it once, and not each.
+    async fn call(&mut self, records: Range<usize>) -> Result<Invocation, Leave> {
+        let mut tried_again = false;
+        loop {
+            let invocation = self.call_once(records.clone()).await;
+            let away = invocation.away().filter(|_| records.len() > 1).cloned();
+            let Some(store) = away else {
+                return Ok(invocation);
+            };
+            self.settle_all().await?;
+            // One that answers now may have been away for a moment; the second time it is the messages' fault.
+            let was_away = self.common.until_there::<()>(&store).await?;
+            if !was_away && mem::replace(&mut tried_again, true) {
+                return Ok(invocation);
+            }
+        }
+    }
+
+    async fn call_once(&mut self, records: Range<usize>) -> Invocation {
+        let records = match self.batches.back() {
+            Some(batch) => &batch.records[records],
+            None => &[],
+        };
+        let delivery = |record| Delivery { record, attempt: 1 };
+        let (common, flight) = (self.common, &mut self.flight);
+        let (invocation, took) = match records {
+            [record] => alongside(flight, common.call(&[delivery(record)], &())).await,
+            many => {
+                let deliveries: Vec<_> = many.iter().map(delivery).collect();
+                alongside(flight, common.call(&deliveries, &())).await
+            }
+        };
+        self.worked += took;
+        if let Some(batch) = self.batches.back_mut() {
+            batch.spent += took;
+        }
+        invocation
     }
 
     /// The number of the last batch.
@@ -349,6 +375,11 @@ impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
             landing: maybe_done(landing.boxed()),
             mark,
         });
+    }
+
+    /// Has the flight begin, or get on, where calls that never wait give it no turn. It stays in its place.
+    fn poll_flight(&mut self) {
+        let _ = landing(&mut self.flight).now_or_never();
     }
 
     /// What the log has not taken is to be sent again, before what was handled since. Nothing, as long as it is in flight.
@@ -516,5 +547,16 @@ mod tests {
         };
         bench.run_beside(look).await;
         assert_eq!(bench.done(), 3);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_batch_waits_once_for_a_store_that_is_away() {
+        let bench = Bench::new(Order::Partition, [None; 100], |_, _| (millis(0), Ok(())));
+        let bench = bench.in_batches();
+        bench.take_store_away(3);
+        bench.run().await;
+        assert_eq!(bench.calls(), 2, "the batch, and the batch again");
+        assert_eq!(bench.emitted(), Vec::from_iter(0..100));
+        assert!(bench.dead().is_empty());
     }
 }

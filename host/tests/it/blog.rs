@@ -352,3 +352,79 @@ fn the_example_is_fine() {
         String::from_utf8_lossy(&output.stderr)
     );
 }
+
+/// The cache manager takes batches. However they are cut, a post that is delivered again does not undo a newer one, and one
+/// that can't be cached takes none of its batch with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_cache_keeps_the_newest_however_batches_are_cut() {
+    const POSTS: usize = 60;
+    const SLUGS: usize = 4;
+    let (kafka, redis) = (server("KAFKA_BROKERS"), server("REDIS_URL"));
+    let run = unique("run");
+    let pipeline = |topic: &str, group: &str, batch: usize| {
+        format!(
+            r#"
+            name = "cache"
+            [kafka]
+            brokers = "{kafka}"
+            [topics."{topic}"]
+            partitions = 1
+            [redis.cache]
+            url = "{redis}"
+            [stages.cache]
+            component = "{}"
+            input = ["{topic}"]
+            group = "{group}"
+            redis = {{ cache = {{ prefix = "post:" }} }}
+            batch = {{ max-messages = {batch} }}
+            [[http.routes]]
+            path = "/post/{{slug}}"
+            method = "GET"
+            read = {{ redis = "cache", key = "post:{{slug}}" }}
+            [http]
+            listen = "127.0.0.1:0"
+            [admin]
+            listen = "127.0.0.1:0"
+            "#,
+            component("cache-manager")
+        )
+    };
+    let posts: Vec<_> = (0..POSTS)
+        .map(|n| match n {
+            17 => "no post".to_owned(),
+            // Redis's interface takes no such key.
+            23 => json!({ "uid": "u".repeat(20_000), "slug": format!("{run}-long") }).to_string(),
+            _ => {
+                json!({ "uid": format!("{run}-{n}"), "slug": format!("{run}-{}", n % SLUGS), "n": n })
+                    .to_string()
+            }
+        })
+        .collect();
+    let records: Vec<_> = posts.iter().map(|post| (None, post.as_str())).collect();
+    let log = Log::new(&kafka);
+    let newest = |address: &str| -> Vec<Option<u64>> {
+        let read = |slug| {
+            let (_, body) = get(address, &format!("/post/{run}-{slug}"));
+            serde_json::from_str::<Value>(&body).ok()?["n"].as_u64()
+        };
+        (0..SLUGS).map(read).collect()
+    };
+    let expected: Vec<_> = (POSTS - SLUGS..POSTS).map(|n| Some(n as u64)).collect();
+    // What comes after the first time is what had come half-way.
+    for (count, batch) in [
+        (POSTS, 40),
+        (POSTS / 2, 7),
+        (POSTS / 2, 500),
+        (POSTS / 2, 1),
+    ] {
+        let (topic, group) = (unique("published"), unique("group"));
+        let host = Host::start(&pipeline(&topic, &group, batch));
+        host.ready();
+        log.produce(&topic, &records[..count]).await;
+        log.wait_committed(&group, &topic);
+        let dead = log.read(&format!("{topic}.dlq"));
+        assert_eq!(dead.len(), 2, "those that are no posts");
+        let address = host.address("HTTP");
+        assert_eq!(newest(&address), expected, "batches of {batch}");
+    }
+}

@@ -29,9 +29,9 @@ const MAX_OPEN: usize = 20_000;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Errors that are shown.
 const SHOWN_ERRORS: u64 = 5;
-/// After the answer it is asked for first when this part of the time has passed that posts take at the moment. Then the time
-/// since the post is made longer by a part each time. So what is measured is at most that part too long, and most of what the
-/// host does is not answering that a post is not there yet.
+/// After the answer it is asked for first when this part of the time has passed that posts take on average at the moment. Then
+/// the time since the post is made longer by a part each time. So the host is not kept busy with answering that a post is not
+/// there yet. What is measured is never too short; a post that is faster than that part of the average counts as that long.
 const ASK: f64 = 0.75;
 const LONGER: f64 = 1.15;
 /// What posts take at first.

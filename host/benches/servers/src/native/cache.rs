@@ -1,5 +1,6 @@
 //! The blog's cache manager: two keys in Redis for each post, one of them with its version, as the stage writes them.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use rdkafka::consumer::{CommitMode, Consumer, StreamConsumer};
@@ -17,6 +18,13 @@ const SET_NEWER: &str = "local known = redis.call('GET', KEYS[2])
     redis.call('SET', KEYS[1], ARGV[1])
     redis.call('SET', KEYS[2], ARGV[2])
     return 1";
+/// The same for pairs of a key and its version's key, with one version for all.
+const SET_ALL_NEWER: &str = "for i = 1, #KEYS, 2 do
+        local known = redis.call('GET', KEYS[i + 1])
+        if not (known and tonumber(known) > tonumber(ARGV[1])) then
+            redis.call('MSET', KEYS[i], ARGV[1 + (i + 1) / 2], KEYS[i + 1], ARGV[1])
+        end
+    end";
 
 #[derive(serde::Deserialize)]
 struct Names<'a> {
@@ -52,7 +60,7 @@ pub(super) fn one_by_one(settings: &Settings) -> anyhow::Result<()> {
     })
 }
 
-/// All commands of a batch in one pipeline, the partitions side by side.
+/// All of a batch in one pipeline of two commands, the partitions side by side.
 pub(super) fn pipelined(settings: &Settings) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -69,28 +77,32 @@ pub(super) fn pipelined(settings: &Settings) -> anyhow::Result<()> {
 }
 
 async fn cache(lane: &Lane, mut redis: MultiplexedConnection, batch: usize) -> anyhow::Result<()> {
-    let script = Script::new(SET_NEWER);
+    let script = Script::new(SET_ALL_NEWER);
     script.load_async(&mut redis).await?;
     loop {
         let messages = at_hand(lane, batch)?;
         let Some(last) = messages.last() else {
             continue;
         };
-        let mut pipe = redis::pipe();
+        let (mut slugs, mut uids) = (BTreeMap::new(), BTreeMap::new());
         for message in &messages {
             let value = message.payload().unwrap_or_default();
             let names: Names<'_> = serde_json::from_slice(value)?;
-            let key = format!("post:{}", names.slug);
-            pipe.cmd("EVALSHA")
-                .arg(script.get_hash())
-                .arg(2)
-                .arg(&key)
-                .arg(version_of(&key))
-                .arg(value)
-                .arg(message.offset())
-                .ignore();
-            pipe.set(format!("post:uid:{}", names.uid), value).ignore();
+            slugs.insert(format!("post:{}", names.slug), value);
+            uids.insert(format!("post:uid:{}", names.uid), value);
         }
+        let mut newer = redis::cmd("EVALSHA");
+        newer.arg(script.get_hash()).arg(2 * slugs.len());
+        for key in slugs.keys() {
+            newer.arg(key).arg(version_of(key));
+        }
+        newer.arg(last.offset());
+        for value in slugs.values() {
+            newer.arg(*value);
+        }
+        let mut pipe = redis::pipe();
+        pipe.add_command(newer).ignore();
+        pipe.mset(&Vec::from_iter(uids)).ignore();
         let _: () = pipe.query_async(&mut redis).await?;
         lane.done.up_to(last.offset() + 1);
     }

@@ -98,16 +98,16 @@ struct Setup {
     linger: &'static str,
 }
 
-/// As `examples/blog` has it; it waits a little for larger batches.
+/// The stages and partitions of `examples/blog`. The log's clients wait a little, for larger batches.
 const EXAMPLE: Setup = Setup {
-    name: "the example's pipeline",
+    name: "8 partitions, the example's stages, linger 5 ms",
     publisher: "publisher",
     partitions: PARTITIONS,
     linger: "5",
 };
 /// Every batch of a partition costs a transaction, so there are few partitions, and one statement for all posts of a batch.
 const TUNED: Setup = Setup {
-    name: "2 partitions, the publisher as a batch stage",
+    name: "2 partitions, the publisher as a batch stage, linger 1 ms",
     publisher: "test-publisher-batch",
     partitions: 2,
     linger: "1",

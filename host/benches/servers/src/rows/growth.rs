@@ -22,7 +22,7 @@ pub(crate) fn growth(bench: &Bench, tell: &mut dyn FnMut(Row)) -> anyhow::Result
         let what = u64::try_from(partitions)?;
         all.push(Setting::new(bench, what, partitions, MESSAGES)?);
     }
-    let rates = rates(bench, "partitions", &all)?;
+    let rates = in_turns(bench, "partitions", &all)?;
     tell(row(
         "identity, 1 to 128 partitions: the rate against the best with fewer",
         &rates,
@@ -34,7 +34,7 @@ pub(crate) fn growth(bench: &Bench, tell: &mut dyn FnMut(Row)) -> anyhow::Result
         let more = format!("batch = {{ max-messages = {batch}, max-bytes = \"16MiB\" }}");
         all.push(Setting { more, ..setting });
     }
-    let rates = self::rates(bench, "messages a batch", &all)?;
+    let rates = in_turns(bench, "messages a batch", &all)?;
     tell(row(
         "identity, batches of 1 to 10,000: the rate against the best with smaller ones",
         &rates,
@@ -114,7 +114,7 @@ fn remove(bench: &Bench, all: &[Setting]) -> anyhow::Result<()> {
 }
 
 /// All in turns, several times: each one's rate that lies in the middle.
-fn rates(bench: &Bench, unit: &str, all: &[Setting]) -> anyhow::Result<Vec<(u64, f64)>> {
+fn in_turns(bench: &Bench, unit: &str, all: &[Setting]) -> anyhow::Result<Vec<(u64, f64)>> {
     let mut rates = vec![Vec::new(); all.len()];
     for round in 1..=ROUNDS {
         for (setting, rates) in all.iter().zip(&mut rates) {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{PARTITIONS, ROUNDS, post};
 use crate::bench::{Bench, Side};
-use crate::compare::alternate;
+use crate::compare::{Compared, alternate};
 use crate::report::{Goal, Row};
 
 /// Longer than any run takes.
@@ -37,9 +37,8 @@ pub(crate) fn json(bench: &Bench, tell: &mut dyn FnMut(Row)) -> anyhow::Result<(
 /// Runs both unmeasured, so that no row pays for a broker whose code is not compiled yet.
 pub(crate) fn warm_up(bench: &Bench) -> anyhow::Result<()> {
     eprintln!("the servers are warmed up; the next figures count for no row");
-    let row = ("F1", Goal::Reported);
-    let programs = ("test-identity", "identity");
-    compare(bench, &mut drop, row, "warm-up", programs)
+    let (stage, native) = ("test-identity", "identity");
+    compare_at(bench, "warm-up", (stage, native), SIZES[0]).map(drop)
 }
 
 /// With messages of each size.
@@ -48,23 +47,11 @@ fn compare(
     tell: &mut dyn FnMut(Row),
     (id, goal): (&'static str, Goal),
     work: &str,
-    (stage, native): (&str, &'static str),
+    programs: (&str, &'static str),
 ) -> anyhow::Result<()> {
     for (bytes, count) in SIZES {
-        let input = bench.unique("input");
-        bench.log.create(&input, PARTITIONS)?;
-        bench.log.fill(&input, count, |n| post(n, bytes))?;
-        let output = bench.unique("output");
-        bench.log.create(&output, PARTITIONS)?;
-        let run = |side: Side| bench.pace(&side, &output, count, WHOLE);
         let what = format!("topic to topic, {work}, {bytes} B");
-        let compared = alternate(
-            &what,
-            ROUNDS,
-            || run(Side::Host(pipeline(bench, stage, &input, &output, ""))),
-            || run(Side::Native(native, bench.settings(&input, &output))),
-        )?;
-        bench.log.delete(&[&input, &output])?;
+        let compared = compare_at(bench, &what, programs, (bytes, count))?;
         tell(Row {
             id,
             work: what,
@@ -75,6 +62,28 @@ fn compare(
         });
     }
     Ok(())
+}
+
+fn compare_at(
+    bench: &Bench,
+    what: &str,
+    (stage, native): (&str, &'static str),
+    (bytes, count): (usize, u64),
+) -> anyhow::Result<Compared> {
+    let input = bench.unique("input");
+    bench.log.create(&input, PARTITIONS)?;
+    bench.log.fill(&input, count, |n| post(n, bytes))?;
+    let output = bench.unique("output");
+    bench.log.create(&output, PARTITIONS)?;
+    let run = |side: Side| bench.pace(&side, &output, count, WHOLE);
+    let compared = alternate(
+        what,
+        ROUNDS,
+        || run(Side::Host(pipeline(bench, stage, &input, &output, ""))),
+        || run(Side::Native(native, bench.settings(&input, &output))),
+    )?;
+    bench.log.delete(&[&input, &output])?;
+    Ok(compared)
 }
 
 /// A pipeline of one stage that passes messages on; `more` are lines of the stage.
