@@ -6,6 +6,7 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::ops::Range;
 use std::pin::{Pin, pin};
+use std::task::Poll;
 use std::time::Duration;
 use std::{future, mem};
 
@@ -119,8 +120,11 @@ async fn landing(flight: &mut Option<Flight<'_>>) {
 /// Does some work while the flight goes on. Dropping it drops the work; the flight stays.
 async fn alongside<T>(flight: &mut Option<Flight<'_>>, work: impl Future<Output = T>) -> T {
     let mut work = pin!(work);
+    // Most calls are ready at once.
+    if let Poll::Ready(outcome) = futures::poll!(work.as_mut()) {
+        return outcome;
+    }
     tokio::select! {
-        // Most calls are ready at once.
         biased;
         // Both are polled in their places, so nothing is lost whichever is ready.
         outcome = &mut work => return outcome,
@@ -270,8 +274,10 @@ impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
         let mut tried_again = false;
         loop {
             let invocation = self.call_once(records.clone()).await;
-            let away = invocation.away().filter(|_| records.len() > 1).cloned();
-            let Some(store) = away else {
+            if records.len() == 1 {
+                return Ok(invocation);
+            }
+            let Some(store) = invocation.away().cloned() else {
                 return Ok(invocation);
             };
             self.settle_all().await?;
