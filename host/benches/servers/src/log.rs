@@ -1,5 +1,6 @@
 //! Topics: made, filled, and looked at afterwards.
 
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
@@ -152,17 +153,20 @@ impl Log {
     /// When the records of a topic were appended that are behind these ends.
     pub(crate) fn appended(&self, topic: &str, before: &[u64]) -> anyhow::Result<Appended> {
         let ends = self.ends(topic)?;
-        let (mut first, mut last, mut records) = (i64::MAX, i64::MIN, 0);
+        let (mut firsts, mut lasts, mut records) = (HashMap::new(), HashMap::new(), 0);
         for ((partition, end), before) in (0..).zip(ends).zip(before) {
             if end > *before {
-                first = first.min(self.timestamp(topic, partition, i64::try_from(*before)?)?);
-                last = last.max(self.timestamp(topic, partition, i64::try_from(end - 1)?)?);
+                firsts.insert(partition, i64::try_from(*before)?);
+                lasts.insert(partition, i64::try_from(end - 1)?);
                 records += end - before;
             }
         }
+        let first = self.timestamps(topic, firsts)?.into_iter().min();
+        let last = self.timestamps(topic, lasts)?.into_iter().max();
+        let time = last.unwrap_or(0).saturating_sub(first.unwrap_or(0));
         Ok(Appended {
             records,
-            time: Duration::from_millis(u64::try_from(last.saturating_sub(first)).unwrap_or(0)),
+            time: Duration::from_millis(u64::try_from(time).unwrap_or(0)),
         })
     }
 
@@ -173,23 +177,39 @@ impl Log {
         partition: i32,
         offset: i64,
     ) -> anyhow::Result<i64> {
+        let times = self.timestamps(topic, HashMap::from([(partition, offset)]))?;
+        times.first().copied().context("a timestamp")
+    }
+
+    /// Those of one record in each of these partitions, by their offsets, in no order.
+    fn timestamps(&self, topic: &str, mut wanted: HashMap<i32, i64>) -> anyhow::Result<Vec<i64>> {
         let mut list = TopicPartitionList::new();
-        list.add_partition_offset(topic, partition, Offset::Offset(offset))?;
+        for (partition, offset) in &wanted {
+            list.add_partition_offset(topic, *partition, Offset::Offset(*offset))?;
+        }
         self.reader.assign(&list)?;
+        let mut times = Vec::with_capacity(wanted.len());
         let deadline = Instant::now() + ASK;
-        while Instant::now() < deadline {
+        while !wanted.is_empty() {
+            ensure!(
+                Instant::now() < deadline,
+                "{topic}: {wanted:?} did not come"
+            );
             let message = self.reader.poll(Duration::from_secs(1)).transpose()?;
-            // One of the assignment before may still come.
+            // One of the assignment before may still come, and those behind the one that is wanted.
             if let Some(message) = message
-                && (message.topic(), message.partition()) == (topic, partition)
-                && message.offset() == offset
+                && message.topic() == topic
+                && wanted.get(&message.partition()) == Some(&message.offset())
             {
-                let timestamp = message.timestamp().to_millis().context("a timestamp");
-                // The topic may be gone soon.
-                self.reader.unassign()?;
-                return timestamp;
+                wanted.remove(&message.partition());
+                times.push(message.timestamp().to_millis().context("a timestamp")?);
+                let mut done = TopicPartitionList::new();
+                done.add_partition(topic, message.partition());
+                self.reader.pause(&done)?;
             }
         }
-        bail!("offset {offset} of {topic} {partition} did not come");
+        // The topic may be gone soon.
+        self.reader.unassign()?;
+        Ok(times)
     }
 }
