@@ -170,18 +170,7 @@ impl Log {
         })
     }
 
-    /// In milliseconds, by the broker's clock.
-    pub(crate) fn timestamp(
-        &self,
-        topic: &str,
-        partition: i32,
-        offset: i64,
-    ) -> anyhow::Result<i64> {
-        let times = self.timestamps(topic, HashMap::from([(partition, offset)]))?;
-        times.first().copied().context("a timestamp")
-    }
-
-    /// Those of one record in each of these partitions, by their offsets, in no order.
+    /// Of one record in each of these partitions, by their offsets: milliseconds by the broker's clock, in no order.
     fn timestamps(&self, topic: &str, mut wanted: HashMap<i32, i64>) -> anyhow::Result<Vec<i64>> {
         let mut list = TopicPartitionList::new();
         for (partition, offset) in &wanted {
