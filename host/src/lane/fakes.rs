@@ -61,7 +61,7 @@ impl Source for Log {
 
     fn done(&mut self, next_offset: i64) {
         let before = self.done.swap(next_offset, Ordering::Relaxed);
-        assert!(before <= next_offset, "{next_offset} after {before}");
+        assert!(before < next_offset, "{next_offset} after {before}");
         if next_offset == self.end {
             self.stopping.cancel();
         }

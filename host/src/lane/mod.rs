@@ -13,7 +13,9 @@ pub mod ordered;
 pub mod transactional;
 
 use std::iter;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::Poll;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rand::rngs::StdRng;
@@ -101,6 +103,24 @@ struct Stopped;
 
 /// A lane can't go on, and somebody has to look at it.
 struct Halt(String);
+
+/// Does some work while outputs are on their way. Dropping it drops the work; `flight` only polls them where they are, so
+/// it loses nothing.
+async fn alongside<T>(work: impl Future<Output = T>, flight: impl Future<Output = ()>) -> T {
+    let mut work = pin!(work);
+    // Most calls are ready at once.
+    if let Poll::Ready(outcome) = futures::poll!(work.as_mut()) {
+        return outcome;
+    }
+    tokio::select! {
+        // In one order, so that a simulation can be repeated.
+        biased;
+        // Both are cancel-safe: they are polled in their places.
+        outcome = &mut work => return outcome,
+        () = flight => {}
+    }
+    work.await
+}
 
 /// What the loops of all kinds of lane work with.
 struct Common<K, H> {

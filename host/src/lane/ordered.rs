@@ -5,8 +5,7 @@
 
 use std::collections::{BTreeSet, VecDeque};
 use std::ops::Range;
-use std::pin::{Pin, pin};
-use std::task::Poll;
+use std::pin::Pin;
 use std::time::Duration;
 use std::{future, mem};
 
@@ -16,7 +15,9 @@ use tracing::debug;
 
 use super::held::{Held, Sent};
 use super::message::{End, Leave};
-use super::{Common, Equipment, LOG_PATIENCE, MAX_AHEAD, MAX_AHEAD_BYTES, MAX_HELD_BYTES, Stopped};
+use super::{
+    Common, Equipment, LOG_PATIENCE, MAX_AHEAD, MAX_AHEAD_BYTES, MAX_HELD_BYTES, Stopped, alongside,
+};
 use crate::delivery::seen::Seen;
 use crate::delivery::{Delivery, Fault, Handler, Invocation};
 use crate::log::{Gap, Sink, Source};
@@ -115,22 +116,6 @@ async fn landing(flight: &mut Option<Flight<'_>>) {
         Some(aloft) => (&mut aloft.landing).await,
         None => future::pending().await,
     }
-}
-
-/// Does some work while the flight goes on. Dropping it drops the work; the flight stays.
-async fn alongside<T>(flight: &mut Option<Flight<'_>>, work: impl Future<Output = T>) -> T {
-    let mut work = pin!(work);
-    // Most calls are ready at once.
-    if let Poll::Ready(outcome) = futures::poll!(work.as_mut()) {
-        return outcome;
-    }
-    tokio::select! {
-        biased;
-        // Both are polled in their places, so nothing is lost whichever is ready.
-        outcome = &mut work => return outcome,
-        () = landing(flight) => {}
-    }
-    work.await
 }
 
 impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
@@ -297,10 +282,13 @@ impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
         let delivery = |record| Delivery { record, attempt: 1 };
         let (common, flight) = (self.common, &mut self.flight);
         let (invocation, took) = match records {
-            [record] => alongside(flight, common.call(&[delivery(record)], &())).await,
+            [record] => {
+                let deliveries = [delivery(record)];
+                alongside(common.call(&deliveries, &()), landing(flight)).await
+            }
             many => {
                 let deliveries: Vec<_> = many.iter().map(delivery).collect();
-                alongside(flight, common.call(&deliveries, &())).await
+                alongside(common.call(&deliveries, &()), landing(flight)).await
             }
         };
         self.worked += took;
@@ -463,6 +451,10 @@ impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
             } else {
                 handled
             };
+            // The source was told.
+            if !is_whole && until == batch.settled {
+                break;
+            }
             self.common
                 .measure(batch.records[batch.settled..until].iter());
             batch.settled = until;

@@ -15,7 +15,7 @@ use crate::delivery::dead_letter;
 use crate::delivery::retry::backoff;
 use crate::delivery::seen;
 use crate::delivery::{Cause, Fault};
-use crate::lane::{LOG_PATIENCE, Policy};
+use crate::lane::{LOG_PATIENCE, Policy, alongside};
 use crate::log::{Addressed, LogError, Unsent};
 use crate::metrics::StageMetrics;
 use crate::record::Outgoing;
@@ -65,16 +65,7 @@ impl Outbox {
 
     /// Does some work while the flight goes on. Dropping it drops the work; the flight stays.
     pub(super) async fn alongside<T>(&mut self, work: impl Future<Output = T>) -> T {
-        let mut work = std::pin::pin!(work);
-        if self.is_aloft() {
-            tokio::select! {
-                biased;
-                // Polled in place, so nothing is lost whichever is ready.
-                outcome = &mut work => return outcome,
-                () = self.landed() => {}
-            }
-        }
-        work.await
+        alongside(work, self.landed()).await
     }
 }
 
