@@ -177,6 +177,8 @@ impl Log {
             list.add_partition_offset(topic, *partition, Offset::Offset(*offset))?;
         }
         self.reader.assign(&list)?;
+        // A partition that was paused stays so when it is assigned again.
+        self.reader.resume(&list)?;
         let mut times = Vec::with_capacity(wanted.len());
         let deadline = Instant::now() + ASK;
         while !wanted.is_empty() {

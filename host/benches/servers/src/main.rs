@@ -10,7 +10,7 @@ mod rows;
 mod web;
 
 use std::path::PathBuf;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::time::Instant;
 
 use clap::{Parser, Subcommand};
@@ -65,6 +65,11 @@ fn native(name: &str, settings: &str) -> anyhow::Result<()> {
 }
 
 fn run(out: &std::path::Path, wanted: &[String]) -> anyhow::Result<()> {
+    let known = |row: &String| rows::ALL.iter().any(|(id, _)| row == id);
+    if let Some(unknown) = wanted.iter().find(|row| !known(row)) {
+        let all: Vec<_> = rows::ALL.iter().map(|(id, _)| *id).collect();
+        anyhow::bail!("there is no row {unknown}; there are {}", all.join(", "));
+    }
     let bench = Bench::new()?;
     let since = Instant::now();
     let mut all: Vec<Row> = Vec::new();
@@ -73,6 +78,8 @@ fn run(out: &std::path::Path, wanted: &[String]) -> anyhow::Result<()> {
         if !wanted.is_empty() && !wanted.iter().any(|row| row == id) {
             continue;
         }
+        // What the rows before have written shall not be on its way to the disk during this one.
+        Command::new("sync").status()?;
         eprintln!("{id} begins after {:.0?}", since.elapsed());
         measure(&bench, &mut |row| {
             eprintln!("{}", row.line());

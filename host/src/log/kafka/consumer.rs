@@ -108,6 +108,9 @@ impl GroupConsumer {
         let mut defaults = vec![
             // librdkafka waits a whole second by default before it fetches again into a queue that was full.
             ("fetch.queue.backoff.ms", "10"),
+            // A broker answers one fetch at a time. One that asks only for partitions that have nothing new, since the
+            // others' queues were full, would keep those waiting for half a second by default.
+            ("fetch.wait.max.ms", "50"),
             // Of each partition.
             ("queued.max.messages.kbytes", "2048"),
             ("queued.min.messages", "10000"),

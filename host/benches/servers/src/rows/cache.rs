@@ -14,7 +14,7 @@ const MESSAGES: u64 = 200_000;
 const KEYS: u64 = 2;
 /// Messages a batch, of both sides.
 const BATCH: usize = 500;
-const MOST: Duration = Duration::from_secs(10);
+const MOST: Duration = Duration::from_secs(5);
 /// How often Redis is asked how many keys it has.
 const LOOK: Duration = Duration::from_millis(10);
 

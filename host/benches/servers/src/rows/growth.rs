@@ -17,38 +17,49 @@ const BACKLOG: u64 = 10_000_000;
 const FALL: f64 = 0.85;
 
 pub(crate) fn growth(bench: &Bench, tell: &mut dyn FnMut(Row)) -> anyhow::Result<()> {
-    let mut all = Vec::new();
+    let (mut topics, mut all) = (Vec::new(), Vec::new());
     for partitions in PARTITIONS {
+        let new = Topics::new(bench, partitions, MESSAGES)?;
         let what = u64::try_from(partitions)?;
-        all.push(Setting::new(bench, what, partitions, MESSAGES)?);
+        all.push(Setting::new(what, Work::Host(String::new()), &new));
+        all.push(Setting::new(what, Work::Native, &new));
+        topics.push(new);
     }
     let rates = in_turns(bench, "partitions", &all)?;
-    tell(row(
-        "identity, 1 to 128 partitions: the rate against the best with fewer",
-        &rates,
-    ));
-    remove(bench, &all)?;
-    let mut all = Vec::new();
-    for batch in BATCHES {
-        let setting = Setting::new(bench, u64::try_from(batch)?, USUAL, MESSAGES)?;
-        let more = format!("batch = {{ max-messages = {batch}, max-bytes = \"16MiB\" }}");
-        all.push(Setting { more, ..setting });
+    let host: Vec<_> = rates.iter().copied().step_by(2).collect();
+    let native: Vec<_> = rates.iter().copied().skip(1).step_by(2).collect();
+    let work = "identity, 1 to 128 partitions: the rate against the best with fewer";
+    let mut of_host = row(work, &host);
+    let of_native = row(work, &native);
+    of_host.figures += &format!(
+        "; the native program: {:.2} ×, {}",
+        of_native.measured, of_native.figures
+    );
+    tell(of_host);
+    for topics in topics {
+        topics.remove(bench)?;
     }
+    let topics = Topics::new(bench, USUAL, MESSAGES)?;
+    let of_size = |batch: usize| {
+        let more = format!("batch = {{ max-messages = {batch}, max-bytes = \"16MiB\" }}");
+        Setting::new(batch as u64, Work::Host(more), &topics)
+    };
+    let all = BATCHES.map(of_size);
     let rates = in_turns(bench, "messages a batch", &all)?;
     tell(row(
         "identity, batches of 1 to 10,000: the rate against the best with smaller ones",
         &rates,
     ));
-    remove(bench, &all)?;
+    topics.remove(bench)?;
     backlog(bench, tell)
 }
 
 fn backlog(bench: &Bench, tell: &mut dyn FnMut(Row)) -> anyhow::Result<()> {
     let mut paces = Vec::new();
     for backlog in [BACKLOG / 10, BACKLOG] {
-        let setting = Setting::new(bench, backlog, USUAL, backlog)?;
-        let pace = setting.run(bench)?;
-        remove(bench, &[setting])?;
+        let topics = Topics::new(bench, USUAL, backlog)?;
+        let pace = Setting::new(backlog, Work::Host(String::new()), &topics).run(bench)?;
+        topics.remove(bench)?;
         eprintln!(
             "  backlog of {backlog}: {} a second, {} MB",
             thousands(pace.rate),
@@ -73,44 +84,74 @@ fn backlog(bench: &Bench, tell: &mut dyn FnMut(Row)) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A topic, and a pipeline that reads it.
-struct Setting {
-    /// What grows.
-    what: u64,
+/// A filled topic, and one for what comes of it.
+#[derive(Clone)]
+struct Topics {
     input: String,
-    partitions: i32,
+    output: String,
     count: u64,
-    /// Lines of the stage.
-    more: String,
 }
 
-impl Setting {
-    fn new(bench: &Bench, what: u64, partitions: i32, count: u64) -> anyhow::Result<Self> {
-        let input = bench.unique("input");
+impl Topics {
+    fn new(bench: &Bench, partitions: i32, count: u64) -> anyhow::Result<Self> {
+        let (input, output) = (bench.unique("input"), bench.unique("output"));
         bench.log.create(&input, partitions)?;
         bench.log.fill(&input, count, |n| post(n, BYTES))?;
+        bench.log.create(&output, partitions)?;
         Ok(Self {
-            what,
             input,
-            partitions,
+            output,
             count,
-            more: String::new(),
         })
     }
 
-    fn run(&self, bench: &Bench) -> anyhow::Result<Pace> {
-        let output = bench.unique("output");
-        bench.log.create(&output, self.partitions)?;
-        let pipeline = pipeline(bench, "test-identity", &self.input, &output, &self.more);
-        let pace = bench.pace(&Side::Host(pipeline), &output, self.count, WHOLE)?;
-        bench.log.delete(&[&output])?;
-        Ok(pace)
+    fn remove(&self, bench: &Bench) -> anyhow::Result<()> {
+        bench.log.delete(&[&self.input, &self.output])
     }
 }
 
-fn remove(bench: &Bench, all: &[Setting]) -> anyhow::Result<()> {
-    let inputs: Vec<_> = all.iter().map(|setting| setting.input.as_str()).collect();
-    bench.log.delete(&inputs)
+/// Who passes the messages on.
+enum Work {
+    /// With these lines of the stage.
+    Host(String),
+    Native,
+}
+
+impl Work {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Host(_) => "host",
+            Self::Native => "native",
+        }
+    }
+}
+
+/// One point of a row.
+struct Setting {
+    /// What grows.
+    what: u64,
+    work: Work,
+    topics: Topics,
+}
+
+impl Setting {
+    fn new(what: u64, work: Work, topics: &Topics) -> Self {
+        let topics = topics.clone();
+        Self { what, work, topics }
+    }
+
+    fn run(&self, bench: &Bench) -> anyhow::Result<Pace> {
+        let Topics {
+            input,
+            output,
+            count,
+        } = &self.topics;
+        let side = match &self.work {
+            Work::Host(more) => Side::Host(pipeline(bench, "test-identity", input, output, more)),
+            Work::Native => Side::Native("identity", bench.settings(input, output)),
+        };
+        bench.pace(&side, output, *count, WHOLE)
+    }
 }
 
 /// All in turns, several times: each one's rate that lies in the middle.
@@ -120,8 +161,9 @@ fn in_turns(bench: &Bench, unit: &str, all: &[Setting]) -> anyhow::Result<Vec<(u
         for (setting, rates) in all.iter().zip(&mut rates) {
             let pace = setting.run(bench)?;
             eprintln!(
-                "  {} {unit}, round {round} of {ROUNDS}: {} a second",
+                "  {} {unit}, round {round} of {ROUNDS}: {} {} a second",
                 setting.what,
+                setting.work.name(),
                 thousands(pace.rate)
             );
             rates.push(pace.rate);

@@ -15,7 +15,7 @@ pub(super) const OUTPUT: &str = "app.publishedPosts";
 const BYTES: usize = 300;
 /// Messages of the whole run; the slow side is stopped before its end.
 const MESSAGES: u64 = 200_000;
-const MOST: Duration = Duration::from_secs(10);
+const MOST: Duration = Duration::from_secs(5);
 /// Messages a batch, of both sides.
 const BATCH: usize = 500;
 

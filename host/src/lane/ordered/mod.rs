@@ -3,27 +3,29 @@
 //! Effects are durable as the stage makes them. Outputs are sent while the stage goes on, one flight at a time, so that
 //! they reach the log in their order; once all below an offset is handled and acknowledged, the source is told.
 
-use std::collections::{BTreeSet, VecDeque};
+mod batch;
+mod flight;
+
+use std::collections::VecDeque;
+use std::mem;
 use std::ops::Range;
-use std::pin::Pin;
 use std::time::Duration;
-use std::{future, mem};
 
 use futures::FutureExt;
-use futures::future::{BoxFuture, MaybeDone, maybe_done};
 use tracing::debug;
 
-use super::held::{Held, Sent};
+use self::batch::Batch;
+use self::flight::{Flight, Origin, landing};
+use super::held::Held;
 use super::message::{End, Leave};
-use super::{
-    Common, Equipment, LOG_PATIENCE, MAX_AHEAD, MAX_AHEAD_BYTES, MAX_HELD_BYTES, Stopped, alongside,
-};
+use super::{Common, Equipment, MAX_AHEAD, MAX_AHEAD_BYTES, MAX_HELD_BYTES, Stopped, alongside};
 use crate::delivery::seen::Seen;
 use crate::delivery::{Delivery, Fault, Handler, Invocation};
 use crate::log::{Gap, Sink, Source};
 use crate::record::{Outgoing, Record};
 
-/// After so much time in calls the outputs of a batch are sent before its end, between two calls. More often would cost more.
+/// While there are messages at hand, outputs are sent after so much time in calls: many in one flight, since the log
+/// charges by the request.
 const FLIGHT_INTERVAL: Duration = Duration::from_millis(5);
 
 /// One stage on one partition.
@@ -82,42 +84,6 @@ struct Work<'a, S, K, H> {
     failed: u32,
 }
 
-/// The records of one batch that an output came of: in a batch call nobody can tell which. The batch by its number.
-type Origin = (u64, Range<usize>);
-
-/// Outputs on their way to the log.
-struct Flight<'a> {
-    landing: MaybeDone<BoxFuture<'a, Landing>>,
-    /// When it lands, this is settled: the batches before the one of this number, and so many records of it.
-    mark: (u64, usize),
-}
-
-/// Consecutive records of the partition.
-struct Batch {
-    records: Vec<Record>,
-    /// Behind all that was taken, what was dropped included.
-    next_offset: Option<i64>,
-    bytes: usize,
-    /// Records below this index are handled, and their outputs held.
-    handled: usize,
-    /// Records below this index are settled.
-    settled: usize,
-    /// Indices of the records that have a dead letter, held or sent.
-    given_up: BTreeSet<usize>,
-    /// Time in calls since the last time that all was settled.
-    spent: Duration,
-}
-
-type Landing = Result<Sent<Origin>, Stopped>;
-
-/// Polls the flight where it is, so that it goes on at the next call. What came of it stays there.
-async fn landing(flight: &mut Option<Flight<'_>>) {
-    match flight {
-        Some(aloft) => (&mut aloft.landing).await,
-        None => future::pending().await,
-    }
-}
-
 impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
     fn new(source: &'a mut S, common: &'a Common<K, H>) -> Self {
         Self {
@@ -137,18 +103,23 @@ impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
 
     async fn until_gap(&mut self) -> Result<Gap, Leave> {
         loop {
-            self.launch();
-            let has_room = self.has_room();
-            let limits = &self.common.policy().batch;
-            let taken = tokio::select! {
-                // In one order, so that a simulation can be repeated.
-                biased;
-                // Both are cancel-safe: the flight stays in its place, and a record is either taken or still to come.
-                () = landing(&mut self.flight) => {
-                    self.landed()?;
-                    continue;
+            let taken = match self.at_hand() {
+                Some(taken) => taken,
+                None => {
+                    self.launch();
+                    let has_room = self.has_room();
+                    let limits = &self.common.policy().batch;
+                    tokio::select! {
+                        // In one order, so that a simulation can be repeated.
+                        biased;
+                        // Both are cancel-safe: the flight stays in its place, and a record is either taken or still to come.
+                        () = landing(&mut self.flight) => {
+                            self.landed()?;
+                            continue;
+                        }
+                        taken = self.source.next(limits), if has_room => taken,
+                    }
                 }
-                taken = self.source.next(limits), if has_room => taken,
             };
             match taken {
                 Ok(Some(records)) => {
@@ -166,6 +137,15 @@ impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
                 }
             }
         }
+    }
+
+    /// What the source has without waiting, if there is room for it.
+    fn at_hand(&mut self) -> Option<Result<Option<Vec<Record>>, Gap>> {
+        let limits = &self.common.policy().batch;
+        // Cancel-safe: a record is either taken or still to come.
+        self.has_room()
+            .then(|| self.source.next(limits).now_or_never())
+            .flatten()
     }
 
     /// Whether more may be taken. Not while the log is away: all that is taken may be delivered again after a crash.
@@ -275,27 +255,64 @@ impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
     }
 
     async fn call_once(&mut self, records: Range<usize>) -> Invocation {
+        let mark = self.handled();
         let records = match self.batches.back() {
             Some(batch) => &batch.records[records],
             None => &[],
         };
         let delivery = |record| Delivery { record, attempt: 1 };
         let (common, flight) = (self.common, &mut self.flight);
+        let (held, failed) = (&mut self.held, self.failed);
+        let any_held = !held.is_empty();
+        let due = FLIGHT_INTERVAL.saturating_sub(self.worked.saturating_sub(self.launched));
+        let mut settled = None;
+        // What is held must not wait for a call that takes long.
+        let outputs = async {
+            if let Some(aloft) = flight {
+                aloft.landed().await;
+                if !any_held || !aloft.is_complete() {
+                    return;
+                }
+                settled = Some(aloft.mark);
+                *flight = None;
+            }
+            if any_held {
+                tokio::time::sleep(due).await;
+                let failed = if settled.is_some() { 0 } else { failed };
+                let aloft = flight.insert(Flight::new(common, mem::take(held), failed, mark));
+                aloft.landed().await;
+            }
+        };
         let (invocation, took) = match records {
             [record] => {
                 let deliveries = [delivery(record)];
-                alongside(common.call(&deliveries, &()), landing(flight)).await
+                alongside(common.call(&deliveries, &()), outputs).await
             }
             many => {
                 let deliveries: Vec<_> = many.iter().map(delivery).collect();
-                alongside(common.call(&deliveries, &()), landing(flight)).await
+                alongside(common.call(&deliveries, &()), outputs).await
             }
         };
+        if any_held && self.held.is_empty() {
+            self.launched = self.worked;
+        }
+        if let Some(mark) = settled {
+            self.failed = 0;
+            self.settle(mark);
+        }
         self.worked += took;
         if let Some(batch) = self.batches.back_mut() {
             batch.spent += took;
         }
         invocation
+    }
+
+    /// How far all is handled: the number of the last batch, and how many records of it.
+    fn handled(&self) -> (u64, usize) {
+        (
+            self.last(),
+            self.batches.back().map_or(0, |batch| batch.handled),
+        )
     }
 
     /// The number of the last batch.
@@ -349,26 +366,16 @@ impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
 
     /// Has sent what is held, once what was sent before is in the log; where nothing is, all that is handled is settled.
     fn launch(&mut self) {
-        let Some(batch) = self.batches.back().filter(|_| self.flight.is_none()) else {
+        if self.batches.is_empty() || self.flight.is_some() {
             return;
-        };
-        let mark = (self.last(), batch.handled);
+        }
+        let mark = self.handled();
         self.launched = self.worked;
         if self.held.is_empty() {
             return self.settle(mark);
         }
-        let (common, held) = (self.common, mem::take(&mut self.held));
-        let wait = (self.failed > 0).then(|| common.backoff(&LOG_PATIENCE, self.failed));
-        let landing = async move {
-            if let Some(wait) = wait {
-                common.wait(wait).await?;
-            }
-            Ok(held.send(&*common.equipment.sink).await)
-        };
-        self.flight = Some(Flight {
-            landing: maybe_done(landing.boxed()),
-            mark,
-        });
+        let held = mem::take(&mut self.held);
+        self.flight = Some(Flight::new(self.common, held, self.failed, mark));
     }
 
     /// Has the flight begin, or get on, where calls that never wait give it no turn. It stays in its place.
@@ -381,7 +388,7 @@ impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
         let Some(mut flight) = self.flight.take() else {
             return Ok(());
         };
-        let Some(landing) = Pin::new(&mut flight.landing).take_output() else {
+        let Some(landing) = flight.take_landing() else {
             self.flight = Some(flight);
             return Ok(());
         };
@@ -476,40 +483,6 @@ impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
     }
 }
 
-impl Batch {
-    fn new(records: Vec<Record>, next_offset: Option<i64>) -> Self {
-        Self {
-            next_offset,
-            bytes: records.iter().map(Record::size).sum(),
-            records,
-            handled: 0,
-            settled: 0,
-            given_up: BTreeSet::new(),
-            spent: Duration::ZERO,
-        }
-    }
-
-    /// The dead letter of a record.
-    fn give_up<K, H: Handler<()>>(
-        &mut self,
-        common: &Common<K, H>,
-        index: usize,
-        attempts: u32,
-        fault: &Fault,
-    ) -> Outgoing {
-        self.given_up.insert(index);
-        common.give_up(&self.records[index], attempts, fault)
-    }
-
-    /// The offset below which all is settled, if that is anything of this batch.
-    fn settled_below(&self) -> Option<i64> {
-        if self.settled == self.records.len() {
-            return self.next_offset;
-        }
-        Some(self.records[self.settled.checked_sub(1)?].offset + 1)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use tokio::time::sleep;
@@ -534,17 +507,22 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn outputs_go_on_their_way_during_a_call() {
-        let bench = Bench::new(Order::Partition, [None; 3], |r, _| {
-            (millis(if r.offset == 2 { 300 } else { 4 }), Ok(()))
-        });
-        let look = async {
-            sleep(millis(100)).await;
-            assert_eq!(bench.emitted(), [0, 1], "the third is with the stage");
-            sleep(millis(500)).await;
-        };
-        bench.run_beside(look).await;
-        assert_eq!(bench.done(), 3);
+    async fn no_output_waits_for_a_call_that_takes_long() {
+        // Those of three are held when it begins; of eight, some are on their way.
+        for (quick, time) in [(2, 0), (7, 1)] {
+            let slow = quick as i64;
+            let bench = Bench::new(Order::Partition, vec![None; quick + 1], move |r, _| {
+                (millis(if r.offset == slow { 300 } else { time }), Ok(()))
+            });
+            let look = async {
+                sleep(millis(100)).await;
+                let emitted = Vec::from_iter(0..slow);
+                assert_eq!(bench.emitted(), emitted, "the last is with the stage");
+                sleep(millis(500)).await;
+            };
+            bench.run_beside(look).await;
+            assert_eq!(bench.done(), slow + 1);
+        }
     }
 
     #[tokio::test(start_paused = true)]
