@@ -148,15 +148,15 @@ impl GroupConsumer {
         let (assigned, sources) = mpsc::unbounded_channel();
         let bell = Arc::<Bell>::default();
         let joined = CancellationToken::new();
-        let context = Context(Mutex::new(State {
+        let state = State {
             partitions: HashMap::new(),
             assigned,
             joined: joined.clone(),
-            bell: bell.clone(),
             metrics,
             group: subscription.group.clone(),
             budget: subscription.revoke_budget,
-        }));
+        };
+        let context = Context::new(state, bell.clone());
         let refuse = |error| LogError::Refused(format!("cannot make a consumer: {error}"));
         let mut consumer =
             BaseConsumer::from_config_and_context(&config, context).map_err(refuse)?;

@@ -22,13 +22,16 @@ use crate::metrics::Metrics;
 const ABANDON_WAIT: Duration = Duration::from_secs(5);
 
 /// What librdkafka's callbacks work on; all run on the poller's thread.
-pub(super) struct Context(pub(super) Mutex<State>);
+pub(super) struct Context {
+    state: Mutex<State>,
+    /// A poll ends with the first callback, and there may be more to be called: each rings.
+    bell: Arc<Bell>,
+}
 
 pub(super) struct State {
     pub(super) partitions: HashMap<(String, i32), Arc<Partition>>,
     pub(super) assigned: mpsc::UnboundedSender<PartitionSource>,
     pub(super) joined: CancellationToken,
-    pub(super) bell: Arc<Bell>,
     pub(super) metrics: Arc<Metrics>,
     pub(super) group: String,
     pub(super) budget: Duration,
@@ -44,8 +47,13 @@ impl State {
 }
 
 impl Context {
+    pub(super) fn new(state: State, bell: Arc<Bell>) -> Self {
+        let state = Mutex::new(state);
+        Self { state, bell }
+    }
+
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn assign(&self, list: &TopicPartitionList) {
@@ -56,7 +64,7 @@ impl Context {
         }
         for element in list.elements() {
             let (topic, number) = (element.topic(), element.partition());
-            let partition = Partition::new(topic, number, state.bell.clone());
+            let partition = Partition::new(topic, number, self.bell.clone());
             state
                 .partitions
                 .insert((topic.to_string(), number), partition.clone());
@@ -188,14 +196,17 @@ fn commit_again(partitions: &[Arc<Partition>]) {
 
 impl ClientContext for Context {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        self.bell.ring();
         log_line(level, facility, message);
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
+        self.bell.ring();
         debug!(target: "librdkafka", "consumer: {error}: {reason}");
     }
 
     fn stats(&self, statistics: Statistics) {
+        self.bell.ring();
         let state = self.lock();
         for partition in state.partitions.values() {
             let figures = statistics
@@ -226,7 +237,7 @@ impl ConsumerContext for Context {
 
     /// Until its lane has said where it is to be read.
     fn post_rebalance(&self, consumer: &BaseConsumer<Self>, rebalance: &Rebalance<'_>) {
-        self.lock().bell.call();
+        self.bell.call();
         if let Rebalance::Assign(list) = rebalance
             && let Err(error) = consumer.pause(list)
         {
