@@ -5,6 +5,7 @@ mod membership;
 mod message;
 pub mod partition;
 mod partitioner;
+mod polled;
 pub mod producer;
 pub(crate) mod properties;
 mod start;

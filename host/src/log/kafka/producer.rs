@@ -4,17 +4,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use rdkafka::ClientContext;
-use rdkafka::config::{ClientConfig, FromClientConfigAndContext, RDKafkaLogLevel};
+use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Header as KafkaHeader, Message, OwnedHeaders};
-use rdkafka::producer::{
-    BaseRecord, DeliveryResult, Producer as _, ProducerContext, PurgeConfig, ThreadedProducer,
-};
+use rdkafka::producer::{BaseRecord, DeliveryResult, Producer as _, ProducerContext, PurgeConfig};
 use tokio::sync::Notify;
 use tracing::{debug, info, warn};
 
 use super::super::{Addressed, LogError, Sink, Unsent};
 use super::partitioner::{Count, Partitioner};
+use super::polled::PolledProducer;
 use super::{ClientSettings, Kind, log_error, log_line};
 use crate::record::Outgoing;
 
@@ -53,7 +52,7 @@ pub struct Producer {
     partitioner: Arc<Partitioner>,
 }
 
-type Client = ThreadedProducer<Context>;
+type Client = PolledProducer<Context>;
 
 impl Producer {
     /// A producer that connects by itself, now and after every loss.
@@ -104,7 +103,6 @@ impl Producer {
         self.enqueue(&client, &flight, 0, record).await;
         land(&client, &flight).await;
         self.replace_if_fatal(&client);
-        retire_if_fatal(client);
         let mut state = flight.lock();
         match state.unsent.pop() {
             Some(unsent) => Err(unsent.error),
@@ -135,8 +133,6 @@ impl Producer {
         let failed = self.fly(&client, std::slice::from_ref(record)).await.pop();
         if client.client().fatal_error().is_none() {
             *alone = Some(client);
-        } else {
-            retire_if_fatal(Arc::new(client));
         }
         failed.map_or(Ok(()), |unsent| Err(unsent.error))
     }
@@ -182,7 +178,6 @@ impl Sink for Producer {
         let client = self.client();
         let failed = self.fly(&client, records).await;
         self.replace_if_fatal(&client);
-        retire_if_fatal(client);
         let unsent = self.send_refused_alone(records, failed).await;
         if unsent.is_empty() {
             Ok(())
@@ -274,14 +269,6 @@ fn is_unknown_topic(error: RDKafkaErrorCode) -> bool {
     )
 }
 
-/// Lets go of a client that failed for good. The last who has it waits for its threads, and shall not do so on a thread of
-/// the async runtime.
-fn retire_if_fatal(client: Arc<Client>) {
-    if client.client().fatal_error().is_some() {
-        tokio::task::spawn_blocking(move || drop(client));
-    }
-}
-
 /// Waits until the flight is over. What a client that failed for good still has in its queue would
 /// never come back by itself.
 async fn land(client: &Client, flight: &Flight) {
@@ -325,7 +312,7 @@ pub(super) fn config(settings: &ClientSettings, patience: Patience) -> ClientCon
 }
 
 fn create(config: &ClientConfig) -> Result<Client, LogError> {
-    Client::from_config_and_context(config, Context)
+    Client::new(config, Context)
         .map_err(|error| LogError::Refused(format!("cannot make a producer: {error}")))
 }
 

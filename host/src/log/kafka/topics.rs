@@ -8,11 +8,12 @@ use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::ClientContext;
 use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
-use rdkafka::producer::{DeliveryResult, Producer as _, ProducerContext, ThreadedProducer};
+use rdkafka::producer::{DeliveryResult, Producer as _, ProducerContext};
 use rdkafka::util::Timeout;
 use tracing::info;
 
 use super::super::LogError;
+use super::polled::PolledProducer;
 use super::{ClientSettings, Kind, QuietContext, log_line};
 use crate::pipeline::Topic;
 
@@ -28,7 +29,7 @@ const APPEAR_WAIT: Duration = Duration::from_millis(100);
 #[derive(Clone)]
 pub struct Admin {
     /// It produces nothing: of rdkafka's clients, only producers hand on why a connection failed.
-    asker: Arc<ThreadedProducer<Asking>>,
+    asker: Arc<PolledProducer<Asking>>,
     creator: Arc<AdminClient<QuietContext>>,
 }
 
@@ -68,7 +69,7 @@ impl Admin {
     pub fn new(settings: &ClientSettings) -> Result<Self, LogError> {
         let config = settings.client_config(Kind::Admin, &[], &[]);
         let refuse = |error| LogError::Refused(format!("cannot make a client: {error}"));
-        let asker = ThreadedProducer::from_config_and_context(&config, Asking::default());
+        let asker = PolledProducer::new(&config, Asking::default());
         let creator = AdminClient::from_config_and_context(&config, QuietContext);
         Ok(Self {
             asker: Arc::new(asker.map_err(refuse)?),

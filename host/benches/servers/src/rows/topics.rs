@@ -13,25 +13,13 @@ pub(super) const WHOLE: Duration = Duration::from_secs(600);
 const SIZES: [(usize, u64); 2] = [(100, 1_000_000), (1_000, 300_000)];
 
 pub(crate) fn identity(bench: &Bench, tell: &mut dyn FnMut(Row)) -> anyhow::Result<()> {
-    let (message, batch) = ("test-identity", "test-identity-batch");
-    let goal = Goal::AtLeast(0.8);
-    compare(bench, tell, ("F1", goal), "identity", (message, "identity"))?;
-    let work = "identity as a batch stage";
-    compare(
-        bench,
-        tell,
-        ("F1", Goal::Reported),
-        work,
-        (batch, "identity"),
-    )
+    let stages = ("test-identity", "test-identity-batch");
+    compare(bench, tell, ("F1", 0.8), "identity", stages, "identity")
 }
 
 pub(crate) fn json(bench: &Bench, tell: &mut dyn FnMut(Row)) -> anyhow::Result<()> {
-    let (message, batch) = ("test-rewrite", "test-rewrite-batch");
-    let goal = Goal::AtLeast(0.7);
-    compare(bench, tell, ("F2", goal), "JSON changed", (message, "json"))?;
-    let work = "JSON changed in a batch stage";
-    compare(bench, tell, ("F2", Goal::Reported), work, (batch, "json"))
+    let stages = ("test-rewrite", "test-rewrite-batch");
+    compare(bench, tell, ("F2", 0.7), "JSON changed", stages, "json")
 }
 
 /// Runs both unmeasured, so that no row pays for a broker whose code is not compiled yet.
@@ -41,25 +29,28 @@ pub(crate) fn warm_up(bench: &Bench) -> anyhow::Result<()> {
     compare_at(bench, "warm-up", (stage, native), SIZES[0]).map(drop)
 }
 
-/// With messages of each size.
+/// A stage that is called with each message and one that takes batches, with messages of each size.
 fn compare(
     bench: &Bench,
     tell: &mut dyn FnMut(Row),
-    (id, goal): (&'static str, Goal),
+    (id, goal): (&'static str, f64),
     work: &str,
-    programs: (&str, &'static str),
+    (each, batches): (&str, &str),
+    native: &'static str,
 ) -> anyhow::Result<()> {
-    for (bytes, count) in SIZES {
-        let what = format!("topic to topic, {work}, {bytes} B");
-        let compared = compare_at(bench, &what, programs, (bytes, count))?;
-        tell(Row {
-            id,
-            work: what,
-            goal,
-            measured: compared.ratio,
-            unit: "×",
-            figures: compared.figures(),
-        });
+    for (stage, how) in [(each, "a message a call"), (batches, "a batch a call")] {
+        for (bytes, count) in SIZES {
+            let what = format!("topic to topic, {work}, {how}, {bytes} B");
+            let compared = compare_at(bench, &what, (stage, native), (bytes, count))?;
+            tell(Row {
+                id,
+                work: what,
+                goal: Goal::AtLeast(goal),
+                measured: compared.ratio,
+                unit: "×",
+                figures: compared.figures(),
+            });
+        }
     }
     Ok(())
 }
