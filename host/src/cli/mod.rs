@@ -14,6 +14,7 @@ use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use crate::diagnostics::Diagnostics;
+use crate::log::kafka::producer;
 
 /// The command failed while it ran.
 const FAILED: u8 = 1;
@@ -75,6 +76,7 @@ pub fn main() -> ExitCode {
     });
     // A question to a log that is away may still be waiting for its answer.
     runtime.shutdown_timeout(BLOCKED_TIME);
+    producer::until_closed(BLOCKED_TIME);
     code
 }
 

@@ -266,7 +266,7 @@ impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
         let any_held = !held.is_empty();
         let due = FLIGHT_INTERVAL.saturating_sub(self.worked.saturating_sub(self.launched));
         let mut settled = None;
-        // What is held must not wait for a call that takes long.
+        // What is held must not wait for a call that takes long, unless the log has not taken all that came before.
         let outputs = async {
             if let Some(aloft) = flight {
                 aloft.landed().await;

@@ -109,7 +109,8 @@ impl GroupConsumer {
             // librdkafka waits a whole second by default before it fetches again into a queue that was full.
             ("fetch.queue.backoff.ms", "10"),
             // A broker answers one fetch at a time. One that asks only for partitions that have nothing new, since the
-            // others' queues were full, would keep those waiting for half a second by default.
+            // others' queues were full, would keep those waiting for half a second by default. The price: an idle
+            // stage asks 20 times a second.
             ("fetch.wait.max.ms", "50"),
             // Of each partition.
             ("queued.max.messages.kbytes", "2048"),

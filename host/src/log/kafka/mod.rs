@@ -101,8 +101,8 @@ impl ClientSettings {
         // After a broker's restart librdkafka may take a partition for leaderless until it looks again, and by default
         // that is in five minutes: nothing gets into the partition for so long.
         config.set("topic.metadata.refresh.interval.ms", METADATA_REFRESH_MS);
-        // librdkafka waits half of it between two connections, of which a client that starts needs several. After a loss
-        // it doubles each time.
+        // librdkafka waits half of it, or 11 ms if that is more, between two connections, of which a client that starts
+        // needs several. After a loss it doubles each time.
         config.set("reconnect.backoff.ms", "20");
         for (name, value) in defaults {
             config.set(*name, *value);

@@ -14,6 +14,7 @@ use tracing::{debug, info, warn};
 use super::super::{Addressed, LogError, Sink, Unsent};
 use super::partitioner::{Count, Partitioner};
 use super::polled::PolledProducer;
+pub(crate) use super::polled::until_closed;
 use super::{ClientSettings, Kind, log_error, log_line};
 use crate::record::Outgoing;
 

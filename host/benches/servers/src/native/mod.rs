@@ -44,7 +44,7 @@ pub(crate) fn run(name: &str, settings: &Settings) -> anyhow::Result<()> {
     }
 }
 
-/// As the host's, whose reasons stand in `log/kafka`.
+/// As the host's, whose reasons stand in `log/kafka`, with larger queues: the host has a buffer of its own behind them.
 fn consumer_config(settings: &Settings) -> ClientConfig {
     let mut config = log::config(&settings.brokers);
     config.set("group.id", &settings.group);
@@ -53,6 +53,7 @@ fn consumer_config(settings: &Settings) -> ClientConfig {
     config.set("auto.offset.reset", "earliest");
     config.set("partition.assignment.strategy", "cooperative-sticky");
     config.set("fetch.queue.backoff.ms", "10");
+    config.set("fetch.wait.max.ms", "50");
     config.set("queued.max.messages.kbytes", "16384");
     config
 }

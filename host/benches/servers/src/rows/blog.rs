@@ -100,10 +100,10 @@ struct Setup {
 
 /// The stages and partitions of `examples/blog`. The log's clients wait a little, for larger batches.
 const EXAMPLE: Setup = Setup {
-    name: "8 partitions, the example's stages, linger 3 ms",
+    name: "8 partitions, the example's stages, linger 5 ms",
     publisher: "publisher",
     partitions: PARTITIONS,
-    linger: "3",
+    linger: "5",
 };
 /// Every batch of a partition costs a transaction, so there are few partitions, and one statement for all posts of a batch.
 const TUNED: Setup = Setup {

@@ -158,7 +158,12 @@ impl Setting {
 fn in_turns(bench: &Bench, unit: &str, all: &[Setting]) -> anyhow::Result<Vec<(u64, f64)>> {
     let mut rates = vec![Vec::new(); all.len()];
     for round in 1..=ROUNDS {
-        for (setting, rates) in all.iter().zip(&mut rates) {
+        // Whoever went last goes first in the next round.
+        let mut order: Vec<_> = all.iter().zip(&mut rates).collect();
+        if round % 2 == 0 {
+            order.reverse();
+        }
+        for (setting, rates) in order {
             let pace = setting.run(bench)?;
             eprintln!(
                 "  {} {unit}, round {round} of {ROUNDS}: {} {} a second",
