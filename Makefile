@@ -37,7 +37,7 @@ test-faults: stages ## break hosts, servers and the network for about MINUTES=20
 	jars=$$(scripts/kafka-jars) && \
 	STAGES_DIR=$(STAGES) KAFKA_JARS=$$jars FAULTS_MINUTES=$(MINUTES) cargo test --package host --test faults
 
-bench: stages ## measure the host beside native programs on real servers, for about 25 minutes (ROWS="F1 F6" for some); see bench/
+bench: stages ## measure the host beside native programs on real servers, for about 16 minutes (ROWS="F1 F6" for some); see bench/
 	@scripts/install-deps bench
 	cargo build --release --package host --package bench --bin host --bin bench
 	jars=$$(scripts/kafka-jars) && \

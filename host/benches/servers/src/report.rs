@@ -49,7 +49,8 @@ impl Row {
         let value = match value {
             v if v >= 100.0 => format!("{v:.0}"),
             v if v >= 10.0 => format!("{v:.1}"),
-            v => format!("{v:.2}"),
+            v if v >= 1.0 => format!("{v:.2}"),
+            v => format!("{v:.3}"),
         };
         let value = match value.contains('.') {
             true => value.trim_end_matches('0').trim_end_matches('.'),
