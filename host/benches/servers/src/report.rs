@@ -107,7 +107,7 @@ pub(crate) fn write(folder: &Path, rows: &[Row]) -> anyhow::Result<()> {
 
 /// Sizes of the chart, in its own units.
 const LINE: usize = 26;
-const LABEL: f64 = 660.0;
+const LABEL: f64 = 900.0;
 const BAR: f64 = 360.0;
 /// Where the goals stand, as a part of the bars' length.
 const GOAL_AT: f64 = 0.5;
