@@ -29,6 +29,8 @@ pub(super) use session::Session;
 
 /// How long SQLite waits for another process that writes.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long until the next try where it does not wait.
+const BUSY_PAUSE: Duration = Duration::from_millis(20);
 /// Prepared statements that a connection keeps.
 const STATEMENT_CACHE: usize = 256;
 /// Rows that the database's thread reads ahead. Each may have as many bytes as [`limit_values`] allows.
@@ -62,6 +64,27 @@ impl Altered {
     }
 }
 
+/// The first connection makes the file's log. SQLite refuses that at once, without its own wait, while another process
+/// does so too.
+async fn connect(
+    options: &SqliteConnectOptions,
+    place: &str,
+) -> Result<SqliteConnection, StoreError> {
+    let deadline = Instant::now() + BUSY_TIMEOUT;
+    loop {
+        match options
+            .connect()
+            .await
+            .map_err(|error| open_error(place, &error))
+        {
+            Err(StoreError::Unavailable(_)) if Instant::now() < deadline => {
+                tokio::time::sleep(BUSY_PAUSE).await;
+            }
+            connected => return connected,
+        }
+    }
+}
+
 /// Creates the file and its folder where they are missing, and runs the migrations.
 pub(super) async fn open(
     file: &Path,
@@ -87,10 +110,7 @@ pub(super) async fn open(
         .statement_cache_capacity(STATEMENT_CACHE)
         .row_buffer_size(ROWS_AHEAD)
         .disable_statement_logging();
-    let mut connection = options
-        .connect()
-        .await
-        .map_err(|error| open_error(&place, &error))?;
+    let mut connection = connect(&options, &place).await?;
     if let Some(migrations) = migrations {
         migrations
             .run_on_sqlite(&mut connection)
