@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::bench::Pace;
+use crate::report::{Goal, Row};
 
 /// The medians of all rounds.
 #[derive(Clone, Copy, Debug)]
@@ -16,8 +17,20 @@ pub(crate) struct Compared {
 }
 
 impl Compared {
+    /// The host's rate against the other's, with a goal.
+    pub(crate) fn row(&self, id: &'static str, work: impl Into<String>, goal: Goal) -> Row {
+        Row {
+            id,
+            work: work.into(),
+            goal,
+            measured: self.ratio,
+            unit: "×",
+            figures: self.figures(),
+        }
+    }
+
     /// Both rates in words.
-    pub(crate) fn figures(&self) -> String {
+    fn figures(&self) -> String {
         format!(
             "{} against {} a second; {:.1} × the processor time of the program alone",
             thousands(self.host),

@@ -69,14 +69,7 @@ pub(crate) fn routes(bench: &Bench, tell: &mut dyn FnMut(Row)) -> anyhow::Result
             || run(Side::Host(routes_alone(bench, &topic))),
             || run(Side::Native("http", native.clone())),
         )?;
-        tell(Row {
-            id: "F6",
-            work: work.into(),
-            goal: Goal::AtLeast(0.8),
-            measured: compared.ratio,
-            unit: "×",
-            figures: compared.figures(),
-        });
+        tell(compared.row("F6", work, Goal::AtLeast(0.8)));
     }
     bench.log.delete(&[&topic])
 }
@@ -220,14 +213,11 @@ pub(crate) fn embedded(bench: &Bench, tell: &mut dyn FnMut(Row)) -> anyhow::Resu
         || run(services(bench, &database, EXAMPLE.linger)),
     )?;
     bench.drop_database(&database)?;
-    tell(Row {
-        id: "F13",
-        work: "blog on what is embedded, 64 connections, against the same on real services".into(),
-        goal: Goal::Reported,
-        measured: compared.ratio,
-        unit: "×",
-        figures: compared.figures(),
-    });
+    tell(compared.row(
+        "F13",
+        "blog on what is embedded, 64 connections, against the same on real services",
+        Goal::Reported,
+    ));
     Ok(())
 }
 

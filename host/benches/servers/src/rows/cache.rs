@@ -53,14 +53,7 @@ pub(crate) fn cache(bench: &Bench, tell: &mut dyn FnMut(Row)) -> anyhow::Result<
             || run(bench, &Side::Host(pipeline(bench, stage, &input, more))),
             || run(bench, &Side::Native(native, settings(bench, &input))),
         )?;
-        tell(Row {
-            id: "F5",
-            work,
-            goal,
-            measured: compared.ratio,
-            unit: "×",
-            figures: compared.figures(),
-        });
+        tell(compared.row("F5", work, goal));
     }
     bench.log.delete(&[&input])?;
     Ok(())

@@ -65,14 +65,7 @@ fn compare(
         },
     )?;
     bench.log.delete(&[&input])?;
-    tell(Row {
-        id,
-        work: work.into(),
-        goal: Goal::AtLeast(goal),
-        measured: compared.ratio,
-        unit: "×",
-        figures: compared.figures(),
-    });
+    tell(compared.row(id, work, Goal::AtLeast(goal)));
     Ok(())
 }
 

@@ -42,14 +42,7 @@ fn compare(
         for (bytes, count) in SIZES {
             let what = format!("topic to topic, {work}, {how}, {bytes} B");
             let compared = compare_at(bench, &what, (stage, native), (bytes, count))?;
-            tell(Row {
-                id,
-                work: what,
-                goal: Goal::AtLeast(goal),
-                measured: compared.ratio,
-                unit: "×",
-                figures: compared.figures(),
-            });
+            tell(compared.row(id, what, Goal::AtLeast(goal)));
         }
     }
     Ok(())
