@@ -86,13 +86,11 @@ pub struct Stores {
 impl Stores {
     /// The databases that a stage may use.
     pub fn sql_grants(&self, stage: &pipeline::Stage) -> sql::SqlGrants {
-        let granted = |(name, _): &(&String, &sql::Database)| stage.sql.contains(name);
-        let databases = self.sql.iter().filter(granted);
-        sql::SqlGrants::new(
-            databases
-                .map(|(name, database)| (name.clone(), database.clone()))
-                .collect(),
-        )
+        let granted = stage.sql.iter().filter_map(|(name, access)| {
+            let database = self.sql.get(name)?.granted(*access);
+            Some((name.clone(), database))
+        });
+        sql::SqlGrants::new(granted.collect())
     }
 
     /// The key-value stores that a stage may use, each with what it may do there.

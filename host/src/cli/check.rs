@@ -96,7 +96,7 @@ fn stage(stage: &Stage) -> String {
         let _ = write!(line, " → {}", stage.output.join(", "));
     }
     let _ = write!(line, "  group {}", stage.group);
-    for store in stage.sql.iter().chain(stage.redis.keys()) {
+    for store in stage.sql.keys().chain(stage.redis.keys()) {
         let _ = write!(line, "  store {store}");
     }
     line.push_str(match (stage.delivery, stage.order) {

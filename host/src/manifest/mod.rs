@@ -75,7 +75,7 @@ pub(crate) struct StageSection {
     pub(crate) input: Option<At<Vec<Text>>>,
     pub(crate) group: Option<Text>,
     pub(crate) output: Option<At<Vec<Text>>>,
-    pub(crate) sql: Option<At<Vec<Text>>>,
+    pub(crate) sql: Option<At<Vec<SqlGrantSection>>>,
     pub(crate) redis: Vec<GrantSection>,
     pub(crate) config: Vec<(Text, Text)>,
     pub(crate) retry: RetrySection,
@@ -92,7 +92,13 @@ pub(crate) struct StageSection {
     pub(crate) allow_cycle: bool,
 }
 
-/// A store's name, and what the stage may do with it.
+/// A database's name, and what the stage may do with it.
+pub(crate) struct SqlGrantSection {
+    pub(crate) store: Text,
+    pub(crate) access: Option<At<AccessWord>>,
+}
+
+/// A Redis store's name, and what the stage may do with it.
 pub(crate) struct GrantSection {
     pub(crate) store: Text,
     pub(crate) prefix: Option<Text>,
@@ -118,6 +124,13 @@ pub(crate) struct BatchSection {
     pub(crate) max_messages: Option<At<i64>>,
     pub(crate) max_bytes: Option<At<u64>>,
     pub(crate) max_time: Option<At<Duration>>,
+}
+
+#[derive(Clone, Copy)]
+pub(crate) enum AccessWord {
+    ReadOnly,
+    Data,
+    DataDefinition,
 }
 
 #[derive(Clone, Copy)]
@@ -283,7 +296,7 @@ fn stage((name, mut t): (Text, Table<'_>)) -> StageSection {
         input: t.required_texts("input", "[\"a-topic\"]"),
         group: t.required_text("group", &format!("\"service.{}\"", name.value)),
         output: t.texts("output"),
-        sql: t.texts("sql"),
+        sql: sql_grants(&mut t),
         redis: grants(&mut t),
         config: t.settings("config"),
         retry: t.table("retry").map(retry).unwrap_or_default(),
@@ -330,6 +343,40 @@ fn stage((name, mut t): (Text, Table<'_>)) -> StageSection {
     };
     t.finish();
     section
+}
+
+/// A list of names, or a table with what each grant is for.
+fn sql_grants(stage: &mut Table<'_>) -> Option<At<Vec<SqlGrantSection>>> {
+    let Some(span) = stage.span_of_table("sql") else {
+        let names = stage.texts("sql")?;
+        let grant = |store| SqlGrantSection {
+            store,
+            access: None,
+        };
+        return Some(At {
+            value: names.value.into_iter().map(grant).collect(),
+            span: names.span,
+        });
+    };
+    let read = |(store, mut t): (Text, Table<'_>)| {
+        let section = SqlGrantSection {
+            access: t.choice(
+                "access",
+                &[
+                    ("read-only", AccessWord::ReadOnly),
+                    ("data", AccessWord::Data),
+                    ("data-definition", AccessWord::DataDefinition),
+                ],
+            ),
+            store,
+        };
+        t.finish();
+        section
+    };
+    Some(At {
+        value: stage.named_tables("sql").into_iter().map(read).collect(),
+        span,
+    })
 }
 
 fn grants(stage: &mut Table<'_>) -> Vec<GrantSection> {

@@ -359,6 +359,12 @@ impl<'a> Table<'a> {
         }
     }
 
+    /// Where the value is, if it is a table.
+    pub(crate) fn span_of_table(&self, key: &str) -> Option<Span> {
+        let value = self.entries.get(key)?;
+        value.get_ref().is_table().then(|| value.span())
+    }
+
     /// `[[key]]` tables, or a list of inline ones.
     pub(crate) fn tables(&mut self, key: &'static str) -> Vec<Table<'a>> {
         let Some(value) = self.get(key) else {

@@ -5,7 +5,7 @@ use std::io::{self, Read};
 use std::path::Path;
 
 use super::load::{Checks, describe_io};
-use super::stages::texts;
+use super::stages::{sql_sections, texts};
 use crate::component::inspect::{
     InspectError, MAX_COMPONENT_BYTES, Needs, STAGE_VERSION, World, inspect, needs,
 };
@@ -145,7 +145,7 @@ fn check_import(
     };
     match needs(import) {
         Needs::Nothing => {}
-        Needs::Sql if texts(stage.sql.as_ref()).is_empty() => {
+        Needs::Sql if sql_sections(stage).is_empty() => {
             let store = manifest.sql.first().map_or("my-store", |s| &s.name.value);
             not_granted("SQL store", format!("add `sql = [\"{store}\"]`, or build it without the import"));
         }

@@ -1,23 +1,26 @@
 //! How `[stages.NAME]` has its messages delivered: what holds, in which order, and what if it fails.
 
 use super::load::Checks;
-use super::stages::{texts, whole};
+use super::stages::{sql_sections, whole};
 use super::{Delivery, OnExhausted, OnGap, Order};
 use crate::diagnostics::{Problem, Span};
-use crate::manifest::{DeliveryWord, OnExhaustedWord, OnGapWord, OrderWord, StageSection};
+use crate::manifest::{
+    AccessWord, DeliveryWord, OnExhaustedWord, OnGapWord, OrderWord, SqlGrantSection, StageSection,
+};
 
 const DEFAULT_CONCURRENCY: usize = 16;
 const MAX_INSTANCE_ID: usize = 249;
 
-/// Transactional where it can be, unless the stage says otherwise.
+/// Transactional where it can be, unless the stage says otherwise. A database that a stage only reads may be a replica, which
+/// keeps nobody's progress.
 pub(super) fn delivery(checks: &Checks<'_>, section: &StageSection) -> Delivery {
-    let stores = texts(section.sql.as_ref()).len();
     let Some(word) = &section.delivery else {
-        return match stores {
-            1 => Delivery::Transactional,
-            _ => Delivery::AtLeastOnce,
+        return match default_ledger(section) {
+            Some(_) => Delivery::Transactional,
+            None => Delivery::AtLeastOnce,
         };
     };
+    let stores = sql_sections(section).len();
     if word.value == DeliveryWord::AtLeastOnce {
         return Delivery::AtLeastOnce;
     }
@@ -36,6 +39,17 @@ pub(super) fn delivery(checks: &Checks<'_>, section: &StageSection) -> Delivery 
         );
     }
     Delivery::Transactional
+}
+
+/// The database that keeps the stage's progress where nothing is said of its delivery.
+pub(super) fn default_ledger(section: &StageSection) -> Option<&SqlGrantSection> {
+    match sql_sections(section) {
+        [grant] => match grant.access.as_ref().map(|word| word.value) {
+            Some(AccessWord::ReadOnly) => None,
+            _ => Some(grant),
+        },
+        _ => None,
+    }
 }
 
 /// What is kept in order, and how many messages of a partition are worked on at one time.
@@ -99,7 +113,7 @@ fn transactional_place(section: &StageSection) -> Option<(&Span, &'static str)> 
         (Some(word), _) if word.value == DeliveryWord::Transactional => {
             Some((&word.span, "transactional is asked for here"))
         }
-        (None, Some(sql)) if sql.value.len() == 1 => Some((
+        (None, Some(sql)) if default_ledger(section).is_some() => Some((
             &sql.span,
             "with one SQL store, a stage is transactional unless `delivery` says otherwise",
         )),

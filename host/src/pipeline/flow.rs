@@ -2,8 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::delivery::default_ledger;
 use super::load::Checks;
-use super::stages::{dead_letter_topics, texts};
+use super::stages::{dead_letter_topics, sql_sections, texts};
 use crate::diagnostics::Problem;
 use crate::manifest::{DeliveryWord, Manifest, StageSection, Text};
 
@@ -73,17 +74,15 @@ fn check_progress(checks: &Checks<'_>, other: &StageSection, stage: &StageSectio
 
 /// The SQL store that a transactional stage keeps its progress in.
 fn ledger(stage: &StageSection) -> Option<&str> {
-    match texts(stage.sql.as_ref()) {
-        [store]
-            if stage
-                .delivery
-                .as_ref()
-                .is_none_or(|d| d.value == DeliveryWord::Transactional) =>
-        {
-            Some(&store.value)
-        }
-        _ => None,
-    }
+    let grant = match &stage.delivery {
+        None => default_ledger(stage),
+        Some(word) if word.value == DeliveryWord::Transactional => match sql_sections(stage) {
+            [grant] => Some(grant),
+            _ => None,
+        },
+        Some(_) => None,
+    };
+    grant.map(|grant| grant.store.value.as_str())
 }
 
 /// Kafka throws a member out of its group as soon as another one joins under its name.

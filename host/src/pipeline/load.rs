@@ -106,7 +106,7 @@ impl Checks<'_> {
     }
 
     /// Reports what a list names twice.
-    pub(super) fn no_repeats(&self, list: &[Text]) {
+    pub(super) fn no_repeats<'t>(&self, list: impl IntoIterator<Item = &'t Text>) {
         let mut seen: BTreeMap<&str, &Text> = BTreeMap::new();
         for item in list {
             if let Some(first) = seen.insert(&item.value, item) {

@@ -91,6 +91,17 @@ pub struct RedisStore {
     pub(crate) url: RedisUrl,
 }
 
+/// What a stage may do in a database that it is granted. Never what names the host's own tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum SqlAccess {
+    /// Read rows.
+    ReadOnly,
+    /// Read and change rows.
+    Data,
+    /// Make, alter and drop tables, views and indices too.
+    DataDefinition,
+}
+
 /// Where a Redis store is. `Debug` hides passwords.
 #[derive(Clone)]
 pub enum RedisUrl {
@@ -110,8 +121,8 @@ pub struct Stage {
     pub(crate) group: String,
     /// Topics that the stage may produce to.
     pub(crate) output: Vec<String>,
-    /// Names of `[sql]` stores that the stage may use.
-    pub(crate) sql: Vec<String>,
+    /// What the stage may do in databases, by store name.
+    pub(crate) sql: BTreeMap<String, SqlAccess>,
     /// By store name.
     pub(crate) redis: BTreeMap<String, RedisGrant>,
     /// What `wasi:config/store` answers.

@@ -1,13 +1,14 @@
 //! `[stages.NAME]`, each by itself.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::load::{Checks, Declared};
-use super::{BatchLimits, Instances, Limits, RedisGrant, Retry, Stage, delivery, kafka};
+use super::{BatchLimits, Instances, Limits, RedisGrant, Retry, SqlAccess, Stage, delivery, kafka};
 use crate::diagnostics::{Problem, nearest, suggestion};
 use crate::manifest::{
-    At, BatchSection, GrantSection, InstancesWord, LimitsSection, RetrySection, StageSection, Text,
+    AccessWord, At, BatchSection, GrantSection, InstancesWord, LimitsSection, RetrySection,
+    SqlGrantSection, StageSection, Text,
 };
 
 const DEFAULT_MAX_ATTEMPTS: u32 = 5;
@@ -159,21 +160,31 @@ fn group(checks: &Checks<'_>, section: &StageSection) -> Option<String> {
     Some(group.value.clone())
 }
 
+/// The databases that the stage is granted.
+pub(super) fn sql_sections(section: &StageSection) -> &[SqlGrantSection] {
+    section.sql.as_ref().map_or(&[], |list| &list.value)
+}
+
 fn sql_grants(
     checks: &Checks<'_>,
     declared: &Declared,
     section: &StageSection,
-) -> Option<Vec<String>> {
-    let list = texts(section.sql.as_ref());
-    checks.no_repeats(list);
-    let known: Vec<_> = list
+) -> Option<BTreeMap<String, SqlAccess>> {
+    let list = sql_sections(section);
+    checks.no_repeats(list.iter().map(|grant| &grant.store));
+    let grants: Vec<_> = list
         .iter()
-        .map(|store| is_store(checks, "sql", &declared.sql, store))
+        .map(|grant| {
+            let access = match grant.access.as_ref().map(|word| word.value) {
+                Some(AccessWord::ReadOnly) => SqlAccess::ReadOnly,
+                None | Some(AccessWord::Data) => SqlAccess::Data,
+                Some(AccessWord::DataDefinition) => SqlAccess::DataDefinition,
+            };
+            let known = is_store(checks, "sql", &declared.sql, &grant.store);
+            known.then(|| (grant.store.value.clone(), access))
+        })
         .collect();
-    known
-        .iter()
-        .all(|known| *known)
-        .then(|| list.iter().map(|store| store.value.clone()).collect())
+    grants.into_iter().collect()
 }
 
 /// Reports a store that the pipeline does not declare.

@@ -291,8 +291,9 @@ fn breaker(pipeline: &Pipeline, readiness: &Arc<Readiness>, metrics: &Arc<Metric
 /// transactions there. `None` where no stage has.
 fn longest_pause(pipeline: &Pipeline, database: &String) -> Option<Duration> {
     let stages = pipeline.stages.iter();
-    let stages = stages
-        .filter(|stage| stage.delivery == Delivery::Transactional && stage.sql.contains(database));
+    let stages = stages.filter(|stage| {
+        stage.delivery == Delivery::Transactional && stage.sql.contains_key(database)
+    });
     stages.map(|stage| stage.limits.deadline).max()
 }
 

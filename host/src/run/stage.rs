@@ -106,8 +106,8 @@ fn ledger(
     if stage.delivery != Delivery::Transactional {
         return Ok(None);
     }
-    let store = stage.sql.first().and_then(|name| {
-        let database = stores.sql.get(name)?.clone();
+    let store = stage.sql.first_key_value().and_then(|(name, access)| {
+        let database = stores.sql.get(name)?.granted(*access);
         Some((StoreName::Sql(name.as_str().into()), Arc::new(database)))
     });
     let store = store.with_context(|| format!("stage {} has no SQL store", stage.name))?;

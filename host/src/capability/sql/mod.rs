@@ -24,7 +24,7 @@ pub use guest::{SqlCtx, SqlGrants, SqlView, add_to_linker};
 pub use transaction::Transaction;
 
 use super::StoreError;
-use crate::pipeline::{SqlStore, SqlUrl};
+use crate::pipeline::{SqlAccess, SqlStore, SqlUrl};
 use statement::Dialect;
 
 /// Bytes of one statement's text.
@@ -53,6 +53,8 @@ pub fn check_postgres_url(url: &str) -> Result<(), String> {
 #[derive(Clone)]
 pub struct Database {
     kind: Kind,
+    /// What whoever holds it may have it do; the host's own statements are not asked.
+    access: SqlAccess,
     /// One for each transaction that may be open at a time: at least one connection is left for single statements.
     slots: Arc<Semaphore>,
 }
@@ -93,7 +95,19 @@ impl Database {
         };
         let slots = max_connections.saturating_sub(1).max(1) as usize;
         let slots = Arc::new(Semaphore::new(slots));
-        Ok(Self { kind, slots })
+        Ok(Self {
+            kind,
+            access: SqlAccess::DataDefinition,
+            slots,
+        })
+    }
+
+    /// The same database, for a stage that may do so much in it.
+    pub fn granted(&self, access: SqlAccess) -> Self {
+        Self {
+            access,
+            ..self.clone()
+        }
     }
 
     /// Asks the database for nothing, to see that it answers.
@@ -131,8 +145,8 @@ impl Database {
 
     async fn call(&self, text: &str, work: Work<'_>) -> Result<Done, Error> {
         match &self.kind {
-            Kind::Postgres(database) => database.call(text, work).await,
-            Kind::Sqlite(database) => database.call(text, work).await,
+            Kind::Postgres(database) => database.call(self.access, text, work).await,
+            Kind::Sqlite(database) => database.call(self.access, text, work).await,
         }
     }
 }
@@ -150,12 +164,12 @@ enum Work<'a> {
 
 impl Work<'_> {
     /// The statement's first word, if it may be sent.
-    fn check(self, dialect: Dialect, text: &str) -> Result<String, Error> {
+    fn check(self, dialect: Dialect, access: SqlAccess, text: &str) -> Result<String, Error> {
         match self {
             Work::Query(params) | Work::Execute(params) => {
-                statement::check(dialect, text, params.len())
+                statement::check(dialect, access, text, params.len())
             }
-            Work::ExecuteMany(lists) => statement::check_many(dialect, text, lists),
+            Work::ExecuteMany(lists) => statement::check_many(dialect, access, text, lists),
         }
     }
 

@@ -10,7 +10,8 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
 use super::lease::{Lease, is_at_rest};
 use super::migrate::Migrations;
 use super::{
-    ACQUIRE_TIMEOUT, Done, Error, Failure, STATEMENT_TIMEOUT, StoreError, Work, ledger, out_of_time,
+    ACQUIRE_TIMEOUT, Done, Error, Failure, STATEMENT_TIMEOUT, SqlAccess, StoreError, Work, ledger,
+    out_of_time,
 };
 use call::Call;
 use error::open_error;
@@ -133,8 +134,13 @@ impl Postgres {
     }
 
     /// Runs a statement on a connection of the pool, where it commits by itself.
-    pub(super) async fn call(&self, text: &str, work: Work<'_>) -> Result<Done, Error> {
-        let mut call = Call::new(text, work)?;
+    pub(super) async fn call(
+        &self,
+        access: SqlAccess,
+        text: &str,
+        work: Work<'_>,
+    ) -> Result<Done, Error> {
+        let mut call = Call::new(access, text, work)?;
         let mut connection = Lease::take(&self.pool).await?;
         let answer = call.run_alone(&mut connection).await;
         let answer = answer.map_err(Failure::into_error);

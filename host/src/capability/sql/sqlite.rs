@@ -14,7 +14,7 @@ use tokio::sync::{Mutex, MutexGuard};
 use super::lease::Lease;
 use super::ledger::{self, Statements};
 use super::migrate::Migrations;
-use super::{ACQUIRE_TIMEOUT, Done, Error, Failure, MAX_ANSWER_BYTES, StoreError, Work};
+use super::{ACQUIRE_TIMEOUT, Done, Error, Failure, MAX_ANSWER_BYTES, SqlAccess, StoreError, Work};
 use call::{Call, Means, Running};
 use error::{failure_of, open_error};
 use value::DeclaredTypes;
@@ -157,8 +157,13 @@ impl Sqlite {
     }
 
     /// Runs a statement on a connection of the pool, where it commits by itself.
-    pub(super) async fn call(&self, text: &str, work: Work<'_>) -> Result<Done, Error> {
-        let mut call = Call::new(text, work)?;
+    pub(super) async fn call(
+        &self,
+        access: SqlAccess,
+        text: &str,
+        work: Work<'_>,
+    ) -> Result<Done, Error> {
+        let mut call = Call::new(access, text, work)?;
         if let Work::ExecuteMany([]) = work {
             return Ok(Done::affected(0));
         }

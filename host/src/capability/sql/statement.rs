@@ -7,7 +7,8 @@
 mod sqlite;
 
 use super::{
-    Error, MAX_PARAMETER_LISTS, MAX_PARAMETERS, MAX_STATEMENT_BYTES, Value, database_error,
+    Error, MAX_PARAMETER_LISTS, MAX_PARAMETERS, MAX_STATEMENT_BYTES, SqlAccess, Value,
+    database_error,
 };
 
 const SYNTAX_ERROR: &str = "42601";
@@ -67,7 +68,12 @@ const REFUSED_BY_SQLITE: &[(&str, &str)] = &[
 ];
 
 /// The first word of a statement that may be sent, in upper case; empty where it does not begin with a word.
-pub(super) fn check(dialect: Dialect, text: &str, params: usize) -> Result<String, Error> {
+pub(super) fn check(
+    dialect: Dialect,
+    access: SqlAccess,
+    text: &str,
+    params: usize,
+) -> Result<String, Error> {
     if text.len() > MAX_STATEMENT_BYTES {
         let message = format!("the statement has more than {MAX_STATEMENT_BYTES} bytes");
         return Err(database_error(LIMIT_EXCEEDED, message));
@@ -88,6 +94,7 @@ pub(super) fn check(dialect: Dialect, text: &str, params: usize) -> Result<Strin
     let mut words = Words { dialect, text };
     let keyword = words.next();
     check_word(dialect, &keyword)?;
+    check_access(dialect, access, &keyword)?;
     match keyword.as_str() {
         // What it explains is prepared, and SQLite does much of what a PRAGMA says while it prepares it.
         "EXPLAIN" if dialect == Dialect::Sqlite => {
@@ -111,6 +118,7 @@ pub(super) fn check(dialect: Dialect, text: &str, params: usize) -> Result<Strin
 /// As [`check`], of a statement that is run once for every list of parameters.
 pub(super) fn check_many(
     dialect: Dialect,
+    access: SqlAccess,
     text: &str,
     lists: &[Vec<Value>],
 ) -> Result<String, Error> {
@@ -119,8 +127,10 @@ pub(super) fn check_many(
         return Err(database_error(LIMIT_EXCEEDED, message));
     }
     let lengths = || lists.iter().map(Vec::len);
-    check(dialect, text, lengths().max().unwrap_or(MAX_PARAMETERS))?;
-    check(dialect, text, lengths().min().unwrap_or(MAX_PARAMETERS))
+    let most = lengths().max().unwrap_or(MAX_PARAMETERS);
+    check(dialect, access, text, most)?;
+    let least = lengths().min().unwrap_or(MAX_PARAMETERS);
+    check(dialect, access, text, least)
 }
 
 /// Whether a statement that PostgreSQL ran may have left something in the session. Plain ones have not, as far as
@@ -165,6 +175,36 @@ fn check_word(dialect: Dialect, word: &str) -> Result<(), Error> {
     match refused.find(|(refused, _)| *refused == word) {
         Some((_, why)) => Err(refusal(word, why)),
         None => Ok(()),
+    }
+}
+
+/// What a statement that begins with the word asks for, if a stage may ever send it. A parenthesis begins a SELECT or VALUES.
+fn needed(dialect: Dialect, word: &str) -> Option<SqlAccess> {
+    match (word, dialect) {
+        ("" | "EXPLAIN" | "SELECT" | "VALUES" | "WITH", _) | ("TABLE", Dialect::Postgres) => {
+            Some(SqlAccess::ReadOnly)
+        }
+        ("DELETE" | "INSERT" | "UPDATE", _)
+        | ("MERGE", Dialect::Postgres)
+        | ("REPLACE", Dialect::Sqlite) => Some(SqlAccess::Data),
+        ("ALTER" | "ANALYZE" | "CREATE" | "DROP" | "REINDEX", _)
+        | ("COMMENT" | "TRUNCATE", Dialect::Postgres) => Some(SqlAccess::DataDefinition),
+        _ => None,
+    }
+}
+
+fn check_access(dialect: Dialect, access: SqlAccess, word: &str) -> Result<(), Error> {
+    match needed(dialect, word) {
+        None => Err(refusal(
+            word,
+            "it sends statements that read and change rows",
+        )),
+        Some(needed) if needed <= access => Ok(()),
+        Some(SqlAccess::DataDefinition) => Err(refusal(
+            word,
+            "its grant in the pipeline needs `access = \"data-definition\"`",
+        )),
+        Some(_) => Err(refusal(word, "its grant in the pipeline is read-only")),
     }
 }
 
@@ -255,7 +295,8 @@ mod tests {
 
     #[track_caller]
     pub(super) fn check(dialect: Dialect, text: &str, params: usize, expected: Result<&str, &str>) {
-        let seen = super::check(dialect, text, params).map_err(|error| match error {
+        let access = SqlAccess::DataDefinition;
+        let seen = super::check(dialect, access, text, params).map_err(|error| match error {
             Error::Database(error) => error.message,
             other => panic!("{text}: {other:?}"),
         });

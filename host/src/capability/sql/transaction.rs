@@ -94,11 +94,14 @@ impl Transaction {
         // The semaphore is never closed; without it, the pool's own limit holds.
         let turn = database.slots.clone().acquire_owned().await;
         let turn = turn.map_err(|error| StoreError::Unavailable(error.to_string()))?;
+        let access = database.access;
         let session = match &database.kind {
             Kind::Postgres(database) => {
-                Session::Postgres(postgres::Session::begin(database).await?)
+                Session::Postgres(postgres::Session::begin(database, access).await?)
             }
-            Kind::Sqlite(database) => Session::Sqlite(sqlite::Session::begin(database).await?),
+            Kind::Sqlite(database) => {
+                Session::Sqlite(sqlite::Session::begin(database, access).await?)
+            }
         };
         let held = Box::new(Held {
             session,

@@ -7,7 +7,7 @@ use sqlx::postgres::{PgArguments, PgConnection};
 use sqlx::{AssertSqlSafe, Connection, Executor, Row, SqlSafeStr, Statement as _};
 
 use super::super::statement::{self, Dialect};
-use super::super::{Answer, Bracket, Done, Error, Failure, Rows, Value, Work};
+use super::super::{Answer, Bracket, Done, Error, Failure, Rows, SqlAccess, Value, Work};
 use super::error::{STALE_PLAN, failure_of};
 use super::{in_time, value};
 
@@ -21,8 +21,8 @@ pub(super) struct Call<'a> {
 }
 
 impl<'a> Call<'a> {
-    pub(super) fn new(text: &'a str, work: Work<'a>) -> Result<Self, Error> {
-        let keyword = work.check(Dialect::Postgres, text)?;
+    pub(super) fn new(access: SqlAccess, text: &'a str, work: Work<'a>) -> Result<Self, Error> {
+        let keyword = work.check(Dialect::Postgres, access, text)?;
         let mut statement = Statement::new(text);
         let first = match work {
             Work::Query(params) | Work::Execute(params) => Some(statement.with(params)?),

@@ -2,7 +2,7 @@
 
 use super::super::lease::Lease;
 use super::super::transaction::{Fate, Outcome};
-use super::super::{Done, Error, Failure, STATEMENT_SAVEPOINT, Work};
+use super::super::{Done, Error, Failure, STATEMENT_SAVEPOINT, SqlAccess, Work};
 use super::Postgres;
 use super::call::{Call, command, forget_plans};
 use crate::delivery::progress::{Commit, Mode};
@@ -14,10 +14,14 @@ pub(in super::super) struct Session {
     /// A statement may have left something in the session.
     traces: bool,
     has_savepoint: bool,
+    access: SqlAccess,
 }
 
 impl Session {
-    pub(in super::super) async fn begin(database: &Postgres) -> Result<Self, Error> {
+    pub(in super::super) async fn begin(
+        database: &Postgres,
+        access: SqlAccess,
+    ) -> Result<Self, Error> {
         let mut lease = Lease::take(&database.pool).await?;
         let begun = command(&mut lease, "BEGIN").await;
         begun.map_err(Failure::into_error)?;
@@ -26,6 +30,7 @@ impl Session {
             database: database.clone(),
             traces: false,
             has_savepoint: false,
+            access,
         })
     }
 
@@ -35,7 +40,7 @@ impl Session {
         text: &str,
         work: Work<'_>,
     ) -> Outcome {
-        let mut call = match Call::new(text, work) {
+        let mut call = match Call::new(self.access, text, work) {
             Ok(call) => call,
             Err(error) => return Outcome::untouched(error),
         };

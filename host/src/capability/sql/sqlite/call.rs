@@ -8,7 +8,9 @@ use sqlx::sqlite::{SqliteArguments, SqliteConnection};
 use sqlx::{AssertSqlSafe, Either, Executor, SqlSafeStr, Statement as _};
 
 use super::super::statement::Dialect;
-use super::super::{Answer, Bracket, Done, Error, Failure, Rows, STATEMENT_TIMEOUT, Value, Work};
+use super::super::{
+    Answer, Bracket, Done, Error, Failure, Rows, STATEMENT_TIMEOUT, SqlAccess, Value, Work,
+};
 use super::error::{error_of, failure_of};
 use super::value::{self, DeclaredTypes};
 
@@ -35,8 +37,8 @@ pub(super) struct Means<'a> {
 }
 
 impl<'a> Call<'a> {
-    pub(super) fn new(text: &'a str, work: Work<'a>) -> Result<Self, Error> {
-        let keyword = work.check(Dialect::Sqlite, text)?;
+    pub(super) fn new(access: SqlAccess, text: &'a str, work: Work<'a>) -> Result<Self, Error> {
+        let keyword = work.check(Dialect::Sqlite, access, text)?;
         let mut call = Self {
             keyword,
             text: text.into(),

@@ -4,7 +4,7 @@ use tokio::sync::OwnedMutexGuard;
 
 use super::super::lease::Lease;
 use super::super::transaction::{Fate, Outcome};
-use super::super::{Error, Failure, STATEMENT_SAVEPOINT, Work};
+use super::super::{Error, Failure, STATEMENT_SAVEPOINT, SqlAccess, Work};
 use super::call::{Call, Means, Running, command, is_out_of_transaction};
 use super::{Sqlite, failure_of};
 use crate::delivery::progress::{Commit, Mode};
@@ -15,13 +15,17 @@ pub(in super::super) struct Session {
     running: Running,
     database: Sqlite,
     has_savepoint: bool,
+    access: SqlAccess,
     /// A statement was to alter tables.
     has_altered: bool,
     _writing: OwnedMutexGuard<()>,
 }
 
 impl Session {
-    pub(in super::super) async fn begin(database: &Sqlite) -> Result<Self, Error> {
+    pub(in super::super) async fn begin(
+        database: &Sqlite,
+        access: SqlAccess,
+    ) -> Result<Self, Error> {
         let writing = database.writer.clone().lock_owned().await;
         let mut lease = Lease::take(&database.pool).await?;
         let running = Running::on(&mut lease).await?;
@@ -32,6 +36,7 @@ impl Session {
             running,
             database: database.clone(),
             has_savepoint: false,
+            access,
             has_altered: false,
             _writing: writing,
         })
@@ -43,7 +48,7 @@ impl Session {
         text: &str,
         work: Work<'_>,
     ) -> Outcome {
-        let mut call = match Call::new(text, work) {
+        let mut call = match Call::new(self.access, text, work) {
             Ok(call) => call,
             Err(error) => return Outcome::untouched(error),
         };
