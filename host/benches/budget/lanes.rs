@@ -1,5 +1,6 @@
 //! The real lanes, over the fakes of [`world`](super::world).
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -116,6 +117,7 @@ fn policy(kind: Kind) -> Policy {
         },
         on_exhausted: OnExhausted::DeadLetter,
         on_gap: OnGap::Stop,
+        outputs: BTreeSet::from([Arc::from("out")]),
         dead_letters: DeadLetters {
             stage: Arc::from("stage"),
             group: Arc::from("group"),

@@ -98,7 +98,8 @@ impl DeadLetters {
             .map(|(name, value)| Header::new(name, value))
     }
 
-    fn topic_for(&self, input: &str) -> Arc<str> {
+    /// Where the dead letters of an input go.
+    pub fn topic_for(&self, input: &str) -> Arc<str> {
         match &self.topic {
             Some(topic) => topic.clone(),
             None => Arc::from(default_topic(input)),

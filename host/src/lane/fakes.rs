@@ -1,6 +1,6 @@
 //! A log and a stage that are fakes, and a lane between them.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -388,6 +388,7 @@ fn policy(order: Order) -> Policy {
         },
         on_exhausted: OnExhausted::DeadLetter,
         on_gap: OnGap::Stop,
+        outputs: BTreeSet::from([Arc::from("out")]),
         dead_letters: DeadLetters {
             stage: Arc::from("stage"),
             group: Arc::from("group"),

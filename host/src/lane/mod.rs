@@ -12,6 +12,7 @@ mod message;
 pub mod ordered;
 pub mod transactional;
 
+use std::collections::BTreeSet;
 use std::iter;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -65,8 +66,17 @@ pub struct Policy {
     pub on_exhausted: OnExhausted,
     /// Where records were removed before they were processed.
     pub on_gap: OnGap,
+    /// Topics that the stage may produce to.
+    pub outputs: BTreeSet<Arc<str>>,
     /// Where messages go that are given up on.
     pub dead_letters: DeadLetters,
+}
+
+impl Policy {
+    /// Whether what a lane of this input sends may go there.
+    fn may_send(&self, topic: &str, input: &str) -> bool {
+        self.outputs.contains(topic) || *self.dead_letters.topic_for(input) == *topic
+    }
 }
 
 /// What every lane of a stage has.
@@ -308,12 +318,24 @@ impl<K, H> Common<K, H> {
         }
     }
 
+    /// Says that a lane does not get on.
+    fn standstill(&self, topic: &str, partition: i32, why: &str) -> Standstill {
+        let Equipment {
+            readiness, metrics, ..
+        } = &self.equipment;
+        let condition = format!("stage {} on {topic} {partition}", self.stage());
+        readiness.not_ready(&condition, why);
+        metrics.lane_stopped(true);
+        Standstill {
+            readiness: readiness.clone(),
+            metrics: metrics.clone(),
+            condition,
+        }
+    }
+
     /// Holds the partition, and says why, until it is to be given up.
     async fn halted(&self, topic: &str, partition: i32, Halt(why): Halt) {
-        let condition = format!("stage {} on {topic} {partition}", self.stage());
-        self.equipment.readiness.not_ready(&condition, &*why);
-        self.metrics().lane_stopped(true);
-        let _gone = Gone(self, &condition);
+        let _standstill = self.standstill(topic, partition, &why);
         loop {
             error!(stage = self.stage(), topic, partition, "stopped: {why}");
             if self.wait(REMIND_INTERVAL).await.is_err() {
@@ -323,12 +345,16 @@ impl<K, H> Common<K, H> {
     }
 }
 
-/// Takes back, also where the lane's future is dropped, what was said of a lane that had stopped.
-struct Gone<'a, K, H>(&'a Common<K, H>, &'a str);
+/// That a lane does not get on, and why, as readiness and metrics have it until this is dropped, also with the lane's future.
+struct Standstill {
+    readiness: Arc<Readiness>,
+    metrics: StageMetrics,
+    condition: String,
+}
 
-impl<K, H> Drop for Gone<'_, K, H> {
+impl Drop for Standstill {
     fn drop(&mut self) {
-        self.0.equipment.readiness.ready(self.1);
-        self.0.metrics().lane_stopped(false);
+        self.readiness.ready(&self.condition);
+        self.metrics.lane_stopped(false);
     }
 }

@@ -89,6 +89,7 @@ pub(super) async fn load(
             retry: stage.retry,
             on_exhausted: stage.on_exhausted,
             on_gap: stage.on_gap,
+            outputs: stage.output.iter().map(|t| t.as_str().into()).collect(),
             dead_letters: DeadLetters {
                 stage: stage.name.as_str().into(),
                 group: stage.group.as_str().into(),

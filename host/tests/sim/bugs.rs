@@ -54,6 +54,8 @@ pub(crate) enum Bug {
     NoVersions,
     /// Messages of one key run side by side.
     NoOrder,
+    /// What a row holds may go anywhere.
+    GrantsAll,
 }
 
 /// What an adapter is to break, if anything.

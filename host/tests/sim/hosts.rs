@@ -1,7 +1,7 @@
 //! Hosts, and the group that gives them partitions: they join, crash, are told late that a partition is not theirs any
 //! more, or never.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -32,6 +32,9 @@ const COMMIT_INTERVAL: u64 = 250;
 
 /// Messages of a partition that a stage has side by side, where it may.
 const CONCURRENCY: usize = 4;
+
+/// A topic that the first stage is not granted.
+pub(crate) const FOREIGN: &str = "side";
 
 /// What all hosts share: the servers.
 #[derive(Clone)]
@@ -77,6 +80,10 @@ fn policy(stage: &topology::Stage, on_gap: OnGap, planted: Planted) -> Policy {
         concurrency: CONCURRENCY,
         on_exhausted: stage.on_exhausted,
         on_gap,
+        outputs: match planted.is(Bug::GrantsAll) {
+            true => BTreeSet::from([FOREIGN.into()]),
+            false => stage.output.iter().cloned().collect(),
+        },
         dead_letters: DeadLetters {
             stage: stage.name.into(),
             group: stage.group(),

@@ -110,10 +110,14 @@ where
             commits: tenure.commits + 1,
             checkpoint: &checkpoint,
         };
+        let mut lost = String::new();
         let committed = match transaction.commit(commit).await {
             Ok(()) => true,
             Err(CommitError::Fenced) => return Err(Ending::Fenced),
-            Err(CommitError::Unanswered(why)) => self.find_out(tenure, why).await?,
+            Err(CommitError::Unanswered(why)) => {
+                lost = format!("{}: {why}", self.store);
+                self.find_out(tenure, why).await?
+            }
             Err(CommitError::Refused(why)) => {
                 tenure.seen = seen;
                 return Ok(self.refused(batch, why));
@@ -122,10 +126,10 @@ where
         if !committed {
             tenure.seen = seen;
             batch.rewind();
-            let wait = self.common.backoff(&LOG_PATIENCE, 1);
-            self.common.wait(wait).await?;
+            self.trouble(&LOG_PATIENCE, &lost).await?;
             return Ok(plan);
         }
+        self.row_kept();
         tenure.commits += 1;
         tenure.next_offset = next_offset;
         tenure.attempts = attempts;
@@ -155,6 +159,7 @@ where
             }
         };
         if cleared {
+            self.row_kept();
             tenure.commits += 1;
             tenure.has_pending = false;
         }

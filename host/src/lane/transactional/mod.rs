@@ -15,25 +15,33 @@ use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use self::batch::Batch;
 pub(super) use self::outbox::warn_of;
 use self::outbox::{Delivery, Outbox};
 use self::turn::{Plan, Ran};
-use super::{Common, Equipment, Halt, LOG_PATIENCE, Stopped};
+use super::{Common, Equipment, Halt, LOG_PATIENCE, Standstill, Stopped};
 use crate::capability::{StoreError, StoreName};
 use crate::delivery::Handler;
 use crate::delivery::output;
 use crate::delivery::progress::{Checkpoint, Claim, LaneId, Ledger, Transaction};
 use crate::delivery::seen::Seen;
 use crate::log::{Addressed, Gap, Source};
-use crate::record::Record;
+use crate::pipeline::Retry;
+use crate::record::{Outgoing, Record};
 
-/// How long a lane that another host has taken over waits for its group to say so too.
-const FENCED_WAIT: Duration = Duration::from_secs(2);
+/// How a lane that another host has taken over waits for its group to say so too.
+const FENCED_PATIENCE: Retry = Retry {
+    max_attempts: u32::MAX,
+    initial: Duration::from_secs(3),
+    max: Duration::from_secs(10),
+};
+/// A lane that could not keep its row so often in a row says so on readiness: once happens when hosts come and go.
+const TROUBLE: u32 = 2;
 
-/// After so long without a record, outputs that the log has are taken out of the row: a crash would produce them again.
+/// After so long without a record, outputs that the log has are taken out of the row: a crash would produce them again. And a
+/// lane that could not keep its row before has nothing to say any more.
 const IDLE: Duration = Duration::from_secs(5);
 
 /// One stage on one partition.
@@ -43,6 +51,9 @@ pub struct Lane<S, K, H, L> {
     ledger: Arc<L>,
     store: StoreName,
     id: LaneId,
+    /// How often in a row it could not keep its row.
+    troubles: u32,
+    standstill: Option<Standstill>,
 }
 
 /// What the lane holds between a claim and the next.
@@ -116,6 +127,8 @@ where
             ledger,
             store,
             id,
+            troubles: 0,
+            standstill: None,
         }
     }
 
@@ -127,23 +140,60 @@ where
             match ending {
                 Ending::Stopped => return,
                 Ending::Fenced => {
-                    warn!(
-                        stage = self.common.stage(),
-                        topic = &*self.id.topic,
-                        partition = self.id.partition,
-                        "another host has taken the partition over"
-                    );
-                    if self.common.wait(FENCED_WAIT).await.is_err() {
+                    let why = "another host has taken the partition over";
+                    if self.trouble(&FENCED_PATIENCE, why).await.is_err() {
                         return;
                     }
                 }
                 Ending::Halted(halt) => {
+                    self.standstill = None;
                     let LaneId {
                         topic, partition, ..
                     } = &self.id;
                     return self.common.halted(topic, *partition, halt).await;
                 }
             }
+        }
+    }
+
+    /// The lane could not keep its row: waits before the next try, longer each time in a row, and says why.
+    async fn trouble(&mut self, patience: &Retry, why: &str) -> Result<(), Stopped> {
+        self.troubles = self.troubles.saturating_add(1);
+        let LaneId {
+            topic, partition, ..
+        } = &self.id;
+        let (times, wait) = (self.troubles, self.common.backoff(patience, self.troubles));
+        warn!(
+            stage = self.common.stage(),
+            topic = &**topic,
+            partition,
+            times,
+            "{why}; next try in {wait:.1?}"
+        );
+        if times >= TROUBLE {
+            let row =
+                format!("its row in stagehost_progress can't be kept, {times} times in a row");
+            // One after the other: both are about the same condition.
+            self.standstill = None;
+            self.standstill = Some(self.common.standstill(
+                topic,
+                *partition,
+                &format!("{row}: {why}"),
+            ));
+        }
+        self.common.wait(wait).await
+    }
+
+    /// The lane has committed, or has nothing to commit.
+    fn row_kept(&mut self) {
+        if mem::take(&mut self.troubles) >= TROUBLE {
+            self.standstill = None;
+            info!(
+                stage = self.common.stage(),
+                topic = &*self.id.topic,
+                partition = self.id.partition,
+                "the lane's row is kept again"
+            );
         }
     }
 
@@ -206,8 +256,8 @@ where
             .await?;
         if !was_away {
             // It answers, and yet it failed: not again at once.
-            let wait = self.common.backoff(&LOG_PATIENCE, 1);
-            self.common.wait(wait).await?;
+            let why = format!("{}: {error}", self.store);
+            self.trouble(&LOG_PATIENCE, &why).await?;
         }
         Ok(())
     }
@@ -230,6 +280,7 @@ where
             seen,
         } = claim.checkpoint;
         let pending = output::decode(&pending).map_err(unreadable)?;
+        self.check_granted(&pending)?;
         let mut tenure = Tenure {
             epoch: claim.epoch,
             generation: claim.generation,
@@ -243,6 +294,27 @@ where
         let delivery = self.delivery();
         tenure.outbox.launch(delivery, pending, next_offset);
         Ok(tenure)
+    }
+
+    /// Outputs that the row has were granted when they were committed. The grant may have been taken away since; or
+    /// somebody else has written into the row.
+    fn check_granted(&self, pending: &[Outgoing]) -> Result<(), Ending> {
+        let LaneId {
+            group,
+            topic: input,
+            partition,
+        } = &self.id;
+        let policy = self.common.policy();
+        let foreign = pending.iter().find(|o| !policy.may_send(&o.topic, input));
+        let Some(Outgoing { topic, .. }) = foreign else {
+            return Ok(());
+        };
+        let row = format!("the row of {group}, {input}, {partition} in stagehost_progress");
+        Err(Ending::Halted(Halt(format!(
+            "{}: {row} holds an output for the topic {topic}, which the pipeline does not grant to this stage: \
+             add it to `output` (or as `dead-letter`) and start the host again; the output is kept until then",
+            self.store
+        ))))
     }
 
     fn delivery(&mut self) -> Delivery<K> {
@@ -270,15 +342,17 @@ where
                 self.source.done(done);
             }
             let is_aloft = tenure.outbox.is_aloft();
+            let is_idle = !is_aloft && (tenure.has_pending || self.troubles > 0);
             tokio::select! {
                 biased;
                 // All are cancel-safe: the flight goes on at the next call, records stay where they are, and a sleep
                 // holds nothing.
                 () = tenure.outbox.landed(), if is_aloft => {}
                 records = self.source.next(&self.common.policy().batch) => return Ok(records),
-                () = tokio::time::sleep(IDLE), if !is_aloft && tenure.has_pending => {
-                    self.clear_pending(tenure).await?;
-                }
+                () = tokio::time::sleep(IDLE), if is_idle => match tenure.has_pending {
+                    true => self.clear_pending(tenure).await?,
+                    false => self.row_kept(),
+                },
             }
         }
     }
