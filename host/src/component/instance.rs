@@ -8,10 +8,10 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::debug;
 use wasmtime::{Engine, Store};
 
-use super::clock::Clock;
 use super::guest::{Grants, Guest};
 use super::plain;
 use super::runtime::{Prepared, Source};
+use super::share::{self, Share, TICKS_PER_LOOK};
 use crate::capability::logging::Place;
 use crate::capability::producer::ProducerGrant;
 use crate::capability::sql::Transaction;
@@ -23,8 +23,6 @@ use crate::record::Header;
 
 /// Instances of a stage that are kept while they have nothing to do.
 const MAX_IDLE: usize = 256;
-/// Epoch ticks between two yields of a running guest.
-const TICKS_PER_YIELD: u64 = 1;
 
 mod bindings {
     pub(super) mod one {
@@ -57,7 +55,7 @@ use bindings::one::{One, OnePre};
 
 /// A compiled stage with its grants.
 pub struct StageComponent {
-    clock: Clock,
+    share: Share,
     mapped: Mould,
     /// Tried first, as long as there are permits.
     pooled: Option<(Mould, Arc<Semaphore>)>,
@@ -111,7 +109,7 @@ impl StageComponent {
             memory: stage.limits.memory,
         };
         Ok(Self {
-            clock: source.clock,
+            share: source.share,
             mapped: Mould::new(stage, source.mapped)?,
             pooled,
             grants,
@@ -153,8 +151,8 @@ impl StageComponent {
         };
         let mut store = Store::new(&mould.engine, Guest::new(&self.grants));
         store.limiter(|guest| &mut guest.limiter);
-        store.set_epoch_deadline(TICKS_PER_YIELD);
-        store.epoch_deadline_callback(|_| Ok(wasmtime::UpdateDeadline::Yield(TICKS_PER_YIELD)));
+        store.set_epoch_deadline(TICKS_PER_LOOK);
+        store.epoch_deadline_callback(|_| Ok(share::look()));
         let exports = match &mould.world {
             World::Handler(pre) => Exports::Handler(pre.instantiate_async(&mut store).await?),
             World::BatchHandler(pre) => {
@@ -171,7 +169,7 @@ impl StageComponent {
     /// Makes a first instance, so that a component that cannot be instantiated is found at start.
     pub async fn warm_up(&self) -> anyhow::Result<()> {
         let instance = self
-            .clock
+            .share
             .within(self.deadline, self.instantiate())
             .await
             .with_context(|| self.late())?
@@ -190,7 +188,7 @@ impl StageComponent {
         // On expiry the future is dropped, and with it the instance: wasmtime unwinds its stack.
         let waits = Waits::default();
         let call = self.invoke(deliveries, transaction, &waits);
-        if let Some(invocation) = self.clock.within(self.deadline, call).await {
+        if let Some(invocation) = self.share.within(self.deadline, call).await {
             return invocation;
         }
         // A store that does not answer is no fault of the guest's, and may answer the next time.
@@ -362,7 +360,7 @@ impl Instance {
             offset: first.record.offset,
         });
         self.store.data_mut().limiter.refused_memory = false;
-        self.store.set_epoch_deadline(TICKS_PER_YIELD);
+        self.store.set_epoch_deadline(TICKS_PER_LOOK);
         match &self.exports {
             Exports::Handler(exports) => {
                 let headers = headers(first);

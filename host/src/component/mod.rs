@@ -6,6 +6,8 @@ pub mod inspect;
 mod instance;
 mod pool;
 mod runtime;
+mod share;
+mod turns;
 
 pub use instance::StageComponent;
 pub use runtime::{Compiled, Runtime};

@@ -16,6 +16,8 @@ use super::guest::Guest;
 use super::instance::StageComponent;
 use super::plain;
 use super::pool;
+use super::share::Share;
+use super::turns::Turns;
 use crate::capability::{self, Stores};
 use crate::pipeline::{self, Instances};
 
@@ -40,6 +42,7 @@ pub struct Runtime {
     /// A permit for each of those.
     room: Arc<Semaphore>,
     clock: Clock,
+    turns: Arc<Turns>,
 }
 
 /// An engine and what its components may import.
@@ -59,7 +62,7 @@ pub(super) struct Source {
     pub(super) mapped: Prepared,
     /// As long as there are permits.
     pub(super) pooled: Option<(Prepared, Arc<Semaphore>)>,
-    pub(super) clock: Clock,
+    pub(super) share: Share,
 }
 
 impl Runtime {
@@ -83,6 +86,7 @@ impl Runtime {
             pooling,
             room: Arc::new(Semaphore::new(pool::MAX_INSTANCES as usize)),
             clock,
+            turns: Turns::new()?,
         })
     }
 
@@ -114,7 +118,7 @@ impl Runtime {
         let source = Source {
             mapped: self.mapping.prepare(&component.mapped)?,
             pooled,
-            clock: self.clock.clone(),
+            share: Share::new(self.clock.clone(), self.turns.clone()),
         };
         StageComponent::new(stage, source, stores)
     }
@@ -143,7 +147,7 @@ fn pooled(config: &mut Config) -> Option<Linked> {
     })
 }
 
-/// Interrupts running guests at every tick: they then yield to the other tasks of their thread. A thread of its own, since
+/// Interrupts running guests at every tick, to look whether others should have their turn (`share.rs`). A thread of its own, since
 /// guests that spin may hold every thread of the async runtime until then. It ends with the engines.
 fn start_ticker(engines: Vec<EngineWeak>, clock: Clock) -> anyhow::Result<()> {
     std::thread::Builder::new()

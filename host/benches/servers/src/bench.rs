@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
@@ -29,7 +30,7 @@ pub(crate) struct Bench {
     pub(crate) stages: PathBuf,
     pub(crate) folder: tempfile::TempDir,
     pub(crate) runtime: tokio::runtime::Runtime,
-    serial: std::cell::Cell<u32>,
+    serial: AtomicU32,
 }
 
 /// A host's pipeline, or the name and settings of a native program.
@@ -70,8 +71,8 @@ impl Bench {
 
     /// A name that nothing else has.
     pub(crate) fn unique(&self, word: &str) -> String {
-        self.serial.set(self.serial.get() + 1);
-        format!("bench.{word}.{}.{}", std::process::id(), self.serial.get())
+        let serial = self.serial.fetch_add(1, Ordering::Relaxed) + 1;
+        format!("bench.{word}.{}.{serial}", std::process::id())
     }
 
     pub(crate) fn stage(&self, name: &str) -> String {

@@ -3,6 +3,7 @@
 mod blog;
 mod cache;
 mod growth;
+mod guests;
 mod keys;
 mod process;
 mod publisher;
@@ -36,6 +37,7 @@ pub(crate) const ALL: &[(&str, Measure)] = &[
     ("F11", process::stages),
     ("F12", growth::growth),
     ("F13", blog::embedded),
+    ("F14", guests::spinners),
 ];
 
 /// Rounds of each comparison.
