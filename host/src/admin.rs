@@ -1,5 +1,7 @@
 //! The admin listener: health, readiness and metrics for whoever operates the host.
 
+mod origin;
+
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,7 +23,8 @@ const MAX_CONNECTIONS: usize = 64;
 /// How long requests may take once the host stops: it has done all else by then, and no answer here takes long.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Serves `/healthz`, `/readyz` and `/metrics` until `shutdown`; to those who carry the token, where there is one.
+/// Serves `/healthz`, `/readyz` and `/metrics` until `shutdown`; to those who carry the token, where there is one, and
+/// else to those who call it by a loopback name.
 pub async fn serve(
     listener: TcpListener,
     token: Option<Secret>,
@@ -40,7 +43,8 @@ pub async fn serve(
         readiness,
         metrics,
     };
-    http::serve(listener, admin, limits, shutdown).await;
+    let metrics = Arc::clone(&admin.metrics);
+    http::serve(listener, admin, limits, metrics, shutdown).await;
 }
 
 /// What must be so before the host is ready, each condition by name (`log`, `stage publisher`). Ready
@@ -85,7 +89,22 @@ struct Admin {
 }
 
 impl Handler for Admin {
+    const LISTENER: &'static str = "admin";
+
     async fn handle(&self, request: Request<Incoming>) -> Answer {
+        // Who has the token may call the host what they like: a page that was led here has none.
+        if self.token.is_none() && !origin::is_loopback(&request) {
+            return text(
+                StatusCode::MISDIRECTED_REQUEST,
+                "without a token, the admin listener answers to loopback names only: localhost, 127.0.0.1, [::1]\n",
+            );
+        }
+        if !origin::is_own(request.headers()) {
+            return text(
+                StatusCode::FORBIDDEN,
+                "the admin listener does not answer to web pages of others\n",
+            );
+        }
         if !self.authorized(request.headers()) {
             return unauthorized();
         }

@@ -1,62 +1,61 @@
 //! Read routes: a key made of the path, and the store's value at it.
 
+use std::borrow::Cow;
+use std::sync::Arc;
+
+use bytes::Bytes;
 use hyper::StatusCode;
 use hyper::header::HeaderValue;
 use matchit::Params;
 use percent_encoding::percent_decode_str;
 
 use crate::capability::StoreError;
-use crate::capability::redis::Store;
-use crate::http::{Answer, busy, content, not_found, text};
+use crate::capability::redis::{HOST_PREFIX, Store};
+use crate::http::{Answer, Hold, NoRoom, Room, busy, content, not_found, text};
+use crate::pipeline::{Action, NoKey, Route, Template};
 
 /// A store, and how its key is made.
 pub(super) struct Read {
     store: Store,
-    key: Vec<Part>,
-}
-
-#[derive(Debug, PartialEq, Eq)]
-enum Part {
-    Text(String),
-    /// A named part of the path.
-    Param(String),
+    key: Template,
+    /// Keys of other routes, which this one's must not reach.
+    others: Vec<String>,
 }
 
 impl Read {
-    /// `key` is a text with the path's `{name}`s.
-    pub(super) fn new(store: Store, key: &str) -> Self {
-        Self {
-            store,
-            key: template(key),
+    /// `others` are the keys of the store's routes that have no `{name}`.
+    pub(super) fn new(store: Store, key: Template, others: Vec<String>) -> Self {
+        let others = if key.is_plain() { Vec::new() } else { others };
+        Self { store, key, others }
+    }
+
+    /// The key for a path's named parts, or the answer where there is none.
+    pub(super) fn key(&self, params: &Params<'_, '_>) -> Result<String, Answer> {
+        let mut values = Vec::with_capacity(params.len());
+        for (name, written) in params.iter() {
+            values.push((name, decoded(name, written)?));
+        }
+        let value = |wanted: &str| {
+            let (_, value) = values.iter().find(|(name, _)| *name == wanted)?;
+            Some(value.as_ref())
+        };
+        let is_anothers = |key: &String| self.others.contains(key) || key.starts_with(HOST_PREFIX);
+        match self.key.key(value) {
+            Ok(key) if is_anothers(&key) => Err(not_found()),
+            Ok(key) => Ok(key),
+            Err(NoKey::NotHere) => Err(not_found()),
+            Err(NoKey::Malformed(why)) => Err(text(StatusCode::BAD_REQUEST, why)),
         }
     }
 
-    /// The key for a path's named parts, or what is wrong with them.
-    pub(super) fn key(&self, params: &Params<'_, '_>) -> Result<String, String> {
-        let mut key = String::new();
-        for part in &self.key {
-            match part {
-                Part::Text(text) => key.push_str(text),
-                Part::Param(name) => {
-                    let written = params.get(name).unwrap_or_default();
-                    let value = percent_decode_str(written)
-                        .decode_utf8()
-                        .map_err(|_| format!("{name} in the path is not UTF-8"))?;
-                    if value.chars().any(char::is_control) {
-                        return Err(format!("{name} in the path has a control character"));
-                    }
-                    key.push_str(&value);
-                }
-            }
-        }
-        Ok(key)
-    }
-
-    /// The answer for a key.
-    pub(super) async fn value(&self, key: &str) -> Result<Answer, Answer> {
+    /// The answer for a key. A large one has room until its client has taken it.
+    pub(super) async fn value(&self, key: &str, room: &Arc<Room>) -> Result<Answer, Answer> {
         let json = HeaderValue::from_static("application/json");
         match self.store.get(key).await {
-            Ok(Some(value)) => Ok(content(StatusCode::OK, json, value)),
+            Ok(Some(value)) => {
+                let held = held(value, room).map_err(|_| busy("too many answers wait"))?;
+                Ok(content(StatusCode::OK, json, held))
+            }
             Ok(None) => Err(not_found()),
             Err(error) => {
                 tracing::warn!(%error, "a request's read failed");
@@ -72,38 +71,41 @@ impl Read {
     }
 }
 
-/// The parts of a key template. A brace that opens no name stands for itself.
-fn template(key: &str) -> Vec<Part> {
-    let mut parts = Vec::new();
-    let mut rest = key;
-    while let Some((before, (name, after))) = rest
-        .split_once('{')
-        .and_then(|(before, after)| Some((before, after.split_once('}')?)))
-    {
-        if !before.is_empty() {
-            parts.push(Part::Text(before.to_owned()));
-        }
-        parts.push(Part::Param(name.to_owned()));
-        rest = after;
-    }
-    if !rest.is_empty() {
-        parts.push(Part::Text(rest.to_owned()));
-    }
-    parts
+/// The keys of a store's routes that have no `{name}`.
+pub(super) fn plain_keys(routes: &[Route], of: &str) -> Vec<String> {
+    let keys = routes.iter().filter_map(|route| match &route.action {
+        Action::Read { store, key } if store == of && key.is_plain() => Some(key.to_string()),
+        _ => None,
+    });
+    keys.collect()
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// Decoded once: what is written `%253A` is `%3A`.
+fn decoded<'p>(name: &str, written: &'p str) -> Result<Cow<'p, str>, Answer> {
+    percent_decode_str(written).decode_utf8().map_err(|_| {
+        let line = format!("{name} in the path is not UTF-8");
+        text(StatusCode::BAD_REQUEST, line)
+    })
+}
 
-    #[test]
-    fn templates() {
-        let check = |key: &str, expected: &[Part]| assert_eq!(template(key), expected, "{key}");
-        let text = |text: &str| Part::Text(text.to_owned());
-        let param = |name: &str| Part::Param(name.to_owned());
-        check("post:{slug}", &[text("post:"), param("slug")]);
-        check("{a}{b}:c", &[param("a"), param("b"), text(":c")]);
-        check("plain", &[text("plain")]);
-        check("post:{slug", &[text("post:{slug")]);
+/// A value with its room.
+struct Held {
+    value: Vec<u8>,
+    _hold: Hold,
+}
+
+impl AsRef<[u8]> for Held {
+    fn as_ref(&self) -> &[u8] {
+        &self.value
     }
+}
+
+fn held(value: Vec<u8>, room: &Arc<Room>) -> Result<Bytes, NoRoom> {
+    if !room.is_needed(value.len()) {
+        return Ok(value.into());
+    }
+    let mut hold = room.hold();
+    hold.arrived()?;
+    hold.resize(value.len())?;
+    Ok(Bytes::from_owner(Held { value, _hold: hold }))
 }
