@@ -362,8 +362,8 @@ struct RouteLabels {
     route: Arc<str>,
 }
 
-/// Why a connection was closed or refused. The first are closed first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+/// Why a connection was closed or refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum TurnedAway {
     /// It idled, and a new one needed its place.
     Idle,

@@ -16,8 +16,6 @@ use super::{Answer, Limits, busy, closing, text};
 const MIN_BODIES: usize = 4;
 /// Bytes that a body brings in each `body_window`, at least.
 const MIN_PACE: usize = 4 * 1024;
-/// What memory for a body begins with.
-const FIRST_BYTES: usize = 1024;
 /// Bytes of a body for each of the pieces that it comes in, on average, beyond the first ones.
 const MIN_PIECE: usize = 16;
 /// Pieces that may be as small as they like.
@@ -50,11 +48,6 @@ impl Bodies {
         }
     }
 
-    /// The room that they share.
-    pub(crate) fn room(&self) -> &Arc<Room> {
-        &self.room
-    }
-
     /// The whole body, or the answer that says why not: 413 above `max` bytes, 503 without room, 408, 400.
     pub(crate) async fn read(&self, mut body: Incoming) -> Result<HeldBody, Answer> {
         let size = body.size_hint();
@@ -65,7 +58,7 @@ impl Bodies {
         let most = announced.map_or(self.max, |size| size.min(self.max));
         let mut held = HeldBody {
             bytes: Vec::new(),
-            hold: self.room.hold(),
+            hold: self.room.hold(Arc::default()),
         };
         let mut pace = Pace::new(self.timeout, self.window);
         let mut pieces = 0;
@@ -100,7 +93,7 @@ impl HeldBody {
     fn append(&mut self, piece: &Bytes, most: usize) -> Result<(), NoRoom> {
         let needed = self.bytes.len() + piece.len();
         if needed > self.bytes.capacity() {
-            let doubled = (2 * self.bytes.capacity()).max(FIRST_BYTES).min(most);
+            let doubled = (2 * self.bytes.capacity()).min(most);
             let capacity = doubled.max(needed);
             self.hold.resize(capacity)?;
             self.bytes.reserve_exact(capacity - self.bytes.len());

@@ -11,13 +11,13 @@ use std::convert::Infallible;
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures::FutureExt;
 use http_body_util::Full;
-use hyper::body::Incoming;
+use hyper::body::{Body, Incoming};
 use hyper::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER, TRANSFER_ENCODING};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -30,17 +30,18 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 pub(crate) use self::body::Bodies;
-use self::head::Refusal;
 use self::places::{Admission, Place, Places};
-pub(crate) use self::room::{Hold, NoRoom, Room};
-use self::stream::{MAX_HEAD, Stream};
+use self::room::Room;
+use self::stream::{Link, MAX_HEAD, Stream};
 use crate::metrics::Metrics;
 
 /// Connections served at once. Below the usual 1,024 file descriptors of a process, so that the log
 /// and the stores keep theirs.
 const MAX_CONNECTIONS: usize = 768;
-/// Bytes of the bodies that are read or worked on at once, and of the large answers that wait for their clients.
+/// Bytes of the bodies that are read or worked on at once.
 const MAX_BODY_BYTES: usize = 256 * 1024 * 1024;
+/// Bytes of the answers that their clients have yet to take.
+const MAX_ANSWER_BYTES: usize = 256 * 1024 * 1024;
 /// How long a request's head may take. hyper starts this clock when it begins to wait for a request,
 /// so it is how long a connection may idle, too.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
@@ -67,7 +68,9 @@ pub struct Limits {
     /// Bytes of the bodies that are read or worked on at once, or those of a few of the largest if that
     /// is more; a request whose body has no room is answered 503.
     pub body_bytes: usize,
-    /// Bytes of each body that are not counted.
+    /// Bytes of the answers that their clients have yet to take; where there is no room for one, it is a 503.
+    pub answer_bytes: usize,
+    /// Bytes of each body and answer that are not counted.
     pub own_bytes: usize,
     /// How long a request's head may take, idling before it included.
     pub header_timeout: Duration,
@@ -86,6 +89,7 @@ impl Default for Limits {
         Self {
             connections: MAX_CONNECTIONS,
             body_bytes: MAX_BODY_BYTES,
+            answer_bytes: MAX_ANSWER_BYTES,
             own_bytes: room::OWN_BYTES,
             header_timeout: HEADER_TIMEOUT,
             body_timeout: BODY_TIMEOUT,
@@ -119,7 +123,12 @@ pub(crate) async fn serve<H: Handler>(
     metrics: Arc<Metrics>,
     shutdown: CancellationToken,
 ) {
-    let handler = Arc::new(handler);
+    let server = Arc::new(Server {
+        handler,
+        limits,
+        answers: Arc::new(Room::new(limits.answer_bytes, limits.own_bytes)),
+        shutdown: shutdown.clone(),
+    });
     let mut places = Places::new(H::LISTENER, metrics, limits.connections);
     let mut connections = JoinSet::new();
     loop {
@@ -138,8 +147,7 @@ pub(crate) async fn serve<H: Handler>(
                             continue;
                         }
                         let (full, place) = (admission == Admission::Refuse, places.place());
-                        let handler = Arc::clone(&handler);
-                        let serving = connection(stream, handler, limits, Arc::clone(&place), full, shutdown.clone());
+                        let serving = connection(stream, Arc::clone(&server), Arc::clone(&place), full);
                         places.insert(place, !full, connections.spawn(serving));
                     }
                     Err(error) => {
@@ -163,19 +171,27 @@ pub(crate) async fn serve<H: Handler>(
     }
 }
 
+/// What all connections share.
+struct Server<H> {
+    handler: H,
+    limits: Limits,
+    /// Room for what their clients have yet to take.
+    answers: Arc<Room>,
+    shutdown: CancellationToken,
+}
+
 async fn connection<H: Handler>(
     socket: TcpStream,
-    handler: Arc<H>,
-    limits: Limits,
+    server: Arc<Server<H>>,
     place: Arc<Place>,
     full: bool,
-    shutdown: CancellationToken,
 ) {
     // Answers are written whole: waiting for more to send would only delay them.
     let _ = socket.set_nodelay(true);
+    let limits = &server.limits;
     let mut stream = Stream::new(socket, Arc::clone(&place), limits.write_timeout);
-    let refusal = stream.refusal();
-    let service = service_fn(|request| answer(Arc::clone(&handler), request, &refusal, full));
+    let link = stream.link();
+    let service = service_fn(|request| answer(&server, request, &link, full));
     let served = {
         let mut served = pin!(
             http1::Builder::new()
@@ -186,12 +202,17 @@ async fn connection<H: Handler>(
                 .half_close(true)
                 .serve_connection(TokioIo::new(&mut stream), service)
         );
-        // Both are cancel-safe: the connection is polled by reference.
-        tokio::select! {
-            result = served.as_mut() => result,
-            () = shutdown.cancelled() => {
-                served.as_mut().graceful_shutdown();
-                served.await
+        let mut stopping = false;
+        loop {
+            // All are cancel-safe: the connection is polled by reference, and news are kept.
+            tokio::select! {
+                result = served.as_mut() => break result,
+                () = server.shutdown.cancelled(), if !stopping => {
+                    stopping = true;
+                    served.as_mut().graceful_shutdown();
+                }
+                // Its answer's room is another's.
+                () = link.gives_way() => return,
             }
         }
     };
@@ -216,26 +237,31 @@ async fn linger(mut socket: TcpStream) {
 }
 
 async fn answer<H: Handler>(
-    handler: Arc<H>,
+    server: &Server<H>,
     request: Request<Incoming>,
-    refusal: &OnceLock<Refusal>,
+    link: &Link,
     full: bool,
 ) -> Result<Answer, Infallible> {
-    let refused = match refusal.get() {
+    let refused = match link.refusal() {
         Some(refusal) => Some(text(refusal.status, refusal.why)),
         None => full.then(|| busy("too many connections")),
     };
     if let Some(refused) = refused {
-        handler.refused(request.method(), refused.status());
+        let status = refused.status();
+        server.handler.refused(request.method(), status);
         return Ok(closing(refused));
     }
     let what = format!("{} {}", request.method(), request.uri().path());
     let is_chunked = request.headers().contains_key(TRANSFER_ENCODING);
-    let handled = AssertUnwindSafe(handler.handle(request)).catch_unwind();
-    let answer = handled.await.unwrap_or_else(|_| {
+    let handled = AssertUnwindSafe(server.handler.handle(request)).catch_unwind();
+    let mut answer = handled.await.unwrap_or_else(|_| {
         tracing::error!(request = what, "the handler of a request panicked");
         text(StatusCode::INTERNAL_SERVER_ERROR, "internal error")
     });
+    let length = answer.body().size_hint().lower();
+    if link.holds(&server.answers, length).is_err() {
+        answer = busy("too many large answers wait for their clients");
+    }
     // Where its body ended, hyper alone knows: see `Stream`.
     Ok(if is_chunked { closing(answer) } else { answer })
 }

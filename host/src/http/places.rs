@@ -159,7 +159,7 @@ impl Places {
         Admission::Close
     }
 
-    /// Ends the connection whose client has let it idle for longest; where none does, the one whose client is slowest.
+    /// Ends the connection on whose client we have waited for longest: for a request, or for the rest of a message.
     fn give_up_one(&mut self, served: bool) -> bool {
         let now = millis(self.began.elapsed());
         let stalled = now.saturating_sub(millis(STALLED));
@@ -170,7 +170,7 @@ impl Places {
             Turn::Transfer(since) if since > stalled => None,
             Turn::Transfer(since) => Some((TurnedAway::Stalled, since, *id)),
         });
-        let Some((why, _, id)) = candidates.min_by_key(|(why, since, _)| (*why, *since)) else {
+        let Some((why, _, id)) = candidates.min_by_key(|(_, since, _)| *since) else {
             return false;
         };
         if let Some(taken) = self.taken.get(&id) {

@@ -1,7 +1,7 @@
 //! Memory that the messages of a server's clients share: bodies that come in, and answers that are taken slowly.
 //!
-//! It is taken as bytes arrive, not as they are announced. Nobody waits for it: where it runs out, the client that
-//! brings its body slowest gives way, and if none is slow, the one that asks gets none. So those who hold half of
+//! It is taken as bytes arrive, not as they are announced. Nobody waits for it: where it runs out, the client on whom we
+//! have waited for longest gives way, and if all have just begun, the one that asks gets none. So those who hold half of
 //! their bodies back can't lock others out, and there is nothing to deadlock on.
 
 use std::collections::HashMap;
@@ -12,13 +12,13 @@ use tokio::sync::Notify;
 
 /// Bytes of each message that need no room. Connections are bounded, so these are, too; and small messages get through,
 /// whatever large ones do.
-pub(crate) const OWN_BYTES: usize = 16 * 1024;
-/// How long a body has to show how fast it comes, before it may have to give way.
+pub(super) const OWN_BYTES: usize = 16 * 1024;
+/// How long a message may be under way before it may have to give way.
 const GRACE: Duration = Duration::from_secs(1);
 
 /// The room.
 #[derive(Debug)]
-pub(crate) struct Room {
+pub(super) struct Room {
     /// What needs no room, of each message.
     own: usize,
     state: Mutex<State>,
@@ -28,12 +28,12 @@ pub(crate) struct Room {
 struct State {
     free: usize,
     next: u64,
-    /// Bodies with room that are still coming in.
-    arriving: HashMap<u64, Arriving>,
+    /// Messages with room that are under way: their clients are to send or to take them.
+    under_way: HashMap<u64, UnderWay>,
 }
 
 #[derive(Debug)]
-struct Arriving {
+struct UnderWay {
     began: Instant,
     /// Of the room.
     bytes: usize,
@@ -52,25 +52,25 @@ pub(crate) struct Hold {
     began: Instant,
     /// Bytes of the message.
     size: usize,
-    arriving: bool,
+    under_way: bool,
     gives_way: Arc<Notify>,
 }
 
 impl Room {
     /// Of so many bytes, beyond the `own` ones of each message.
-    pub(crate) fn new(bytes: usize, own: usize) -> Self {
+    pub(super) fn new(bytes: usize, own: usize) -> Self {
         Self {
             own,
             state: Mutex::new(State {
                 free: bytes,
                 next: 0,
-                arriving: HashMap::new(),
+                under_way: HashMap::new(),
             }),
         }
     }
 
-    /// For a message of which nothing is there yet.
-    pub(crate) fn hold(self: &Arc<Self>) -> Hold {
+    /// For a message of which nothing is there yet. `gives_way` is told if its room is given to another.
+    pub(super) fn hold(self: &Arc<Self>, gives_way: Arc<Notify>) -> Hold {
         let mut state = self.state();
         let id = state.next;
         state.next += 1;
@@ -80,13 +80,13 @@ impl Room {
             id,
             began: Instant::now(),
             size: 0,
-            arriving: true,
-            gives_way: Arc::default(),
+            under_way: true,
+            gives_way,
         }
     }
 
     /// Whether a message of this size needs room.
-    pub(crate) fn is_needed(&self, size: usize) -> bool {
+    pub(super) fn is_needed(&self, size: usize) -> bool {
         self.needs(size) > 0
     }
 
@@ -114,7 +114,7 @@ impl Hold {
             return Ok(());
         }
         let mut state = self.room.state();
-        if self.arriving && has > 0 && !state.arriving.contains_key(&self.id) {
+        if self.under_way && has > 0 && !state.under_way.contains_key(&self.id) {
             // Its room is another's already.
             self.size = 0;
             return Err(NoRoom);
@@ -124,22 +124,22 @@ impl Hold {
             return Err(NoRoom);
         }
         state.free += has.saturating_sub(needs);
-        if self.arriving {
-            let arriving = Arriving {
+        if self.under_way {
+            let under_way = UnderWay {
                 began: self.began,
                 bytes: needs,
                 gives_way: Arc::clone(&self.gives_way),
             };
-            state.arriving.insert(self.id, arriving);
+            state.under_way.insert(self.id, under_way);
         }
         Ok(())
     }
 
     /// The message is there, and keeps its room from now on; unless it has lost it.
-    pub(crate) fn arrived(&mut self) -> Result<(), NoRoom> {
-        self.arriving = false;
+    pub(super) fn arrived(&mut self) -> Result<(), NoRoom> {
+        self.under_way = false;
         let has = self.room.needs(self.size);
-        if has > 0 && self.room.state().arriving.remove(&self.id).is_none() {
+        if has > 0 && self.room.state().under_way.remove(&self.id).is_none() {
             self.size = 0;
             return Err(NoRoom);
         }
@@ -147,7 +147,7 @@ impl Hold {
     }
 
     /// Until its room is given to another. Cancel-safe: the news is kept.
-    pub(crate) async fn gives_way(&self) {
+    pub(super) async fn gives_way(&self) {
         self.gives_way.notified().await;
     }
 }
@@ -159,43 +159,40 @@ impl Drop for Hold {
             return;
         }
         let mut state = self.room.state();
-        if !self.arriving || state.arriving.remove(&self.id).is_some() {
+        if !self.under_way || state.under_way.remove(&self.id).is_some() {
             state.free += has;
         }
     }
 }
 
 impl State {
-    /// Takes room, if need be from those that come slowly; what these held is let go of within a moment.
+    /// Takes room, if need be from those that have been under way for longest; they let go of their bytes within a moment.
     fn take(&mut self, bytes: usize, asking: u64) -> bool {
         while self.free < bytes {
-            let slowest = self
-                .arriving
+            let longest = self
+                .under_way
                 .iter()
-                .filter(|(id, body)| **id != asking && body.began.elapsed() >= GRACE)
-                .min_by(|(_, a), (_, b)| a.rate().total_cmp(&b.rate()))
+                .filter(|(id, message)| **id != asking && message.began.elapsed() >= GRACE)
+                .min_by_key(|(_, message)| message.began)
                 .map(|(id, _)| *id);
-            let Some(body) = slowest.and_then(|id| self.arriving.remove(&id)) else {
+            let Some(message) = longest.and_then(|id| self.under_way.remove(&id)) else {
                 return false;
             };
-            self.free += body.bytes;
-            body.gives_way.notify_one();
+            self.free += message.bytes;
+            message.gives_way.notify_one();
         }
         self.free -= bytes;
         true
     }
 }
 
-impl Arriving {
-    /// Bytes a second.
-    fn rate(&self) -> f64 {
-        self.bytes as f64 / self.began.elapsed().as_secs_f64()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn hold(room: &Arc<Room>) -> Hold {
+        room.hold(Arc::default())
+    }
 
     fn free(room: &Room) -> usize {
         room.state().free
@@ -204,11 +201,11 @@ mod tests {
     #[test]
     fn room_is_taken_as_a_message_grows_and_given_back() {
         let room = Arc::new(Room::new(100, 10));
-        let mut one = room.hold();
+        let mut one = hold(&room);
         one.resize(10).unwrap();
         assert_eq!(free(&room), 100);
         one.resize(60).unwrap();
-        let mut other = room.hold();
+        let mut other = hold(&room);
         assert_eq!(other.resize(61), Err(NoRoom));
         other.resize(60).unwrap();
         assert_eq!(free(&room), 0);
@@ -220,17 +217,17 @@ mod tests {
     }
 
     #[test]
-    fn the_slowest_gives_way() {
+    fn the_longest_under_way_gives_way() {
         let room = Arc::new(Room::new(100, 0));
         let long_ago = |seconds| {
             Instant::now()
                 .checked_sub(Duration::from_secs(seconds))
                 .unwrap()
         };
-        let mut done = room.hold();
+        let mut done = hold(&room);
         done.resize(20).unwrap();
         done.arrived().unwrap();
-        let [mut fast, mut slow, mut new] = [room.hold(), room.hold(), room.hold()];
+        let [mut fast, mut slow, mut new] = [hold(&room), hold(&room), hold(&room)];
         (fast.began, slow.began) = (long_ago(2), long_ago(20));
         fast.resize(40).unwrap();
         slow.resize(30).unwrap();
@@ -239,7 +236,7 @@ mod tests {
         assert_eq!(slow.resize(31), Err(NoRoom));
         assert_eq!(slow.arrived(), Ok(()), "it holds nothing any more");
         fast.arrived().unwrap();
-        let mut late = room.hold();
+        let mut late = hold(&room);
         assert_eq!(late.resize(6), Err(NoRoom), "none that gives way");
         drop((done, fast, slow, new, late));
         assert_eq!(free(&room), 100);

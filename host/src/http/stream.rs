@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -11,16 +11,18 @@ use bytes::{Buf, BytesMut};
 use hyper::StatusCode;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::sync::Notify;
 use tokio::time::{Instant, Sleep, sleep};
 
 use super::head::{Framing, Refusal, Scanner, check};
 use super::places::Place;
+use super::room::{Hold, NoRoom, Room};
 
 /// Bytes of a request's head.
 pub(super) const MAX_HEAD: usize = 64 * 1024;
 /// Bytes that a client takes of its answer in each `write_timeout`, at least.
 const MIN_TAKEN: usize = 64 * 1024;
-/// What hyper reads in place of a head that is refused. It is answered by what [`Stream::refusal`] says.
+/// What hyper reads in place of a head that is refused. It is answered by what [`Link::refusal`] says.
 const STAND_IN: &[u8] = b"REFUSED / HTTP/1.1\r\nhost: refused\r\nconnection: close\r\n\r\n";
 
 pub(super) struct Stream {
@@ -30,9 +32,51 @@ pub(super) struct Stream {
     scanner: Scanner,
     /// Bytes up to the end of a message, or of all, that hyper may have.
     cleared: u64,
-    refusal: Arc<OnceLock<Refusal>>,
+    link: Arc<Link>,
     place: Arc<Place>,
     writing: WriteClock,
+}
+
+/// What those who answer a connection's requests and its stream tell each other.
+#[derive(Debug, Default)]
+pub(super) struct Link {
+    /// Why a head was refused. It is set before hyper sees the request that stands in for it.
+    refusal: OnceLock<Refusal>,
+    /// Room for the answer that the client has yet to take.
+    answer: Mutex<Option<Hold>>,
+    gives_way: Arc<Notify>,
+}
+
+impl Link {
+    pub(super) fn refusal(&self) -> Option<&Refusal> {
+        self.refusal.get()
+    }
+
+    /// The client is to take an answer of so many bytes.
+    pub(super) fn holds(&self, room: &Arc<Room>, bytes: u64) -> Result<(), NoRoom> {
+        let bytes = usize::try_from(bytes).map_err(|_| NoRoom)?;
+        if !room.is_needed(bytes) {
+            return Ok(());
+        }
+        let mut hold = room.hold(Arc::clone(&self.gives_way));
+        hold.resize(bytes)?;
+        *self.answer() = Some(hold);
+        Ok(())
+    }
+
+    /// Until the room of an answer is given to another. Cancel-safe: the news is kept.
+    pub(super) async fn gives_way(&self) {
+        self.gives_way.notified().await;
+    }
+
+    /// The client has taken its answer.
+    fn taken(&self) {
+        self.answer().take();
+    }
+
+    fn answer(&self) -> MutexGuard<'_, Option<Hold>> {
+        self.answer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Stream {
@@ -42,15 +86,14 @@ impl Stream {
             held: BytesMut::new(),
             scanner: Scanner::default(),
             cleared: 0,
-            refusal: Arc::default(),
+            link: Arc::default(),
             place,
             writing: WriteClock::new(write_timeout),
         }
     }
 
-    /// Where it says why a head was refused. It is set before hyper sees the request that stands in for it.
-    pub(super) fn refusal(&self) -> Arc<OnceLock<Refusal>> {
-        Arc::clone(&self.refusal)
+    pub(super) fn link(&self) -> Arc<Link> {
+        Arc::clone(&self.link)
     }
 
     pub(super) fn into_socket(self) -> TcpStream {
@@ -65,7 +108,8 @@ impl Stream {
     ) -> Poll<io::Result<bool>> {
         self.place.waits();
         self.writing.rest();
-        if self.refusal.get().is_some() {
+        self.link.taken();
+        if self.link.refusal().is_some() {
             return Poll::Ready(Ok(false));
         }
         loop {
@@ -81,7 +125,7 @@ impl Stream {
                     break;
                 }
                 Err(refusal) => {
-                    let _ = self.refusal.set(refusal);
+                    let _ = self.link.refusal.set(refusal);
                     self.held = STAND_IN.into();
                     self.cleared = STAND_IN.len() as u64;
                     break;

@@ -328,7 +328,7 @@ mod tests {
         check(
             Json,
             r#"{"title":"A","title":"B","content":"B"}"#,
-            Err(r#"the JSON is wrong: the field "title" is there twice at line 1 column 24"#),
+            Err(r#"the JSON is wrong: the field "title" is there twice at line 1 column 20"#),
         );
         check(
             Json,

@@ -230,8 +230,7 @@ impl<S: Sink + 'static> Ingress<S> {
             .waiting_for_stores
             .try_acquire()
             .map_err(|_| busy("too many requests wait for the store"))?;
-        let room = self.bodies.room();
-        match timeout(self.limits.store_timeout, read.value(&key, room)).await {
+        match timeout(self.limits.store_timeout, read.value(&key)).await {
             Ok(answer) => answer,
             Err(_) => Err(busy("the store did not answer in time")),
         }

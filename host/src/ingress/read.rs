@@ -1,9 +1,7 @@
 //! Read routes: a key made of the path, and the store's value at it.
 
 use std::borrow::Cow;
-use std::sync::Arc;
 
-use bytes::Bytes;
 use hyper::StatusCode;
 use hyper::header::HeaderValue;
 use matchit::Params;
@@ -11,7 +9,7 @@ use percent_encoding::percent_decode_str;
 
 use crate::capability::StoreError;
 use crate::capability::redis::{HOST_PREFIX, Store};
-use crate::http::{Answer, Hold, NoRoom, Room, busy, content, not_found, text};
+use crate::http::{Answer, busy, content, not_found, text};
 use crate::pipeline::{Action, NoKey, Route, Template};
 
 /// A store, and how its key is made.
@@ -48,14 +46,11 @@ impl Read {
         }
     }
 
-    /// The answer for a key. A large one has room until its client has taken it.
-    pub(super) async fn value(&self, key: &str, room: &Arc<Room>) -> Result<Answer, Answer> {
+    /// The answer for a key.
+    pub(super) async fn value(&self, key: &str) -> Result<Answer, Answer> {
         let json = HeaderValue::from_static("application/json");
         match self.store.get(key).await {
-            Ok(Some(value)) => {
-                let held = held(value, room).map_err(|_| busy("too many answers wait"))?;
-                Ok(content(StatusCode::OK, json, held))
-            }
+            Ok(Some(value)) => Ok(content(StatusCode::OK, json, value)),
             Ok(None) => Err(not_found()),
             Err(error) => {
                 tracing::warn!(%error, "a request's read failed");
@@ -86,26 +81,4 @@ fn decoded<'p>(name: &str, written: &'p str) -> Result<Cow<'p, str>, Answer> {
         let line = format!("{name} in the path is not UTF-8");
         text(StatusCode::BAD_REQUEST, line)
     })
-}
-
-/// A value with its room.
-struct Held {
-    value: Vec<u8>,
-    _hold: Hold,
-}
-
-impl AsRef<[u8]> for Held {
-    fn as_ref(&self) -> &[u8] {
-        &self.value
-    }
-}
-
-fn held(value: Vec<u8>, room: &Arc<Room>) -> Result<Bytes, NoRoom> {
-    if !room.is_needed(value.len()) {
-        return Ok(value.into());
-    }
-    let mut hold = room.hold();
-    hold.arrived()?;
-    hold.resize(value.len())?;
-    Ok(Bytes::from_owner(Held { value, _hold: hold }))
 }

@@ -261,7 +261,7 @@ mod tests {
         check("post-{slug}", "post-a-{x}", false);
         check("{a}:{b}", "post:{slug}", true);
         check("{a}:{b}", "post:uid:{slug}", false);
-        check("{a}", "{b}:x", false);
+        check("{a}", "{b}:x", true);
         check("{a}", "x", true);
         check("", "x", false);
         check("{a}", "", false);
