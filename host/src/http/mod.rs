@@ -55,7 +55,7 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a connection that the server closes is read on, so that its last answer arrives.
 const LINGER: Duration = Duration::from_secs(1);
-/// How long to wait after `accept` failed: it does when file descriptors run out.
+/// How long to wait after `accept` failed.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// What `retry-after` says, in seconds.
 const RETRY_AFTER_SECONDS: HeaderValue = HeaderValue::from_static("1");
@@ -151,7 +151,7 @@ pub(crate) async fn serve<H: Handler>(
                         places.insert(place, !full, connections.spawn(serving));
                     }
                     Err(error) => {
-                        tracing::warn!(listener = H::LISTENER, %error, "cannot accept a connection");
+                        places.cannot_accept(&error);
                         tokio::time::sleep(ACCEPT_PAUSE).await;
                     }
                 }

@@ -2,6 +2,7 @@
 //! gives way to a new one: whoever opens many and sends nothing must not keep others out.
 
 use std::collections::HashMap;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -159,6 +160,14 @@ impl Places {
         Admission::Close
     }
 
+    /// A new connection could not be accepted, as where file descriptors run out: frees one that nobody needs.
+    pub(super) fn cannot_accept(&mut self, error: &io::Error) {
+        if self.may_say() {
+            tracing::warn!(listener = self.listener, %error, "cannot accept a connection");
+        }
+        self.give_up_one(true);
+    }
+
     /// Ends the connection on whose client we have waited for longest: for a request, or for the rest of a message.
     fn give_up_one(&mut self, served: bool) -> bool {
         let now = millis(self.began.elapsed());
@@ -184,16 +193,23 @@ impl Places {
     fn turned_away(&mut self, why: TurnedAway) {
         self.metrics.turned_away(self.listener, why);
         self.unsaid += 1;
-        if self.said.is_none_or(|said| said.elapsed() >= NOTICE_EVERY) {
+        if self.may_say() {
             tracing::warn!(
                 listener = self.listener,
                 connections = self.max,
                 turned_away = self.unsaid,
                 "all connections are taken: idle and slow ones are closed for new ones, and where there is none, new ones refused"
             );
-            self.said = Some(Instant::now());
             self.unsaid = 0;
         }
+    }
+
+    fn may_say(&mut self) -> bool {
+        let may = self.said.is_none_or(|said| said.elapsed() >= NOTICE_EVERY);
+        if may {
+            self.said = Some(Instant::now());
+        }
+        may
     }
 }
 

@@ -147,16 +147,15 @@ impl Stream {
 
     /// How many bytes hyper may have, if a whole head is held.
     fn whole_head(&mut self) -> Result<Option<u64>, Refusal> {
-        let Some(length) = self.scanner.find(&self.held)? else {
-            let too_large = Refusal {
+        let found = self.scanner.find(&self.held)?;
+        if found.unwrap_or(self.held.len()) > MAX_HEAD {
+            return Err(Refusal {
                 status: StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
                 why: "the head is too large",
-            };
-            return if self.held.len() < MAX_HEAD {
-                Ok(None)
-            } else {
-                Err(too_large)
-            };
+            });
+        }
+        let Some(length) = found else {
+            return Ok(None);
         };
         Ok(Some(match check(&self.held[..length])? {
             Framing::Length(body) => length as u64 + body,

@@ -29,7 +29,7 @@ use crate::capability::redis::Store;
 use crate::http::{self, Answer, Bodies, Handler, busy, method_not_allowed, not_found, text};
 use crate::log::Sink;
 use crate::metrics::Metrics;
-use crate::pipeline::{Action, Http, Route};
+use crate::pipeline::{Action, Http, NoKey, Route};
 use crate::record::Header;
 
 /// Requests that wait for the log, and again those that wait for the stores; further ones are told to come back.
@@ -225,7 +225,10 @@ impl<S: Sink + 'static> Ingress<S> {
     }
 
     async fn read(&self, read: &Read, params: &matchit::Params<'_, '_>) -> Result<Answer, Answer> {
-        let key = read.key(params)?;
+        let key = read.key(params).map_err(|no_key| match no_key {
+            NoKey::NotHere => not_found(),
+            NoKey::Malformed(why) => text(StatusCode::BAD_REQUEST, why),
+        })?;
         let _waiting = self
             .waiting_for_stores
             .try_acquire()

@@ -27,23 +27,20 @@ impl Read {
         Self { store, key, others }
     }
 
-    /// The key for a path's named parts, or the answer where there is none.
-    pub(super) fn key(&self, params: &Params<'_, '_>) -> Result<String, Answer> {
+    /// The key for a path's named parts.
+    pub(super) fn key(&self, params: &Params<'_, '_>) -> Result<String, NoKey> {
         let mut values = Vec::with_capacity(params.len());
         for (name, written) in params.iter() {
             values.push((name, decoded(name, written)?));
         }
-        let value = |wanted: &str| {
+        let key = self.key.key(|wanted| {
             let (_, value) = values.iter().find(|(name, _)| *name == wanted)?;
             Some(value.as_ref())
-        };
-        let is_anothers = |key: &String| self.others.contains(key) || key.starts_with(HOST_PREFIX);
-        match self.key.key(value) {
-            Ok(key) if is_anothers(&key) => Err(not_found()),
-            Ok(key) => Ok(key),
-            Err(NoKey::NotHere) => Err(not_found()),
-            Err(NoKey::Malformed(why)) => Err(text(StatusCode::BAD_REQUEST, why)),
+        })?;
+        if self.others.contains(&key) || key.starts_with(HOST_PREFIX) {
+            return Err(NoKey::NotHere);
         }
+        Ok(key)
     }
 
     /// The answer for a key.
@@ -76,9 +73,7 @@ pub(super) fn plain_keys(routes: &[Route], of: &str) -> Vec<String> {
 }
 
 /// Decoded once: what is written `%253A` is `%3A`.
-fn decoded<'p>(name: &str, written: &'p str) -> Result<Cow<'p, str>, Answer> {
-    percent_decode_str(written).decode_utf8().map_err(|_| {
-        let line = format!("{name} in the path is not UTF-8");
-        text(StatusCode::BAD_REQUEST, line)
-    })
+fn decoded<'p>(name: &str, written: &'p str) -> Result<Cow<'p, str>, NoKey> {
+    let value = percent_decode_str(written).decode_utf8();
+    value.map_err(|_| NoKey::Malformed(format!("{name} in the path is not UTF-8")))
 }

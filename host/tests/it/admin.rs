@@ -238,6 +238,9 @@ async fn without_a_token_only_loopback_names_are_answered() {
             assert!(answer.contains("loopback names only"), "{answer}");
         }
     }
+    let text = server.metrics.encode().unwrap();
+    let line = r#"stagehost_http_requests_total{route="admin",method="GET",status="421"} 40"#;
+    assert!(text.contains(line), "no {line} in {text}");
     // A load balancer's check; no browser can send it.
     let answer = exchange(server.address, "GET /healthz HTTP/1.0\r\n\r\n").await;
     assert!(answer.starts_with("HTTP/1.0 200"), "{answer}");
