@@ -190,6 +190,10 @@ impl Stream {
             let given = self.held.len().min(most).min(buf.remaining());
             buf.put_slice(&self.held[..given]);
             self.held.advance(given);
+            if self.held.is_empty() {
+                // A connection that idles needs no memory for it.
+                self.held = BytesMut::new();
+            }
             given
         };
         if self.cleared != u64::MAX {

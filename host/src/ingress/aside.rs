@@ -1,5 +1,6 @@
 //! Work that takes long, beside the threads of the async runtime.
 
+use std::future::pending;
 use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::thread::available_parallelism;
@@ -36,7 +37,11 @@ impl Aside {
         });
         match done.await {
             Ok(done) => done,
-            Err(error) => resume_unwind(error.into_panic()),
+            Err(error) => match error.try_into_panic() {
+                Ok(panic) => resume_unwind(panic),
+                // The runtime ends, and this task with it.
+                Err(_) => pending().await,
+            },
         }
     }
 }
