@@ -1,5 +1,7 @@
 //! The admin listener: health, readiness and metrics for whoever operates the host.
 
+mod origin;
+
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,12 +18,15 @@ use crate::http::{self, Answer, Handler, content, method_not_allowed, not_found,
 use crate::metrics::{self, Metrics};
 use crate::pipeline::Secret;
 
+/// What log and metrics call the listener.
+const LISTENER: &str = "admin";
 /// Operators and scrapers are few.
 const MAX_CONNECTIONS: usize = 64;
 /// How long requests may take once the host stops: it has done all else by then, and no answer here takes long.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Serves `/healthz`, `/readyz` and `/metrics` until `shutdown`; to those who carry the token, where there is one.
+/// Serves `/healthz`, `/readyz` and `/metrics` until `shutdown`; to those who carry the token, where there is one, and
+/// else to those who call it by a loopback name.
 pub async fn serve(
     listener: TcpListener,
     token: Option<Secret>,
@@ -35,12 +40,14 @@ pub async fn serve(
         ..http::Limits::default()
     };
     let admin = Admin {
+        route: LISTENER.into(),
         // A token that is read from a file ends with a newline, which no header can carry.
         token: token.map(|token| digest(token.0.trim_ascii().as_bytes())),
         readiness,
         metrics,
     };
-    http::serve(listener, admin, limits, shutdown).await;
+    let metrics = Arc::clone(&admin.metrics);
+    http::serve(listener, admin, limits, metrics, shutdown).await;
 }
 
 /// What must be so before the host is ready, each condition by name (`log`, `stage publisher`). Ready
@@ -79,15 +86,20 @@ impl Readiness {
 }
 
 struct Admin {
+    /// The label of requests that are refused.
+    route: Arc<str>,
     token: Option<[u8; 32]>,
     readiness: Arc<Readiness>,
     metrics: Arc<Metrics>,
 }
 
 impl Handler for Admin {
+    const LISTENER: &'static str = LISTENER;
+
     async fn handle(&self, request: Request<Incoming>) -> Answer {
-        if !self.authorized(request.headers()) {
-            return unauthorized();
+        if let Some(refusal) = self.refusal(&request) {
+            self.refused(request.method(), refusal.status());
+            return refusal;
         }
         let answer: fn(&Self) -> Answer = match request.uri().path() {
             "/healthz" => |_| text(StatusCode::OK, "ok\n"),
@@ -100,9 +112,33 @@ impl Handler for Admin {
             _ => method_not_allowed("GET, HEAD"),
         }
     }
+
+    fn refused(&self, method: &Method, status: StatusCode) {
+        let route = Arc::clone(&self.route);
+        self.metrics
+            .http_request(&route, method, status, Duration::ZERO);
+    }
 }
 
 impl Admin {
+    /// The answer to a request that is not for this listener, or not from whom it may be.
+    fn refusal(&self, request: &Request<Incoming>) -> Option<Answer> {
+        // Who has the token may call the host what they like: a page that was led here has none.
+        if self.token.is_none() && !origin::is_loopback(request) {
+            return Some(text(
+                StatusCode::MISDIRECTED_REQUEST,
+                "without a token, the admin listener answers to loopback names only: localhost, 127.0.0.1, [::1]\n",
+            ));
+        }
+        if !origin::is_own(request.headers()) {
+            return Some(text(
+                StatusCode::FORBIDDEN,
+                "the admin listener does not answer to web pages of others\n",
+            ));
+        }
+        (!self.authorized(request.headers())).then(unauthorized)
+    }
+
     /// Compares digests, so that how long it takes says nothing about the token.
     fn authorized(&self, headers: &HeaderMap) -> bool {
         let Some(expected) = &self.token else {

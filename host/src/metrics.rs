@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hyper::{Method, StatusCode};
-use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -47,6 +47,7 @@ pub struct Metrics {
     dead_letters: Family<DeadLetterLabels, Counter>,
     http_requests: Family<RequestLabels, Counter>,
     http_request_seconds: Histograms<RouteLabels>,
+    connections_turned_away: Family<TurnedAwayLabels, Counter>,
     lag: Family<LagLabels, Gauge>,
     circuit_open: Family<StoreLabels, Gauge>,
     log_available: Gauge,
@@ -74,6 +75,7 @@ impl Default for Metrics {
             dead_letters: Family::default(),
             http_requests: Family::default(),
             http_request_seconds: Family::new_with_constructor(|| Histogram::new(HTTP_SECONDS)),
+            connections_turned_away: Family::default(),
             lag: Family::default(),
             circuit_open: Family::default(),
             log_available: Gauge::default(),
@@ -128,6 +130,11 @@ impl Metrics {
             "stagehost_http_request_seconds",
             "Time of one HTTP request",
             self.http_request_seconds.clone(),
+        );
+        registry.register(
+            "stagehost_http_connections_turned_away",
+            "Connections that were closed or refused because all places were taken",
+            self.connections_turned_away.clone(),
         );
         registry.register(
             "kafka_consumergroup_lag",
@@ -199,6 +206,13 @@ impl Metrics {
                 route: Arc::clone(route),
             })
             .observe(took.as_secs_f64());
+    }
+
+    /// A connection of the listener `http` or `admin` was closed or refused because all places were taken.
+    pub fn turned_away(&self, listener: &'static str, reason: TurnedAway) {
+        self.connections_turned_away
+            .get_or_create(&TurnedAwayLabels { listener, reason })
+            .inc();
     }
 
     /// Sets how many records a group has yet to commit in a partition.
@@ -348,6 +362,34 @@ struct RouteLabels {
     route: Arc<str>,
 }
 
+/// Why a connection was closed or refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum TurnedAway {
+    /// It idled, and a new one needed its place.
+    Idle,
+    /// Its client was slow with a body or an answer, and a new one needed its place.
+    Stalled,
+    /// It was the new one, and there was no place.
+    Full,
+}
+
+impl EncodeLabelValue for TurnedAway {
+    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> fmt::Result {
+        let word = match self {
+            Self::Idle => "idle",
+            Self::Stalled => "stalled",
+            Self::Full => "full",
+        };
+        EncodeLabelValue::encode(&word, encoder)
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct TurnedAwayLabels {
+    listener: &'static str,
+    reason: TurnedAway,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct LagLabels {
     consumergroup: String,
@@ -415,6 +457,7 @@ mod tests {
             StatusCode::NOT_FOUND,
             Duration::from_millis(1),
         );
+        metrics.turned_away("admin", TurnedAway::Idle);
         metrics.set_lag("service.publisher", "app.newPosts", 7, 12);
         metrics.set_lag("service.publisher", "app.newPosts", 8, 1);
         metrics.remove_lag("service.publisher", "app.newPosts", 8);
@@ -435,6 +478,7 @@ mod tests {
             r#"stagehost_http_requests_total{route="/post/{slug}",method="GET",status="200"} 1"#,
             r#"stagehost_http_requests_total{route="none",method="other",status="404"} 1"#,
             r#"stagehost_http_request_seconds_count{route="/post/{slug}"} 1"#,
+            r#"stagehost_http_connections_turned_away_total{listener="admin",reason="idle"} 1"#,
             r#"kafka_consumergroup_lag{consumergroup="service.publisher",topic="app.newPosts",partition="7"} 12"#,
             r#"stagehost_circuit_open{store="posts"} 1"#,
             "stagehost_log_available 1",

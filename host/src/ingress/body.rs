@@ -1,12 +1,11 @@
 //! Request bodies to fields: forms and JSON objects, every field a text.
 
-use std::collections::BTreeMap;
+use std::borrow::Cow;
 use std::fmt;
 
 use hyper::header::{CONTENT_ENCODING, CONTENT_TYPE, HeaderMap};
 use percent_encoding::percent_decode;
-use serde::de::{self, Deserialize, Deserializer, MapAccess, Visitor};
-use serde_json::Value;
+use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 
 /// The types that bodies may have.
 const ACCEPTED: &str = "application/x-www-form-urlencoded or application/json";
@@ -61,117 +60,200 @@ pub(super) fn kind(headers: &HeaderMap) -> Result<Kind, String> {
     Ok(kind)
 }
 
-/// The values of exactly the `declared` fields, in their order, or what is wrong with the body.
+/// The values of exactly the `declared` fields, in their order, or what is wrong with the body. Ends at the first
+/// thing that is wrong: what a client sends behind it costs nothing.
 pub(super) fn fields(kind: Kind, body: &[u8], declared: &[String]) -> Result<Vec<String>, String> {
-    let Fields(mut found) = match kind {
-        Kind::Form => form(body)?,
-        Kind::Json => {
-            serde_json::from_slice(body).map_err(|error| format!("the JSON is wrong: {error}"))?
-        }
+    let mut fields = Fields {
+        declared,
+        values: vec![None; declared.len()],
     };
-    let mut values = Vec::with_capacity(declared.len());
-    let mut missing = Vec::new();
-    for name in declared {
-        match found.remove(name) {
-            Some(value) => values.push(value),
-            None => missing.push(name.as_str()),
+    match kind {
+        Kind::Form => form(body, &mut fields)?,
+        // Of another value, the parser's message would say all.
+        Kind::Json if !body.trim_ascii_start().starts_with(b"{") => {
+            return Err("the JSON is not an object".to_owned());
+        }
+        Kind::Json => {
+            json(body, &mut fields).map_err(|error| format!("the JSON is wrong: {error}"))?;
         }
     }
-    let unknown: Vec<&str> = found.keys().map(String::as_str).collect();
-    let mut wrong = Vec::new();
-    if !missing.is_empty() {
-        wrong.push(format!("missing: {}", names(&missing)));
-    }
-    if !unknown.is_empty() {
-        wrong.push(format!("unknown: {}", names(&unknown)));
-    }
-    if wrong.is_empty() {
-        return Ok(values);
-    }
-    let taken: Vec<&str> = declared.iter().map(String::as_str).collect();
-    Err(format!(
-        "{}; the fields are {}",
-        wrong.join("; "),
-        names(&taken)
-    ))
+    fields.all()
 }
 
-/// Fields by name, each there once.
-struct Fields(BTreeMap<String, String>);
+/// The fields that were found.
+struct Fields<'a> {
+    declared: &'a [String],
+    values: Vec<Option<String>>,
+}
 
-fn form(body: &[u8]) -> Result<Fields, String> {
-    // The parser replaces what is not UTF-8. Decoding all of it at once finds the same faults as
-    // decoding each part: no sequence goes on across `&` or `=`.
-    if percent_decode(body).decode_utf8().is_err() {
-        return Err("the form is not UTF-8".to_owned());
-    }
-    let mut fields = BTreeMap::new();
-    for (name, value) in form_urlencoded::parse(body) {
-        let name = name.into_owned();
-        if fields.contains_key(&name) {
-            return Err(format!("the field {} is there twice", quoted(&name)));
+impl Fields<'_> {
+    /// The place of a field, or what is wrong with it.
+    fn place(&self, name: &str) -> Result<usize, String> {
+        let Some(place) = self.declared.iter().position(|known| known == name) else {
+            let (name, taken) = (quoted(name), names(self.declared));
+            return Err(format!(
+                "the field {name} is unknown; the fields are {taken}"
+            ));
+        };
+        if self.values[place].is_some() {
+            return Err(format!("the field {} is there twice", quoted(name)));
         }
-        fields.insert(name, value.into_owned());
+        Ok(place)
     }
-    Ok(Fields(fields))
+
+    fn all(self) -> Result<Vec<String>, String> {
+        let all = self.declared.iter().zip(&self.values);
+        let missing: Vec<&String> = all
+            .filter_map(|(name, value)| value.is_none().then_some(name))
+            .collect();
+        if missing.is_empty() {
+            return Ok(self.values.into_iter().flatten().collect());
+        }
+        let (missing, taken) = (names(&missing), names(self.declared));
+        Err(format!("missing: {missing}; the fields are {taken}"))
+    }
 }
 
-impl<'de> Deserialize<'de> for Fields {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_map(FieldsVisitor)
+fn form(body: &[u8], fields: &mut Fields<'_>) -> Result<(), String> {
+    let pairs = body.split(|&byte| byte == b'&');
+    for pair in pairs.filter(|pair| !pair.is_empty()) {
+        let equals = pair.iter().position(|&byte| byte == b'=');
+        let (name, value) = match equals {
+            Some(at) => (&pair[..at], &pair[at + 1..]),
+            None => (pair, &b""[..]),
+        };
+        let place = fields.place(&decoded(name)?)?;
+        fields.values[place] = Some(decoded(value)?.into_owned());
     }
+    Ok(())
 }
 
-struct FieldsVisitor;
+/// The text of a form's name or value.
+fn decoded(part: &[u8]) -> Result<Cow<'_, str>, String> {
+    let not_utf8 = |_| "the form is not UTF-8".to_owned();
+    if !part.contains(&b'+') {
+        return percent_decode(part).decode_utf8().map_err(not_utf8);
+    }
+    let space = |&byte: &u8| if byte == b'+' { b' ' } else { byte };
+    let spaced: Vec<u8> = part.iter().map(space).collect();
+    let text = percent_decode(&spaced).decode_utf8().map_err(not_utf8)?;
+    Ok(Cow::Owned(text.into_owned()))
+}
 
-impl<'de> Visitor<'de> for FieldsVisitor {
-    type Value = Fields;
+fn json(body: &[u8], fields: &mut Fields<'_>) -> Result<(), serde_json::Error> {
+    let mut json = serde_json::Deserializer::from_slice(body);
+    json.deserialize_map(ObjectVisitor(fields))?;
+    json.end()
+}
+
+struct ObjectVisitor<'a, 'd>(&'a mut Fields<'d>);
+
+impl<'de> Visitor<'de> for ObjectVisitor<'_, '_> {
+    type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("an object")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields, A::Error> {
-        let mut fields = BTreeMap::new();
-        while let Some(name) = map.next_key::<String>()? {
-            let value = match map.next_value::<Value>()? {
-                Value::String(value) => value,
-                other => {
-                    let (name, found) = (quoted(&name), type_name(&other));
-                    return Err(de::Error::custom(format_args!(
-                        "the field {name} is {found}, and must be a string"
-                    )));
-                }
-            };
-            if fields.contains_key(&name) {
-                return Err(de::Error::custom(format_args!(
-                    "the field {} is there twice",
-                    quoted(&name)
-                )));
-            }
-            fields.insert(name, value);
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        let Self(fields) = self;
+        while let Some(place) = map.next_key_seed(Name(fields))? {
+            let name = &fields.declared[place];
+            fields.values[place] = Some(map.next_value_seed(Text(name))?);
         }
-        Ok(Fields(fields))
+        Ok(())
     }
 }
 
-fn type_name(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "an array",
-        Value::Object(_) => "an object",
+/// The name of a field: its place.
+struct Name<'a, 'd>(&'a Fields<'d>);
+
+impl<'de> DeserializeSeed<'de> for Name<'_, '_> {
+    type Value = usize;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<usize, D::Error> {
+        deserializer.deserialize_str(self)
+    }
+}
+
+impl Visitor<'_> for Name<'_, '_> {
+    type Value = usize;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a field")
+    }
+
+    fn visit_str<E: de::Error>(self, name: &str) -> Result<usize, E> {
+        self.0.place(name).map_err(E::custom)
+    }
+}
+
+/// The value of the field that has this name. What is no text is refused where it begins, however much there is of it.
+struct Text<'a>(&'a str);
+
+impl Text<'_> {
+    fn refuse<E: de::Error>(&self, found: &str) -> Result<String, E> {
+        let name = quoted(self.0);
+        Err(E::custom(format_args!(
+            "the field {name} is {found}, and must be a string"
+        )))
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for Text<'_> {
+    type Value = String;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<String, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Text<'_> {
+    type Value = String;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a string")
+    }
+
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<String, E> {
+        Ok(text.to_owned())
+    }
+
+    fn visit_unit<E: de::Error>(self) -> Result<String, E> {
+        self.refuse("null")
+    }
+
+    fn visit_bool<E: de::Error>(self, _: bool) -> Result<String, E> {
+        self.refuse("a boolean")
+    }
+
+    fn visit_i64<E: de::Error>(self, _: i64) -> Result<String, E> {
+        self.refuse("a number")
+    }
+
+    fn visit_u64<E: de::Error>(self, _: u64) -> Result<String, E> {
+        self.refuse("a number")
+    }
+
+    fn visit_f64<E: de::Error>(self, _: f64) -> Result<String, E> {
+        self.refuse("a number")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, _: A) -> Result<String, A::Error> {
+        self.refuse("an array")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, _: A) -> Result<String, A::Error> {
+        self.refuse("an object")
     }
 }
 
 /// A few of the names, quoted.
-fn names(all: &[&str]) -> String {
+fn names(all: &[impl AsRef<str>]) -> String {
     let shown: Vec<String> = all
         .iter()
         .take(MAX_NAMES)
-        .map(|name| quoted(name))
+        .map(|name| quoted(name.as_ref()))
         .collect();
     let more = if all.len() > MAX_NAMES { " …" } else { "" };
     format!("{}{more}", shown.join(", "))
@@ -226,11 +308,10 @@ mod tests {
         );
         check(
             Form,
-            "title=A&uid=1&a=1&b=2&c=3&d=4&e=5",
-            Err(
-                r#"missing: "content"; unknown: "a", "b", "c", "d", "e" …; the fields are "title", "content""#,
-            ),
+            "title=A&uid=1&a=%FF",
+            Err(r#"the field "uid" is unknown; the fields are "title", "content""#),
         );
+        check(Form, "&&title=A&&content=B&&", Ok(["A", "B"]));
     }
 
     #[test]
@@ -251,18 +332,31 @@ mod tests {
         check(
             Json,
             r#"{"title":"A","title":"B","content":"B"}"#,
-            Err(r#"the JSON is wrong: the field "title" is there twice at line 1 column 24"#),
+            Err(r#"the JSON is wrong: the field "title" is there twice at line 1 column 20"#),
         );
         check(
             Json,
             r#"{"title":"A","content":"B","\u0000":"C"}"#,
-            Err(r#"unknown: "\0"; the fields are "title", "content""#),
+            Err(
+                r#"the JSON is wrong: the field "\0" is unknown; the fields are "title", "content" at line 1 column 35"#,
+            ),
         );
+        // What is wrong behind it is not looked at.
+        for nested in ["[[[[", "{\"a\":[", "[1,2,nonsense"] {
+            let found = fields(
+                Json,
+                format!(r#"{{"title":{nested}"#).as_bytes(),
+                &["title".to_owned()],
+            );
+            let wrong = found.unwrap_err();
+            assert!(wrong.contains("and must be a string"), "{nested}: {wrong}");
+        }
         check(
             Json,
-            "[]",
-            Err("the JSON is wrong: invalid type: sequence, expected an object at line 1 column 0"),
+            r#"{"title":"A","content":"B"} x"#,
+            Err("the JSON is wrong: trailing characters at line 1 column 29"),
         );
+        check(Json, "[]", Err("the JSON is not an object"));
         check(
             Json,
             r#"{"title":"A""#,

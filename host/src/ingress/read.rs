@@ -1,53 +1,44 @@
 //! Read routes: a key made of the path, and the store's value at it.
 
+use std::borrow::Cow;
+
 use hyper::StatusCode;
 use hyper::header::HeaderValue;
 use matchit::Params;
 use percent_encoding::percent_decode_str;
 
 use crate::capability::StoreError;
-use crate::capability::redis::Store;
+use crate::capability::redis::{HOST_PREFIX, Store};
 use crate::http::{Answer, busy, content, not_found, text};
+use crate::pipeline::{Action, NoKey, Route, Template};
 
 /// A store, and how its key is made.
 pub(super) struct Read {
     store: Store,
-    key: Vec<Part>,
-}
-
-#[derive(Debug, PartialEq, Eq)]
-enum Part {
-    Text(String),
-    /// A named part of the path.
-    Param(String),
+    key: Template,
+    /// Keys of other routes, which this one's must not reach.
+    others: Vec<String>,
 }
 
 impl Read {
-    /// `key` is a text with the path's `{name}`s.
-    pub(super) fn new(store: Store, key: &str) -> Self {
-        Self {
-            store,
-            key: template(key),
-        }
+    /// `others` are the keys of the store's routes that have no `{name}`.
+    pub(super) fn new(store: Store, key: Template, others: Vec<String>) -> Self {
+        let others = if key.is_plain() { Vec::new() } else { others };
+        Self { store, key, others }
     }
 
-    /// The key for a path's named parts, or what is wrong with them.
-    pub(super) fn key(&self, params: &Params<'_, '_>) -> Result<String, String> {
-        let mut key = String::new();
-        for part in &self.key {
-            match part {
-                Part::Text(text) => key.push_str(text),
-                Part::Param(name) => {
-                    let written = params.get(name).unwrap_or_default();
-                    let value = percent_decode_str(written)
-                        .decode_utf8()
-                        .map_err(|_| format!("{name} in the path is not UTF-8"))?;
-                    if value.chars().any(char::is_control) {
-                        return Err(format!("{name} in the path has a control character"));
-                    }
-                    key.push_str(&value);
-                }
-            }
+    /// The key for a path's named parts.
+    pub(super) fn key(&self, params: &Params<'_, '_>) -> Result<String, NoKey> {
+        let mut values = Vec::with_capacity(params.len());
+        for (name, written) in params.iter() {
+            values.push((name, decoded(name, written)?));
+        }
+        let key = self.key.key(|wanted| {
+            let (_, value) = values.iter().find(|(name, _)| *name == wanted)?;
+            Some(value.as_ref())
+        })?;
+        if self.others.contains(&key) || key.starts_with(HOST_PREFIX) {
+            return Err(NoKey::NotHere);
         }
         Ok(key)
     }
@@ -72,38 +63,17 @@ impl Read {
     }
 }
 
-/// The parts of a key template. A brace that opens no name stands for itself.
-fn template(key: &str) -> Vec<Part> {
-    let mut parts = Vec::new();
-    let mut rest = key;
-    while let Some((before, (name, after))) = rest
-        .split_once('{')
-        .and_then(|(before, after)| Some((before, after.split_once('}')?)))
-    {
-        if !before.is_empty() {
-            parts.push(Part::Text(before.to_owned()));
-        }
-        parts.push(Part::Param(name.to_owned()));
-        rest = after;
-    }
-    if !rest.is_empty() {
-        parts.push(Part::Text(rest.to_owned()));
-    }
-    parts
+/// The keys of a store's routes that have no `{name}`.
+pub(super) fn plain_keys(routes: &[Route], of: &str) -> Vec<String> {
+    let keys = routes.iter().filter_map(|route| match &route.action {
+        Action::Read { store, key } if store == of && key.is_plain() => Some(key.to_string()),
+        _ => None,
+    });
+    keys.collect()
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn templates() {
-        let check = |key: &str, expected: &[Part]| assert_eq!(template(key), expected, "{key}");
-        let text = |text: &str| Part::Text(text.to_owned());
-        let param = |name: &str| Part::Param(name.to_owned());
-        check("post:{slug}", &[text("post:"), param("slug")]);
-        check("{a}{b}:c", &[param("a"), param("b"), text(":c")]);
-        check("plain", &[text("plain")]);
-        check("post:{slug", &[text("post:{slug")]);
-    }
+/// Decoded once: what is written `%253A` is `%3A`.
+fn decoded<'p>(name: &str, written: &'p str) -> Result<Cow<'p, str>, NoKey> {
+    let value = percent_decode_str(written).decode_utf8();
+    value.map_err(|_| NoKey::Malformed(format!("{name} in the path is not UTF-8")))
 }

@@ -2,6 +2,7 @@
 //! when its client has long given up.
 
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use hyper::Request;
@@ -11,6 +12,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::http::{self, Answer, Handler, busy};
+use crate::metrics::Metrics;
 
 /// How long answers that are under way may take once the routes are served: each is made at once.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
@@ -24,7 +26,7 @@ pub struct Starting {
 
 impl Starting {
     /// Begins to answer.
-    pub fn serve(listener: TcpListener) -> io::Result<Self> {
+    pub fn serve(listener: TcpListener, metrics: Arc<Metrics>) -> io::Result<Self> {
         let listener = listener.into_std()?;
         let own = TcpListener::from_std(listener.try_clone()?)?;
         let stop = CancellationToken::new();
@@ -32,7 +34,7 @@ impl Starting {
             drain_timeout: DRAIN_TIMEOUT,
             ..http::Limits::default()
         };
-        let task = tokio::spawn(http::serve(own, NotYet, limits, stop.clone()));
+        let task = tokio::spawn(http::serve(own, NotYet, limits, metrics, stop.clone()));
         Ok(Self {
             listener,
             stop,
@@ -52,6 +54,8 @@ impl Starting {
 struct NotYet;
 
 impl Handler for NotYet {
+    const LISTENER: &'static str = super::LISTENER;
+
     async fn handle(&self, _request: Request<Incoming>) -> Answer {
         busy("the pipeline is starting")
     }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::load::{Checks, Declared};
-use super::{Action, Http, Method, Route, listen, stages};
+use super::{Action, Http, Method, Route, Template, listen, stages};
 use crate::diagnostics::{Problem, Span, suggestion};
 use crate::manifest::{HttpSection, ProduceSection, ReadSection, RouteSection, Text};
 
@@ -11,6 +11,8 @@ const DEFAULT_MAX_BODY: usize = 1 << 20;
 /// Accepted: the record is in the log, and nobody has processed it yet.
 const DEFAULT_STATUS: u16 = 202;
 const NO_CONTENT: u16 = 204;
+/// Characters of a read route's key: all of them are held against each other's.
+const MAX_KEY: usize = 512;
 
 const METHODS: &[(&str, Method)] = &[
     ("GET", Method::Get),
@@ -35,6 +37,7 @@ pub(super) fn http(
         .map(|r| route(checks, declared, r))
         .collect();
     check_patterns(checks, &section.routes);
+    check_templates(checks, &section.routes);
     Some(Http {
         listen: listen?,
         max_body: section
@@ -361,12 +364,22 @@ fn read_action(
         .filter(|key| check_key(checks, key, parameters));
     Some(Action::Read {
         store: store?.value.clone(),
-        key: key?.value.clone(),
+        key: Template::parse(&key?.value),
     })
 }
 
-/// Whether every `{name}` of a key stands in the path, as far as the path is known.
+/// Whether every `{name}` of a key stands in the path, as far as the path is known, and apart from the others.
 fn check_key(checks: &Checks<'_>, key: &Text, parameters: Option<&[&str]>) -> bool {
+    if key.value.chars().count() > MAX_KEY {
+        checks.report(
+            Problem::at(
+                &key.span,
+                format!("the key has more than {MAX_KEY} characters"),
+            )
+            .help("take a shorter one"),
+        );
+        return false;
+    }
     let mut rest = key.value.as_str();
     let mut good = true;
     while let Some((_, from)) = rest.split_once('{') {
@@ -391,7 +404,49 @@ fn check_key(checks: &Checks<'_>, key: &Text, parameters: Option<&[&str]>) -> bo
         checks.report(Problem::at(&key.span, format!("the path has no `{{{name}}}`")).help(help));
         good = false;
     }
+    if let Some((one, other)) = Template::parse(&key.value).confused_names() {
+        checks.report(
+            Problem::at(
+                &key.span,
+                format!("nothing separates `{{{one}}}` from `{{{other}}}`"),
+            )
+            .label("different paths would make the same key")
+            .help(format!(
+                "put a sign between them that neither can have: `{{{one}}}:{{{other}}}`"
+            )),
+        );
+        good = false;
+    }
     good
+}
+
+/// Reports read routes of which one could make the other's keys. What has no `{name}` is one key, which its route has.
+fn check_templates(checks: &Checks<'_>, routes: &[RouteSection]) {
+    let read = |route: &'_ RouteSection| -> Option<(String, Text, Template)> {
+        let read = route.read.as_ref()?;
+        let (store, key) = (read.redis.as_ref()?, read.key.as_ref()?);
+        let template = Template::parse(&key.value);
+        let is_short = key.value.chars().count() <= MAX_KEY;
+        (is_short && !template.is_plain()).then(|| (store.value.clone(), key.clone(), template))
+    };
+    let reads: Vec<_> = routes.iter().filter_map(read).collect();
+    for (at, (store, key, template)) in reads.iter().enumerate() {
+        let mut before = reads[..at].iter();
+        let clash = before.find(|(other_store, _, other)| {
+            other_store == store && !other.is_like(template) && other.overlaps(template)
+        });
+        let Some((_, other, _)) = clash else {
+            continue;
+        };
+        checks.report(
+            Problem::at(
+                &key.span,
+                format!("`{}` and `{}` can make the same key", key.shown(), other.shown()),
+            )
+            .also(&other.span, "the other one")
+            .help("begin each with a text of its own, such as `post:` and `tag:`; what a `{name}` stands for has no `:` then"),
+        );
+    }
 }
 
 /// Reports routes that would answer the same requests.

@@ -10,6 +10,7 @@ mod listen;
 mod load;
 mod stages;
 mod stores;
+mod template;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -18,6 +19,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 pub use self::load::Probe;
+pub use self::template::{NoKey, Template};
 pub use crate::log::BatchLimits;
 
 /// One validated `pipeline.toml`.
@@ -273,7 +275,7 @@ pub enum Action {
         /// One of `[redis]`.
         store: String,
         /// With the path's `{name}`s.
-        key: String,
+        key: Template,
     },
 }
 

@@ -66,7 +66,8 @@ pub async fn run(pipeline: Pipeline, shutdown: CancellationToken) -> anyhow::Res
         readiness: &readiness,
         shutdown: &shutdown,
     };
-    let starting = listeners.http.map(Starting::serve).transpose()?;
+    let serve = |listener| Starting::serve(listener, Arc::clone(&metrics));
+    let starting = listeners.http.map(serve).transpose()?;
     let result = match Host::start(&pipeline, &settings, &waiting, &metrics, starting).await {
         Ok(Some(mut host)) => {
             banner::print(&pipeline, &settings.brokers, &listeners.addresses);

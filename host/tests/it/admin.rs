@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use expect_test::{Expect, expect};
 use host::admin::{self, Readiness};
@@ -9,12 +10,14 @@ use host::metrics::Metrics;
 use host::pipeline::Secret;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use crate::wire::{exchange, request};
+use crate::support::{self, Host};
+use crate::wire::{Client, exchange};
 
-struct Server {
-    address: SocketAddr,
+pub(crate) struct Server {
+    pub(crate) address: SocketAddr,
     readiness: Arc<Readiness>,
     metrics: Arc<Metrics>,
     shutdown: CancellationToken,
@@ -22,7 +25,7 @@ struct Server {
 }
 
 impl Server {
-    async fn start(token: Option<Secret>) -> Self {
+    pub(crate) async fn start(token: Option<Secret>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (readiness, metrics) = (Arc::new(Readiness::default()), Arc::new(Metrics::default()));
@@ -52,18 +55,19 @@ impl Server {
         expected.assert_eq(&exchange(self.address, request).await);
     }
 
-    async fn stop(self) {
+    pub(crate) async fn stop(self) {
         self.shutdown.cancel();
         self.ended.await.unwrap();
     }
 }
 
 fn get(path: &str, headers: &[&str]) -> String {
-    let line = format!("GET {path} HTTP/1.1");
-    request(
-        &[&[line.as_str(), "connection: close"], headers].concat(),
-        "",
-    )
+    ask(&format!("GET {path}"), "localhost:9321", headers)
+}
+
+fn ask(what: &str, host: &str, headers: &[&str]) -> String {
+    let headers: String = headers.iter().map(|line| format!("{line}\r\n")).collect();
+    format!("{what} HTTP/1.1\r\nconnection: close\r\nhost: {host}\r\n{headers}\r\n")
 }
 
 #[tokio::test]
@@ -130,7 +134,7 @@ async fn health_and_readiness() {
         .await;
     server
         .check(
-            &request(&["POST /metrics HTTP/1.1", "connection: close"], ""),
+            &ask("POST /metrics", "localhost", &[]),
             expect![[r#"
                 HTTP/1.1 405 Method Not Allowed
                 content-type: text/plain; charset=utf-8
@@ -198,4 +202,135 @@ async fn a_token_is_asked_for_where_there_is_one() {
         )
         .await;
     server.stop().await;
+}
+
+const PATHS: [&str; 5] = ["/healthz", "/readyz", "/metrics", "/v1/stages", "/nowhere"];
+
+#[tokio::test]
+async fn without_a_token_only_loopback_names_are_answered() {
+    let server = Server::start(None).await;
+    for host in [
+        "127.0.0.1",
+        "127.0.0.1:9321",
+        "127.9.9.9",
+        "[::1]:80",
+        "LOCALHOST",
+    ] {
+        let answer = exchange(server.address, &ask("GET /healthz", host, &[])).await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "{host}: {answer}");
+    }
+    for host in [
+        "evil.example",
+        "evil.example:9321",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "128.0.0.1",
+        "0.0.0.0",
+        "[::2]",
+        "",
+    ] {
+        for path in PATHS {
+            let answer = exchange(server.address, &ask(&format!("GET {path}"), host, &[])).await;
+            assert!(
+                answer.starts_with("HTTP/1.1 421"),
+                "{host} {path}: {answer}"
+            );
+            assert!(answer.contains("loopback names only"), "{answer}");
+        }
+    }
+    let text = server.metrics.encode().unwrap();
+    let line = r#"stagehost_http_requests_total{route="admin",method="GET",status="421"} 40"#;
+    assert!(text.contains(line), "no {line} in {text}");
+    // A load balancer's check; no browser can send it.
+    let answer = exchange(server.address, "GET /healthz HTTP/1.0\r\n\r\n").await;
+    assert!(answer.starts_with("HTTP/1.0 200"), "{answer}");
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn with_a_token_any_name_is_answered_to_those_who_carry_it() {
+    let server = Server::start(Some(Secret::new("s3cret"))).await;
+    let token = "authorization: Bearer s3cret";
+    for host in ["admin.example:9321", "10.0.0.1", "localhost"] {
+        let answer = exchange(server.address, &ask("GET /healthz", host, &[token])).await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "{host}: {answer}");
+        let answer = exchange(server.address, &ask("GET /healthz", host, &[])).await;
+        assert!(answer.starts_with("HTTP/1.1 401"), "{host}: {answer}");
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn pages_of_other_origins_are_refused() {
+    let token = "authorization: Bearer s3cret";
+    for secret in [None, Some(Secret::new("s3cret"))] {
+        let server = Server::start(secret).await;
+        for (from, status) in [
+            (&["origin: http://evil.example"][..], 403),
+            (&["origin: null"], 403),
+            (&["origin: http://localhost:3000"], 403),
+            (
+                &["sec-fetch-site: cross-site", "sec-fetch-mode: no-cors"],
+                403,
+            ),
+            (
+                &[
+                    "origin: http://localhost:9321",
+                    "sec-fetch-site: same-origin",
+                ],
+                200,
+            ),
+            (&["sec-fetch-site: none"], 200),
+        ] {
+            for path in &PATHS[..3] {
+                let answer = exchange(server.address, &get(path, &[&[token], from].concat())).await;
+                let expected = format!("HTTP/1.1 {status}");
+                assert!(answer.starts_with(&expected), "{from:?} {path}: {answer}");
+            }
+        }
+        server.stop().await;
+    }
+}
+
+/// A host with nothing but its admin listener and an ingress.
+const IDLE: &str = r#"
+    name = "idle"
+    kafka.brokers = "embedded"
+    topics.posts.partitions = 1
+    admin.listen = "127.0.0.1:0"
+    [http]
+    listen = "127.0.0.1:0"
+    [[http.routes]]
+    path = "/post"
+    method = "POST"
+    produce = { topic = "posts", fields = ["title"] }
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_thousand_connections_keep_no_operator_out() {
+    let host = Host::start(IDLE);
+    let admin = host.address("admin");
+    let address: SocketAddr = admin.parse().unwrap();
+    let mut held = Vec::new();
+    let pipelined = format!("GET /metrics HTTP/1.1\r\nhost: {address}\r\n\r\n").repeat(2000);
+    for sent in ["", "GET /healthz HTTP/1.1\r\n", &pipelined, "\r\n"].repeat(250) {
+        let mut client = Client::connect_small(address).await;
+        // One that takes no answers is not read from, either.
+        let _ = timeout(Duration::from_millis(20), client.try_send(sent)).await;
+        held.push(client);
+    }
+    for _ in 0..10 {
+        for path in ["/healthz", "/readyz", "/metrics"] {
+            let (status, body) = support::get(&admin, path);
+            assert_eq!(status, 200, "{path}: {body}");
+        }
+    }
+    let (_, metrics) = support::get(&admin, "/metrics");
+    let line = r#"stagehost_http_connections_turned_away_total{listener="admin",reason="idle"}"#;
+    assert!(metrics.contains(line), "{metrics}");
+    let log = host.log();
+    let said = log.matches("all connections are taken").count();
+    assert!((1..20).contains(&said), "said {said} times: {log}");
+    drop(held);
+    assert!(host.stop().0.success());
 }

@@ -1,7 +1,13 @@
 //! The HTTP ingress as clients meet it: over sockets, on a real log and a real Redis.
 
+#[path = "ingress/connections.rs"]
+mod connections;
 #[path = "ingress/fixture.rs"]
 mod fixture;
+#[path = "ingress/flood.rs"]
+mod flood;
+#[path = "ingress/smuggling.rs"]
+mod smuggling;
 
 use std::time::Duration;
 
@@ -125,11 +131,11 @@ async fn what_is_wrong_with_a_request_is_said() {
     let cases = [
         (
             post("title=A&uid=1"),
-            r#"400 missing: "content"; unknown: "uid"; the fields are "title", "content""#,
+            r#"400 the field "uid" is unknown; the fields are "title", "content""#,
         ),
         (
             send(JSON, r#"{"title":1}"#),
-            r#"400 the JSON is wrong: the field "title" is a number, and must be a string at line 1 column 11"#,
+            r#"400 the JSON is wrong: the field "title" is a number, and must be a string at line 1 column 10"#,
         ),
         (
             send("content-type: text/xml", "<a/>"),
@@ -154,7 +160,10 @@ async fn what_is_wrong_with_a_request_is_said() {
             "400 slug in the path has a control character",
         ),
         (get("/post/%ff"), "400 slug in the path is not UTF-8"),
-        ("nonsense\r\n\r\n".to_owned(), "400 "),
+        (
+            "nonsense\r\n\r\n".to_owned(),
+            "400 the request line is not `METHOD TARGET VERSION`",
+        ),
         (
             chunked,
             "400 the body could not be read: Invalid chunk size line: missing size digit",
@@ -270,37 +279,13 @@ async fn a_body_without_room_is_worth_another_try() {
         &["POST /post HTTP/1.1", FORM, "transfer-encoding: chunked"],
         "",
     );
-    server.check(&chunked, no_room).await;
+    server.check(&(chunked + "1\r\nx\r\n"), no_room).await;
     permits.add_permits(5);
     for mut client in clients {
         assert!(client.rest().await.starts_with("HTTP/1.1 201"));
     }
     let answer = exchange(server.address, &post(GOOD)).await;
     assert!(answer.starts_with("HTTP/1.1 201"), "{answer}");
-    server.stop().await;
-}
-
-#[tokio::test]
-async fn connections_beyond_those_served_are_sent_away() {
-    let mut few = limits();
-    few.http.connections = 1;
-    let server = Server::start(Fault::Away, few).await;
-    let mut first = Client::connect(server.address).await;
-    let request = request(&["GET /post/a HTTP/1.1"], "");
-    first.send(&request).await;
-    first.answer().await;
-    server
-        .check(&request, "503 [retry-after: 1] too many connections")
-        .await;
-    first.send(get("/post/a")).await;
-    assert!(first.rest().await.starts_with("HTTP/1.1 404"));
-    let text = server.metrics.encode().unwrap();
-    for line in [
-        r#"stagehost_http_requests_total{route="none",method="GET",status="503"} 1"#,
-        r#"stagehost_http_requests_total{route="/post/{slug}",method="GET",status="404"} 2"#,
-    ] {
-        assert!(text.contains(line), "no {line} in {text}");
-    }
     server.stop().await;
 }
 
@@ -322,6 +307,16 @@ async fn slow_and_silent_clients_are_let_go() {
         slow_body,
         &half[..half.len() - 1],
         "408 the body took too long",
+    )
+    .await;
+    let slow_pace = http::Limits {
+        body_window: second,
+        ..limits().http
+    };
+    check(
+        slow_pace,
+        &half[..half.len() - 1],
+        "408 the body came too slowly",
     )
     .await;
     let slow_head = http::Limits {
@@ -423,6 +418,8 @@ async fn reads_answer_what_redis_holds() {
         ("über kafka", r#"{"title":"Über"}"#),
         ("uid:1", r#"{"uid":"1"}"#),
         ("empty", ""),
+        ("latest", "1"),
+        ("a%3Ab", "2"),
     ];
     for (key, value) in kept {
         set(&url, &format!("{topic}:{key}"), value).await;
@@ -436,6 +433,9 @@ async fn reads_answer_what_redis_holds() {
         (get("/post/uid/1"), format!(r#"{json} {{"uid":"1"}}"#)),
         (get("/post/empty"), format!("{json} ")),
         (get("/post/unknown?a=b"), "404 not found".to_owned()),
+        (get("/latest"), format!("{json} 1")),
+        // Decoded once.
+        (get("/post/a%253Ab"), format!("{json} 2")),
         (
             request(&["HEAD /post/uid/1 HTTP/1.1", CLOSE], ""),
             format!("{json} "),
@@ -443,6 +443,31 @@ async fn reads_answer_what_redis_holds() {
     ];
     for (request, expected) in cases {
         server.check(&request, &expected).await;
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_path_reaches_the_keys_of_its_own_route_only() {
+    let topic = unique("test");
+    let url = server("REDIS_URL");
+    let server = Server::with(Fault::Away, limits(), &topic, &url).await;
+    for key in ["uid:1", "latest", "a:b", ":", "uid:1:c"] {
+        set(&url, &format!("{topic}:{key}"), "another's").await;
+    }
+    for path in [
+        "/post/uid:1",
+        "/post/uid%3A1",
+        "/post/uid%3a1",
+        "/post/%75id%3A1",
+        "/post/latest",
+        "/post/%6Catest",
+        "/post/a:b",
+        "/post/%3A",
+        "/post/uid/1:c",
+        "/post/uid/1%3Ac",
+    ] {
+        server.check(&get(path), "404 not found").await;
     }
     server.stop().await;
 }

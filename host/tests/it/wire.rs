@@ -50,6 +50,32 @@ impl Client {
         without_date(&String::from_utf8(read).expect("answers are UTF-8"))
     }
 
+    /// One byte, if there is one.
+    pub(crate) async fn byte(&mut self) {
+        let _ = self.0.read_u8().await;
+    }
+
+    /// Whether the server closes or resets, without an answer.
+    pub(crate) async fn ended(&mut self) -> bool {
+        self.0.read_u8().await.is_err()
+    }
+
+    /// Some bytes of an answer: how many.
+    pub(crate) async fn some(&mut self) -> usize {
+        let mut scrap = vec![0; 64 * 1024];
+        self.0.read(&mut scrap).await.expect("there is more")
+    }
+
+    /// Bytes until the server closes or resets: how many.
+    pub(crate) async fn some_rest(&mut self) -> usize {
+        let mut scrap = vec![0; 64 * 1024];
+        let mut all = 0;
+        while let Ok(read @ 1..) = self.0.read(&mut scrap).await {
+            all += read;
+        }
+        all
+    }
+
     /// Waits until an answer begins to come in.
     pub(crate) async fn wait_for_byte(&mut self) {
         self.0.readable().await.expect("the server answers");

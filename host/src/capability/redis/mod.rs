@@ -34,7 +34,7 @@ pub const MAX_ANSWER_BYTES: usize = 16 * 1024 * 1024;
 /// Milliseconds that a key may live: what can be added to any time without an overflow.
 const MAX_TTL: u64 = 1 << 62;
 /// What keys of the host begin with; no stage may use them.
-const HOST_PREFIX: &str = "stagehost:";
+pub(crate) const HOST_PREFIX: &str = "stagehost:";
 
 /// Milliseconds since the Unix epoch. The embedded store asks it for what has expired.
 pub type Clock = Arc<dyn Fn() -> u64 + Send + Sync>;

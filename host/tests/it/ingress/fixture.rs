@@ -62,6 +62,11 @@ const ROUTES: &str = r#"
     path = "/post/uid/{uid}"
     method = "GET"
     read = { redis = "cache", key = "TOPIC:uid:{uid}" }
+
+    [[http.routes]]
+    path = "/latest"
+    method = "GET"
+    read = { redis = "cache", key = "TOPIC:latest" }
 "#;
 
 pub(crate) const FORM: &str = "content-type: application/x-www-form-urlencoded";
@@ -76,8 +81,11 @@ pub(crate) fn limits() -> Limits {
         http: http::Limits {
             connections: 100,
             body_bytes: 1 << 20,
+            answer_bytes: 64 << 20,
+            own_bytes: 0,
             header_timeout: far,
             body_timeout: far,
+            body_window: far,
             write_timeout: far,
             drain_timeout: far,
         },

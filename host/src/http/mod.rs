@@ -1,53 +1,61 @@
 //! The HTTP/1.1 server under ingress and admin: the accept loop, its bounds and timeouts, the drain,
 //! and the few shapes that answers have.
 
+mod body;
+mod head;
+mod places;
+mod room;
+mod stream;
+
 use std::convert::Infallible;
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures::FutureExt;
-use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use http_body_util::Full;
 use hyper::body::{Body, Incoming};
-use hyper::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use hyper::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER, TRANSFER_ENCODING};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper::{Request, Response, StatusCode};
+use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
-use tokio_io_timeout::TimeoutStream;
 use tokio_util::sync::CancellationToken;
+
+pub(crate) use self::body::Bodies;
+use self::places::{Admission, Place, Places};
+use self::room::Room;
+use self::stream::{Link, MAX_HEAD, Stream};
+use crate::metrics::Metrics;
 
 /// Connections served at once. Below the usual 1,024 file descriptors of a process, so that the log
 /// and the stores keep theirs.
 const MAX_CONNECTIONS: usize = 768;
-/// Connections beyond those served, that are told so; further ones wait in the kernel's backlog.
-const MAX_REFUSED_CONNECTIONS: usize = 64;
 /// Bytes of the bodies that are read or worked on at once.
 const MAX_BODY_BYTES: usize = 256 * 1024 * 1024;
-/// Bodies of the largest size for which there is room in any case.
-const MIN_BODIES: usize = 4;
+/// Bytes of the answers that their clients have yet to take.
+const MAX_ANSWER_BYTES: usize = 256 * 1024 * 1024;
 /// How long a request's head may take. hyper starts this clock when it begins to wait for a request,
 /// so it is how long a connection may idle, too.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a request's body may take.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long a client may take nothing of its answer.
+/// How long a request's body may bring next to nothing.
+const BODY_WINDOW: Duration = Duration::from_secs(10);
+/// How long a client may take next to nothing of its answer.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long requests in flight may take once the server stops.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
-/// Bytes of a request's head, and of what is read ahead of a body.
-const READ_BUFFER: usize = 64 * 1024;
 /// How long a connection that the server closes is read on, so that its last answer arrives.
 const LINGER: Duration = Duration::from_secs(1);
-/// How long to wait after `accept` failed: it does when file descriptors run out.
+/// How long to wait after `accept` failed.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// What `retry-after` says, in seconds.
 const RETRY_AFTER_SECONDS: HeaderValue = HeaderValue::from_static("1");
@@ -55,16 +63,22 @@ const RETRY_AFTER_SECONDS: HeaderValue = HeaderValue::from_static("1");
 /// The bounds of a server.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Connections served at once; those beyond are answered 503.
+    /// Connections served at once; where all are taken, one that idles makes room, or the new one is answered 503.
     pub connections: usize,
     /// Bytes of the bodies that are read or worked on at once, or those of a few of the largest if that
     /// is more; a request whose body has no room is answered 503.
     pub body_bytes: usize,
+    /// Bytes of the answers that their clients have yet to take; where there is no room for one, it is a 503.
+    pub answer_bytes: usize,
+    /// Bytes of each body and answer that are not counted.
+    pub own_bytes: usize,
     /// How long a request's head may take, idling before it included.
     pub header_timeout: Duration,
     /// How long a request's body may take.
     pub body_timeout: Duration,
-    /// How long a client may take nothing of its answer.
+    /// How long a request's body may bring next to nothing.
+    pub body_window: Duration,
+    /// How long a client may take next to nothing of its answer.
     pub write_timeout: Duration,
     /// How long requests in flight may take once the server stops.
     pub drain_timeout: Duration,
@@ -75,8 +89,11 @@ impl Default for Limits {
         Self {
             connections: MAX_CONNECTIONS,
             body_bytes: MAX_BODY_BYTES,
+            answer_bytes: MAX_ANSWER_BYTES,
+            own_bytes: room::OWN_BYTES,
             header_timeout: HEADER_TIMEOUT,
             body_timeout: BODY_TIMEOUT,
+            body_window: BODY_WINDOW,
             write_timeout: WRITE_TIMEOUT,
             drain_timeout: DRAIN_TIMEOUT,
         }
@@ -88,13 +105,14 @@ pub(crate) type Answer = Response<Full<Bytes>>;
 
 /// What a server does with requests.
 pub(crate) trait Handler: Send + Sync + 'static {
+    /// What log and metrics call the listener.
+    const LISTENER: &'static str;
+
     /// Answers a request. Dropped when the client is gone.
     fn handle(&self, request: Request<Incoming>) -> impl Future<Output = Answer> + Send;
 
-    /// Answers a request on a connection beyond those that are served.
-    fn refuse(&self, _request: Request<Incoming>) -> Answer {
-        busy("too many connections")
-    }
+    /// A request was answered so without being handled: it is malformed, or there are too many connections.
+    fn refused(&self, _method: &Method, _status: StatusCode) {}
 }
 
 /// Serves until `shutdown`, then stops accepting and lets the requests in flight finish, within `drain_timeout`.
@@ -102,25 +120,38 @@ pub(crate) async fn serve<H: Handler>(
     listener: TcpListener,
     handler: H,
     limits: Limits,
+    metrics: Arc<Metrics>,
     shutdown: CancellationToken,
 ) {
-    let handler = Arc::new(handler);
+    let server = Arc::new(Server {
+        handler,
+        limits,
+        answers: Arc::new(Room::new(limits.answer_bytes, limits.own_bytes)),
+        shutdown: shutdown.clone(),
+    });
+    let mut places = Places::new(H::LISTENER, metrics, limits.connections);
     let mut connections = JoinSet::new();
     loop {
         // All three are cancel-safe: none takes a connection or a task's end without returning it.
         tokio::select! {
             biased;
             () = shutdown.cancelled() => break,
-            Some(_) = connections.join_next() => {}
-            accepted = listener.accept(), if connections.len() < limits.connections + MAX_REFUSED_CONNECTIONS => {
+            Some(ended) = connections.join_next_with_id() => {
+                places.remove(ended.map_or_else(|error| error.id(), |(id, ())| id));
+            }
+            accepted = listener.accept(), if connections.len() < places.max_tasks() => {
                 match accepted {
                     Ok((stream, _)) => {
-                        let full = connections.len() >= limits.connections;
-                        let handler = Arc::clone(&handler);
-                        connections.spawn(connection(stream, handler, limits, full, shutdown.clone()));
+                        let admission = places.admit();
+                        if admission == Admission::Close {
+                            continue;
+                        }
+                        let (full, place) = (admission == Admission::Refuse, places.place());
+                        let serving = connection(stream, Arc::clone(&server), Arc::clone(&place), full);
+                        places.insert(place, !full, connections.spawn(serving));
                     }
                     Err(error) => {
-                        tracing::warn!(%error, "cannot accept a connection");
+                        places.cannot_accept(&error);
                         tokio::time::sleep(ACCEPT_PAUSE).await;
                     }
                 }
@@ -140,137 +171,99 @@ pub(crate) async fn serve<H: Handler>(
     }
 }
 
-async fn connection<H: Handler>(
-    stream: TcpStream,
-    handler: Arc<H>,
+/// What all connections share.
+struct Server<H> {
+    handler: H,
     limits: Limits,
-    full: bool,
+    /// Room for what their clients have yet to take.
+    answers: Arc<Room>,
     shutdown: CancellationToken,
+}
+
+async fn connection<H: Handler>(
+    socket: TcpStream,
+    server: Arc<Server<H>>,
+    place: Arc<Place>,
+    full: bool,
 ) {
     // Answers are written whole: waiting for more to send would only delay them.
-    let _ = stream.set_nodelay(true);
-    let mut stream = Box::pin(TimeoutStream::new(stream));
-    stream
-        .as_mut()
-        .set_write_timeout_pinned(Some(limits.write_timeout));
-    let service = service_fn(|request| answer(Arc::clone(&handler), request, full));
+    let _ = socket.set_nodelay(true);
+    let limits = &server.limits;
+    let mut stream = Stream::new(socket, Arc::clone(&place), limits.write_timeout);
+    let link = stream.link();
+    let service = service_fn(|request| answer(&server, request, &link, full));
     let served = {
         let mut served = pin!(
             http1::Builder::new()
                 .timer(TokioTimer::new())
                 .header_read_timeout(limits.header_timeout)
-                .max_buf_size(READ_BUFFER)
+                .max_buf_size(MAX_HEAD)
                 // A client may close its side once it has sent its request, as `nc -N` does.
                 .half_close(true)
                 .serve_connection(TokioIo::new(&mut stream), service)
         );
-        // Both are cancel-safe: the connection is polled by reference.
-        tokio::select! {
-            result = served.as_mut() => result,
-            () = shutdown.cancelled() => {
-                served.as_mut().graceful_shutdown();
-                served.await
+        let mut stopping = false;
+        loop {
+            // All are cancel-safe: the connection is polled by reference, and news are kept.
+            tokio::select! {
+                result = served.as_mut() => break result,
+                () = server.shutdown.cancelled(), if !stopping => {
+                    stopping = true;
+                    served.as_mut().graceful_shutdown();
+                }
+                // Its answer's room is another's.
+                () = link.gives_way() => return,
             }
         }
     };
     if let Err(error) = served {
         tracing::debug!(%error, "an HTTP connection ended early");
     }
-    linger(stream).await;
+    place.waits();
+    linger(stream.into_socket()).await;
 }
 
 /// Closes our side and reads on for a moment: to close with bytes unread resets the connection, and
 /// the client may then never see the answer that says why.
-async fn linger(mut stream: Pin<Box<TimeoutStream<TcpStream>>>) {
-    if stream.shutdown().await.is_err() {
+async fn linger(mut socket: TcpStream) {
+    if socket.shutdown().await.is_err() {
         return;
     }
     let unread = async {
         let mut scrap = [0; 4096];
-        while let Ok(1..) = stream.read(&mut scrap).await {}
+        while let Ok(1..) = socket.read(&mut scrap).await {}
     };
     let _ = timeout(LINGER, unread).await;
 }
 
 async fn answer<H: Handler>(
-    handler: Arc<H>,
+    server: &Server<H>,
     request: Request<Incoming>,
+    link: &Link,
     full: bool,
 ) -> Result<Answer, Infallible> {
-    if full {
-        return Ok(closing(handler.refuse(request)));
+    let refused = match link.refusal() {
+        Some(refusal) => Some(text(refusal.status, refusal.why)),
+        None => full.then(|| busy("too many connections")),
+    };
+    if let Some(refused) = refused {
+        let status = refused.status();
+        server.handler.refused(request.method(), status);
+        return Ok(closing(refused));
     }
     let what = format!("{} {}", request.method(), request.uri().path());
-    let handled = AssertUnwindSafe(handler.handle(request)).catch_unwind();
-    Ok(handled.await.unwrap_or_else(|_| {
+    let is_chunked = request.headers().contains_key(TRANSFER_ENCODING);
+    let handled = AssertUnwindSafe(server.handler.handle(request)).catch_unwind();
+    let mut answer = handled.await.unwrap_or_else(|_| {
         tracing::error!(request = what, "the handler of a request panicked");
         text(StatusCode::INTERNAL_SERVER_ERROR, "internal error")
-    }))
-}
-
-/// Room in memory that the bodies of a server's requests share.
-pub(crate) struct BodyRoom {
-    bytes: Semaphore,
-    /// Bytes of one body.
-    max: u32,
-    timeout: Duration,
-}
-
-/// A body, which keeps its room until it is dropped.
-pub(crate) struct HeldBody<'a> {
-    pub(crate) bytes: Bytes,
-    _room: SemaphorePermit<'a>,
-}
-
-impl BodyRoom {
-    /// For bodies of `max` bytes at most.
-    pub(crate) fn new(max: usize, limits: &Limits) -> Self {
-        let max = u32::try_from(max).unwrap_or(u32::MAX);
-        let all = limits.body_bytes.max(MIN_BODIES * max as usize);
-        Self {
-            bytes: Semaphore::new(all.min(Semaphore::MAX_PERMITS)),
-            max,
-            timeout: limits.body_timeout,
-        }
+    });
+    let length = answer.body().size_hint().lower();
+    if link.holds(&server.answers, length).is_err() {
+        answer = busy("too many large answers wait for their clients");
     }
-
-    /// The whole body, or the answer that says why not: 413 above `max` bytes, 503 without room, 408, 400.
-    pub(crate) async fn read(&self, body: Incoming) -> Result<HeldBody<'_>, Answer> {
-        let size = body.size_hint();
-        if size.lower() > u64::from(self.max) {
-            return Err(self.too_large());
-        }
-        // What has no length may become as large as any.
-        let needed = size.upper().and_then(|size| u32::try_from(size).ok());
-        let room = self
-            .bytes
-            .try_acquire_many(needed.unwrap_or(self.max).min(self.max))
-            .map_err(|_| closing(busy("too many requests send their bodies")))?;
-        let whole = Limited::new(body, self.max as usize).collect();
-        match timeout(self.timeout, whole).await {
-            Ok(Ok(whole)) => Ok(HeldBody {
-                bytes: whole.to_bytes(),
-                _room: room,
-            }),
-            Ok(Err(error)) if error.is::<LengthLimitError>() => Err(self.too_large()),
-            Ok(Err(error)) => {
-                let why = error
-                    .source()
-                    .map_or_else(|| error.to_string(), ToString::to_string);
-                let line = format!("the body could not be read: {why}");
-                Err(closing(text(StatusCode::BAD_REQUEST, line)))
-            }
-            Err(_) => Err(closing(text(
-                StatusCode::REQUEST_TIMEOUT,
-                "the body took too long",
-            ))),
-        }
-    }
-
-    fn too_large(&self) -> Answer {
-        let line = format!("the body is larger than {} bytes", self.max);
-        closing(text(StatusCode::PAYLOAD_TOO_LARGE, line))
-    }
+    // Where its body ended, hyper alone knows: see `Stream`.
+    Ok(if is_chunked { closing(answer) } else { answer })
 }
 
 /// An answer of one line of text.
@@ -317,7 +310,7 @@ pub(crate) fn busy(line: impl Into<Bytes>) -> Answer {
 }
 
 /// The answer, after which the connection is closed.
-fn closing(mut answer: Answer) -> Answer {
+pub(crate) fn closing(mut answer: Answer) -> Answer {
     answer
         .headers_mut()
         .insert(CONNECTION, HeaderValue::from_static("close"));
