@@ -11,6 +11,7 @@ mod concurrent;
 mod delivery;
 mod ingress;
 mod lifecycle;
+mod logs;
 mod produce_consume;
 mod scripts;
 mod security;
