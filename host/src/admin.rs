@@ -15,6 +15,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::http::{self, Answer, Handler, content, method_not_allowed, not_found, text};
+use crate::log_output::escaped;
 use crate::metrics::{self, Metrics};
 use crate::pipeline::Secret;
 
@@ -202,5 +203,5 @@ fn digest(bytes: &[u8]) -> [u8; 32] {
 
 /// Reasons come from libraries, and some of those write over several lines.
 fn one_line(reason: &str) -> String {
-    reason.split_whitespace().collect::<Vec<_>>().join(" ")
+    escaped(&reason.split_whitespace().collect::<Vec<_>>().join(" "))
 }

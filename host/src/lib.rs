@@ -12,6 +12,7 @@ pub mod http;
 pub mod ingress;
 pub mod lane;
 pub mod log;
+pub mod log_output;
 pub mod manifest;
 pub mod metrics;
 pub mod pipeline;

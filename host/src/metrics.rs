@@ -53,6 +53,8 @@ pub struct Metrics {
     log_available: Gauge,
     gap_records: Family<StageLabels, Counter>,
     lanes_stopped: Family<StageLabels, Gauge>,
+    calls_repeated: Family<StageLabels, Counter>,
+    log_lines_dropped: DroppedLines,
 }
 
 impl fmt::Debug for Metrics {
@@ -81,6 +83,8 @@ impl Default for Metrics {
             log_available: Gauge::default(),
             gap_records: Family::default(),
             lanes_stopped: Family::default(),
+            calls_repeated: Family::default(),
+            log_lines_dropped: DroppedLines::default(),
         };
         metrics.register();
         metrics
@@ -161,6 +165,16 @@ impl Metrics {
             "Partitions that need somebody to look at them",
             self.lanes_stopped.clone(),
         );
+        registry.register(
+            "stagehost_calls_repeated",
+            "Calls made again on a new instance, since they trapped on one that had served others",
+            self.calls_repeated.clone(),
+        );
+        registry.register(
+            "stagehost_log_lines_dropped",
+            "Lines that are missing in the log",
+            self.log_lines_dropped.0.clone(),
+        );
     }
 
     /// The handles of one stage. Its series are there from now on, at 0.
@@ -169,6 +183,7 @@ impl Metrics {
         let labels = StageLabels {
             stage: Arc::clone(&stage),
         };
+        self.log_lines_dropped.over_budget(name, 0);
         StageMetrics {
             messages: self.messages.clone(),
             done: self.messages.get_or_create_owned(&MessageLabels {
@@ -182,6 +197,7 @@ impl Metrics {
             retries: self.retries.get_or_create_owned(&labels),
             gap_records: self.gap_records.get_or_create_owned(&labels),
             lanes_stopped: self.lanes_stopped.get_or_create_owned(&labels),
+            calls_repeated: self.calls_repeated.get_or_create_owned(&labels),
             stage,
         }
     }
@@ -241,11 +257,39 @@ impl Metrics {
         self.log_available.set(i64::from(available));
     }
 
+    /// Where lines are counted that are missing in the log.
+    pub fn log_lines_dropped(&self) -> DroppedLines {
+        self.log_lines_dropped.clone()
+    }
+
     /// Everything in the text format of [`CONTENT_TYPE`].
     pub fn encode(&self) -> Result<String, fmt::Error> {
         let mut text = String::new();
         encode(&mut text, &self.registry)?;
         Ok(text)
+    }
+}
+
+/// Lines that are missing in the log.
+#[derive(Clone, Debug, Default)]
+pub struct DroppedLines(Family<DroppedLabels, Counter>);
+
+impl DroppedLines {
+    /// Lines of a stage were more than the log takes of one; under no name, lines of none.
+    pub fn over_budget(&self, stage: &str, lines: u64) {
+        self.count(stage, "budget", lines);
+    }
+
+    /// Whoever reads stderr was too slow, or has stopped.
+    pub fn stalled(&self, lines: u64) {
+        self.count("", "stalled", lines);
+    }
+
+    fn count(&self, stage: &str, reason: &'static str, lines: u64) {
+        let stage = stage.into();
+        self.0
+            .get_or_create(&DroppedLabels { stage, reason })
+            .inc_by(lines);
     }
 }
 
@@ -266,6 +310,7 @@ pub struct StageMetrics {
     retries: Counter,
     gap_records: Counter,
     lanes_stopped: Gauge,
+    calls_repeated: Counter,
 }
 
 impl StageMetrics {
@@ -317,6 +362,11 @@ impl StageMetrics {
         self.retries.inc();
     }
 
+    /// A call was made again on a new instance.
+    pub fn call_repeated(&self) {
+        self.calls_repeated.inc();
+    }
+
     /// A record goes to the dead-letter topic. `cause` is what its header `stagehost-cause` says.
     pub fn dead_letter(&self, cause: &'static str) {
         self.dead_letters
@@ -342,6 +392,12 @@ struct StoreLabels {
 struct MessageLabels {
     stage: Arc<str>,
     outcome: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct DroppedLabels {
+    stage: Arc<str>,
+    reason: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -465,6 +521,8 @@ mod tests {
         metrics.set_log_available(true);
         stage.gap(7);
         stage.lane_stopped(true);
+        stage.call_repeated();
+        metrics.log_lines_dropped().over_budget("publisher", 12_345);
 
         let text = metrics.encode().unwrap();
         for line in [
@@ -484,6 +542,8 @@ mod tests {
             "stagehost_log_available 1",
             r#"stagehost_gap_records_total{stage="publisher"} 7"#,
             r#"stagehost_lanes_stopped{stage="publisher"} 1"#,
+            r#"stagehost_calls_repeated_total{stage="publisher"} 1"#,
+            r#"stagehost_log_lines_dropped_total{stage="publisher",reason="budget"} 12345"#,
         ] {
             check(&text, line);
         }

@@ -120,6 +120,7 @@ impl Stage {
             outcomes: Ok(deliveries.iter().map(|_| Ok(())).collect()),
             outputs: deliveries.iter().map(output).collect(),
             worn: false,
+            repeated: false,
         }
     }
 }

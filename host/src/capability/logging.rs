@@ -2,16 +2,22 @@
 
 use std::io;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 
 use tokio::io::AsyncWrite;
-use tracing::{Level, debug, error, info, trace, warn};
+use tracing::{Level, event};
 use wasmtime::component::{HasData, Linker};
 use wasmtime_wasi::cli::{IsTerminal, StdoutStream};
 
+use crate::log_output;
+
 /// Bytes of one line in the log; what is longer is cut.
 const MAX_LINE: usize = 8 << 10;
+/// Lines of one call that go into the log, and their bytes. What the log takes of a stage is bounded too; this leaves some
+/// of it for its other messages.
+const MAX_CALL_LINES: usize = 500;
+const MAX_CALL_BYTES: usize = 128 << 10;
 /// Lines of stderr that are kept of a call, to say what a guest that trapped had to say.
 const MAX_LAST_WORDS: usize = 3;
 
@@ -38,12 +44,22 @@ pub struct Place {
     pub offset: i64,
 }
 
-/// One instance's way into the log. Clones share the place.
+/// One instance's way into the log. Clones share the call.
 #[derive(Clone)]
 pub struct LogCtx {
     stage: Arc<str>,
-    place: Arc<Mutex<Option<Place>>>,
-    last_words: Arc<Mutex<Vec<String>>>,
+    call: Arc<Mutex<Call>>,
+}
+
+/// The call at hand, and what the guest has written in it.
+#[derive(Default)]
+struct Call {
+    place: Option<Place>,
+    last_words: Vec<String>,
+    lines: usize,
+    bytes: usize,
+    /// What has no end yet of a line of stdout and of stderr.
+    begun: [Vec<u8>; 2],
 }
 
 impl LogCtx {
@@ -51,66 +67,106 @@ impl LogCtx {
     pub fn new(stage: Arc<str>) -> Self {
         Self {
             stage,
-            place: Arc::default(),
-            last_words: Arc::default(),
-        }
-    }
-
-    /// The first lines of stderr since the place was set: a panic's, when there was one.
-    pub fn take_last_words(&self) -> String {
-        let mut words = self
-            .last_words
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        std::mem::take(&mut *words).join(" ")
-    }
-
-    fn keep_last_words(&self, line: &str) {
-        let mut words = self
-            .last_words
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        // Rust's hint is of no use where there is no environment.
-        if words.len() < MAX_LAST_WORDS && !line.starts_with("note: ") {
-            words.push(line.to_owned());
+            call: Arc::default(),
         }
     }
 
     /// What follows belongs to this record.
     pub fn set_place(&self, place: Place) {
-        self.take_last_words();
-        *self.place.lock().unwrap_or_else(PoisonError::into_inner) = Some(place);
+        *self.call() = Call {
+            place: Some(place),
+            ..Call::default()
+        };
+    }
+
+    /// The call has ended: what it left without a line's end is a line.
+    pub fn end_call(&self) {
+        let mut call = self.call();
+        if call.begun.iter().all(Vec::is_empty) {
+            return;
+        }
+        let [out, err] = std::mem::take(&mut call.begun);
+        drop(call);
+        self.write_line(Stream::Out, &out);
+        self.write_line(Stream::Err, &err);
+    }
+
+    /// The first lines of stderr since the place was set: a panic's, when there was one.
+    pub fn take_last_words(&self) -> String {
+        std::mem::take(&mut self.call().last_words).join(" ")
     }
 
     /// A stream whose lines go into the log: stdout at `INFO`, stderr at `WARN`.
-    pub fn stream(&self, level: Level) -> LogStream {
+    pub fn stream(&self, stream: Stream) -> LogStream {
         LogStream {
             log: self.clone(),
-            level,
-            line: Arc::default(),
+            stream,
         }
     }
 
+    fn call(&self) -> MutexGuard<'_, Call> {
+        self.call.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write_line(&self, stream: Stream, line: &[u8]) {
+        let line = String::from_utf8_lossy(line);
+        if line.trim().is_empty() {
+            return;
+        }
+        let level = match stream {
+            Stream::Out => Level::INFO,
+            Stream::Err => {
+                self.call().keep_last_words(&line);
+                Level::WARN
+            }
+        };
+        self.write(level, "", &line);
+    }
+
     fn write(&self, level: Level, context: &str, message: &str) {
-        let message = clip(message);
-        let place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
-        let stage = &*self.stage;
-        macro_rules! event {
-            ($log:ident) => {
-                match &*place {
-                    Some(p) => $log!(target: "guest", stage, topic = &*p.topic, partition = p.partition,
-                        offset = p.offset, context, "{message}"),
-                    None => $log!(target: "guest", stage, context, "{message}"),
+        let (context, message) = (clip(context), clip(message));
+        let mut call = self.call();
+        macro_rules! write {
+            ($level:ident) => {
+                if !tracing::enabled!(target: "guest", Level::$level) {
+                } else if !call.admits(context.len() + message.len()) {
+                    drop(call);
+                    log_output::dropped(&self.stage, 1);
+                } else {
+                    let stage = &*self.stage;
+                    match &call.place {
+                        Some(p) => event!(target: "guest", Level::$level, stage, topic = &*p.topic,
+                            partition = p.partition, offset = p.offset, context, "{message}"),
+                        None => event!(target: "guest", Level::$level, stage, context, "{message}"),
+                    }
                 }
             };
         }
         match level {
-            Level::TRACE => event!(trace),
-            Level::DEBUG => event!(debug),
-            Level::INFO => event!(info),
-            Level::WARN => event!(warn),
-            Level::ERROR => event!(error),
+            Level::TRACE => write!(TRACE),
+            Level::DEBUG => write!(DEBUG),
+            Level::INFO => write!(INFO),
+            Level::WARN => write!(WARN),
+            Level::ERROR => write!(ERROR),
         }
+    }
+}
+
+impl Call {
+    fn keep_last_words(&mut self, line: &str) {
+        // Rust's hint is of no use where there is no environment.
+        if self.last_words.len() < MAX_LAST_WORDS && !line.starts_with("note: ") {
+            self.last_words.push(line.to_owned());
+        }
+    }
+
+    fn admits(&mut self, bytes: usize) -> bool {
+        let admits = self.lines < MAX_CALL_LINES && self.bytes + bytes <= MAX_CALL_BYTES;
+        if admits {
+            self.lines += 1;
+            self.bytes += bytes;
+        }
+        admits
     }
 }
 
@@ -130,7 +186,7 @@ impl wit::Host for LogCtx {
             wit::Level::Warn => Level::WARN,
             wit::Level::Error | wit::Level::Critical => Level::ERROR,
         };
-        self.write(level, clip(&context), &message);
+        self.write(level, &context, &message);
         Ok(())
     }
 }
@@ -149,38 +205,38 @@ impl HasData for HasLog {
     type Data<'a> = &'a mut LogCtx;
 }
 
+/// Which of a guest's two streams.
+#[derive(Clone, Copy)]
+pub enum Stream {
+    /// Its stdout.
+    Out,
+    /// Its stderr.
+    Err,
+}
+
 /// A guest's stdout or stderr: each line becomes a message of the log.
 #[derive(Clone)]
 pub struct LogStream {
     log: LogCtx,
-    level: Level,
-    line: Arc<Mutex<Vec<u8>>>,
+    stream: Stream,
 }
 
 impl LogStream {
-    fn take_in(&self, bytes: &[u8]) {
-        let mut line = self.line.lock().unwrap_or_else(PoisonError::into_inner);
-        for &byte in bytes {
-            if byte != b'\n' {
-                line.push(byte);
+    fn take_in(&self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            let mut call = self.log.call();
+            let line = &mut call.begun[self.stream as usize];
+            let room = bytes.len().min(MAX_LINE - line.len());
+            let end = bytes[..room].iter().position(|byte| *byte == b'\n');
+            line.extend_from_slice(&bytes[..end.unwrap_or(room)]);
+            bytes = &bytes[end.map_or(room, |end| end + 1)..];
+            if end.is_none() && line.len() < MAX_LINE {
+                return;
             }
-            if byte == b'\n' || line.len() == MAX_LINE {
-                self.take_line(&String::from_utf8_lossy(&line));
-                line.clear();
-            }
+            let line = std::mem::take(line);
+            drop(call);
+            self.log.write_line(self.stream, &line);
         }
-    }
-}
-
-impl LogStream {
-    fn take_line(&self, line: &str) {
-        if line.trim().is_empty() {
-            return;
-        }
-        if self.level == Level::WARN {
-            self.log.keep_last_words(line);
-        }
-        self.log.write(self.level, "", line);
     }
 }
 

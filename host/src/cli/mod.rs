@@ -6,15 +6,16 @@ pub mod log_args;
 pub mod produce;
 pub mod run;
 
-use std::io::IsTerminal;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
-use tracing_subscriber::EnvFilter;
 
 use crate::diagnostics::Diagnostics;
 use crate::log::kafka::producer;
+use crate::log_output::{LogFormat, LogOutput};
+use crate::metrics::Metrics;
 
 /// The command failed while it ran.
 const FAILED: u8 = 1;
@@ -39,14 +40,6 @@ const AFTER_HELP: &str = "\
 Exit codes: 0 fine, 1 failed while running, 2 wrong usage or pipeline.
 RUST_LOG sets what is logged, for example RUST_LOG=debug or RUST_LOG=info,guest=debug.";
 
-#[derive(Clone, Copy, Debug, clap::ValueEnum)]
-enum LogFormat {
-    /// For people
-    Text,
-    /// A JSON object a line
-    Json,
-}
-
 #[derive(Subcommand, Debug)]
 enum Command {
     Run(run::RunArgs),
@@ -58,7 +51,14 @@ enum Command {
 /// Parses the arguments, does what they say, and answers the exit code.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    init_log(cli.log_format);
+    let metrics = Arc::new(Metrics::default());
+    let log = match LogOutput::start(cli.log_format, metrics.log_lines_dropped()) {
+        Ok(log) => log,
+        Err(error) => {
+            eprintln!("error: cannot start the thread that writes the log: {error}");
+            return ExitCode::from(FAILED);
+        }
+    };
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -68,10 +68,10 @@ pub fn main() -> ExitCode {
     };
     let code = runtime.block_on(async {
         match cli.command {
-            Command::Run(args) => run::run(args).await,
+            Command::Run(args) => run::run(args, metrics, &log).await,
             Command::Check(args) => check::run(&args),
-            Command::Produce(args) => report(produce::run(args).await),
-            Command::Consume(args) => report(consume::run(args).await),
+            Command::Produce(args) => report(&log, produce::run(args).await),
+            Command::Consume(args) => report(&log, consume::run(args).await),
         }
     });
     // A question to a log that is away may still be waiting for its answer.
@@ -80,7 +80,9 @@ pub fn main() -> ExitCode {
     code
 }
 
-fn report(result: anyhow::Result<()>) -> ExitCode {
+/// Commands that end by themselves may wait for who reads what they print.
+fn report(log: &LogOutput, result: anyhow::Result<()>) -> ExitCode {
+    log.flush();
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => match error.downcast_ref::<Diagnostics>() {
@@ -93,17 +95,5 @@ fn report(result: anyhow::Result<()>) -> ExitCode {
                 ExitCode::from(FAILED)
             }
         },
-    }
-}
-
-fn init_log(format: LogFormat) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal());
-    match format {
-        LogFormat::Text => builder.with_target(false).init(),
-        LogFormat::Json => builder.json().flatten_event(true).init(),
     }
 }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -11,6 +12,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::{FAILED, WRONG_USAGE};
+use crate::log_output::LogOutput;
+use crate::metrics::Metrics;
 use crate::pipeline::{Pipeline, Probe};
 
 /// Shells, `make` and supervisors pass a signal on that the process group has got already.
@@ -25,7 +28,7 @@ pub struct RunArgs {
 }
 
 /// Checks the pipeline, runs it, and drains it at the first signal; a second one ends the process at once.
-pub async fn run(args: RunArgs) -> ExitCode {
+pub async fn run(args: RunArgs, metrics: Arc<Metrics>, log: &LogOutput) -> ExitCode {
     let env = |name: &str| std::env::var(name).ok();
     let pipeline = match Pipeline::load(&args.pipeline, &env, Probe::ALL) {
         Ok(pipeline) => pipeline,
@@ -35,20 +38,20 @@ pub async fn run(args: RunArgs) -> ExitCode {
         }
     };
     let shutdown = CancellationToken::new();
-    if let Err(error) = on_signal(shutdown.clone()) {
+    if let Err(error) = on_signal(shutdown.clone(), log.clone()) {
         eprintln!("error: {error:#}");
         return ExitCode::from(FAILED);
     }
-    match crate::run::run(pipeline, shutdown).await {
+    match crate::run::run(pipeline, metrics, shutdown).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            log.print(&format!("error: {error:#}\n"));
             ExitCode::from(FAILED)
         }
     }
 }
 
-fn on_signal(shutdown: CancellationToken) -> anyhow::Result<()> {
+fn on_signal(shutdown: CancellationToken, log: LogOutput) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
     tokio::spawn(async move {
@@ -65,6 +68,7 @@ fn on_signal(shutdown: CancellationToken) -> anyhow::Result<()> {
             }
             if shutdown.is_cancelled() {
                 warn!("{name} again: ending at once; what was not settled will be delivered again");
+                log.flush();
                 std::process::exit(i32::from(FAILED));
             }
             info!("{name}: shutting down");

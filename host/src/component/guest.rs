@@ -2,13 +2,12 @@
 
 use std::sync::Arc;
 
-use tracing::Level;
 use wasmtime::ResourceLimiter;
 use wasmtime::component::ResourceTable;
 use wasmtime_wasi::{WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView};
 use wasmtime_wasi_config::WasiConfigVariables;
 
-use crate::capability::logging::LogCtx;
+use crate::capability::logging::{LogCtx, Stream};
 use crate::capability::producer::{ProducerCtx, ProducerGrant};
 use crate::capability::redis::{RedisCtx, RedisGrants};
 use crate::capability::sql::{SqlCtx, SqlGrants};
@@ -80,6 +79,11 @@ impl Guest {
         denied.into_iter().flatten().next()
     }
 
+    /// Whether a statement ran out of time since last asked.
+    pub(super) fn take_slow(&mut self) -> bool {
+        self.sql.take_slow()
+    }
+
     /// A store that was not available since last asked.
     pub(super) fn take_away(&mut self) -> Option<StoreName> {
         let away = [self.sql.take_away(), self.redis.take_away()];
@@ -91,8 +95,8 @@ impl Guest {
 /// environment are there, as language runtimes import them, and empty.
 fn sandbox(log: &LogCtx) -> WasiCtx {
     WasiCtxBuilder::new()
-        .stdout(log.stream(Level::INFO))
-        .stderr(log.stream(Level::WARN))
+        .stdout(log.stream(Stream::Out))
+        .stderr(log.stream(Stream::Err))
         .max_random_size(MAX_RANDOM)
         .allow_tcp(false)
         .allow_udp(false)
@@ -117,6 +121,16 @@ pub(super) struct Limiter {
     table_elements: usize,
     /// A growth was refused: a trap that follows is put down to it.
     pub(super) refused_memory: bool,
+    /// The same of a table.
+    pub(super) refused_table: bool,
+}
+
+impl Limiter {
+    /// A call begins.
+    pub(super) fn forget_refusals(&mut self) {
+        self.refused_memory = false;
+        self.refused_table = false;
+    }
 }
 
 impl ResourceLimiter for Limiter {
@@ -139,6 +153,7 @@ impl ResourceLimiter for Limiter {
     ) -> wasmtime::Result<bool> {
         let total = &mut self.table_elements;
         let grown = grow(total, MAX_TABLE_ELEMENTS, current, desired, maximum);
+        self.refused_table |= grown == Growth::OverLimit;
         Ok(grown == Growth::Granted)
     }
 

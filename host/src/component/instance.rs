@@ -1,12 +1,16 @@
 //! A stage that can be called: warm instances, and one call with its deadline.
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::debug;
-use wasmtime::{Engine, Store};
+use wasmtime::component::ResourceTableError;
+use wasmtime::{Engine, FrameInfo, Store, Trap, WasmBacktrace};
+use wasmtime_wasi::I32Exit;
 
 use super::guest::{Grants, Guest};
 use super::plain;
@@ -64,6 +68,9 @@ pub struct StageComponent {
     instances: Instances,
     /// Instances at rest: at most as many as there were calls at one time, so `concurrency` a lane.
     idle: Mutex<Vec<Instance>>,
+    /// By topic and partition, the offset that the next call there is made at on a new instance: the lane undoes what the one
+    /// that trapped had written, and calls again.
+    worn: Mutex<BTreeMap<(Arc<str>, i32), i64>>,
 }
 
 /// What instances are made of.
@@ -116,6 +123,7 @@ impl StageComponent {
             deadline: stage.limits.deadline,
             instances: stage.instances,
             idle: Mutex::default(),
+            worn: Mutex::default(),
         })
     }
 
@@ -140,7 +148,34 @@ impl StageComponent {
         }
     }
 
-    async fn instantiate(&self) -> wasmtime::Result<Instance> {
+    /// The idle instances, which are as old as one that failed of its age.
+    fn take_all_idle(&self) -> Vec<Instance> {
+        std::mem::take(&mut *self.idle.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The call trapped on a used instance after it had written.
+    fn wants_new(&self, first: &Delivery<'_>) {
+        let record = first.record;
+        let mut worn = self.worn.lock().unwrap_or_else(PoisonError::into_inner);
+        worn.insert((record.topic.clone(), record.partition), record.offset);
+    }
+
+    /// Whether the call that begins is made again after that.
+    fn take_wants_new(&self, deliveries: &[Delivery<'_>]) -> bool {
+        let mut worn = self.worn.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(Delivery { record, .. }) = deliveries.first().filter(|_| !worn.is_empty()) else {
+            return false;
+        };
+        let place = (record.topic.clone(), record.partition);
+        let again = worn.get(&place) == Some(&record.offset);
+        if again {
+            worn.remove(&place);
+        }
+        again
+    }
+
+    /// A new instance; or the guest's fault, or the host's, which it could be made at start.
+    async fn instantiate(&self, state: &CallState) -> Result<Instance, (wasmtime::Error, Fault)> {
         let pooled = self.pooled.as_ref().and_then(|(mould, room)| {
             let permit = room.clone().try_acquire_owned().ok()?;
             Some((mould, permit))
@@ -153,27 +188,34 @@ impl StageComponent {
         store.limiter(|guest| &mut guest.limiter);
         store.set_epoch_deadline(TICKS_PER_LOOK);
         store.epoch_deadline_callback(|_| Ok(share::look()));
+        state.waits_of(&store);
         let exports = match &mould.world {
-            World::Handler(pre) => Exports::Handler(pre.instantiate_async(&mut store).await?),
+            World::Handler(pre) => (pre.instantiate_async(&mut store).await).map(Exports::Handler),
             World::BatchHandler(pre) => {
-                Exports::BatchHandler(pre.instantiate_async(&mut store).await?)
+                (pre.instantiate_async(&mut store).await).map(Exports::BatchHandler)
             }
         };
-        Ok(Instance {
-            store,
-            exports,
-            _permit: permit,
-        })
+        match exports {
+            Ok(exports) => Ok(Instance {
+                store,
+                exports,
+                _permit: permit,
+            }),
+            Err(error) => {
+                let fault = unmade(&error, store.data_mut());
+                Err((error, fault))
+            }
+        }
     }
 
     /// Makes a first instance, so that a component that cannot be instantiated is found at start.
     pub async fn warm_up(&self) -> anyhow::Result<()> {
         let instance = self
             .share
-            .within(self.deadline, self.instantiate())
+            .within(self.deadline, self.instantiate(&CallState::default()))
             .await
             .with_context(|| self.late())?
-            .map_err(plain)
+            .map_err(|(error, _)| plain(error))
             .context("the component cannot be instantiated")?;
         self.keep(instance);
         Ok(())
@@ -186,59 +228,84 @@ impl StageComponent {
         transaction: Option<&Transaction>,
     ) -> Invocation {
         // On expiry the future is dropped, and with it the instance: wasmtime unwinds its stack.
-        let waits = Waits::default();
-        let call = self.invoke(deliveries, transaction, &waits);
-        if let Some(invocation) = self.share.within(self.deadline, call).await {
-            return invocation;
+        let state = CallState::default();
+        let call = self.invoke(deliveries, transaction, &state);
+        let called = self.share.within(self.deadline, call).await;
+        let invocation = called.unwrap_or_else(|| {
+            // A store that does not answer is no fault of the guest's, and may answer the next time.
+            failed(match state.store() {
+                Some(store) => Fault {
+                    away: Some(store.clone()),
+                    ..Fault::new(
+                        Cause::Slow,
+                        format!("{store} did not answer; {}", self.late()),
+                    )
+                },
+                None => Fault::new(Cause::Deadline, self.late()),
+            })
+        });
+        Invocation {
+            repeated: state.repeated.load(Ordering::Relaxed),
+            ..invocation
         }
-        // A store that does not answer is no fault of the guest's, and may answer the next time.
-        failed(match waits.store() {
-            Some(store) => Fault {
-                away: Some(store.clone()),
-                ..Fault::new(
-                    Cause::Retry,
-                    format!("{store} did not answer; {}", self.late()),
-                )
-            },
-            None => Fault::new(Cause::Deadline, self.late()),
-        })
     }
 
     /// One call, without its deadline. What an instance was left with by earlier calls (memory that it
-    /// leaked, say) must not cost this message, so a call that failed on a used one is made again on a new one; where
-    /// it has written in a transaction, by the lane, which can undo that.
+    /// leaked, say) must not cost this message, so a call that failed on a used one is made again, once, on a new one;
+    /// where it has written in a transaction, by the lane, which can undo that. It is not counted as an attempt: it is no
+    /// other delivery, and is made where the policy allows one only.
     async fn invoke(
         &self,
         deliveries: &[Delivery<'_>],
         transaction: Option<&Transaction>,
-        waits: &Waits,
+        state: &CallState,
     ) -> Invocation {
-        if let Some(instance) = self.take_idle() {
-            waits.of(&instance);
-            let before = transaction.map(|t| t.statements());
-            let mut invocation = self.call_on(instance, deliveries, transaction).await;
-            match &invocation.outcomes {
-                Err(fault) if matches!(fault.cause, Cause::Trap | Cause::Memory) => {
-                    if transaction.map(|t| t.statements()) != before {
-                        invocation.worn = true;
-                        return invocation;
-                    }
-                    debug!("once more on a new instance: {}", fault.message);
-                }
-                _ => return invocation,
-            }
+        let again = transaction.is_some() && self.take_wants_new(deliveries);
+        if again {
+            return self.call_on_new(deliveries, transaction, state).await;
         }
-        match self.instantiate().await {
-            Ok(instance) => {
-                waits.of(&instance);
-                self.call_on(instance, deliveries, transaction).await
-            }
-            // It could at start, so the host is short of something, which is not the message's fault.
-            Err(error) => failed(Fault::new(
-                Cause::Retry,
-                format!("the component could not be instantiated: {}", words(&error)),
-            )),
+        let Some(instance) = self.take_idle() else {
+            return match self.instantiate(state).await {
+                Ok(instance) => self.call_on(instance, deliveries, transaction).await,
+                Err((_, fault)) => failed(fault),
+            };
+        };
+        state.waits_of(&instance.store);
+        let before = transaction.map(|t| t.statements());
+        let mut invocation = self.call_on(instance, deliveries, transaction).await;
+        let (fault, first) = match (&invocation.outcomes, deliveries.first()) {
+            (Err(fault), Some(first)) if fault.cause.may_be_of_use() => (fault, first),
+            _ => return invocation,
+        };
+        if transaction.map(|t| t.statements()) != before {
+            self.wants_new(first);
+            invocation.worn = true;
+            return invocation;
         }
+        debug!("once more on a new instance: {}", fault.message);
+        self.call_on_new(deliveries, transaction, state).await
+    }
+
+    /// The call again, on a new instance. Where that helps, it was the instance's age, and those that have served as long are
+    /// let go: each would cost a message a call, and its batch a transaction. Where it does not, they are kept, for it was the
+    /// message.
+    async fn call_on_new(
+        &self,
+        deliveries: &[Delivery<'_>],
+        transaction: Option<&Transaction>,
+        state: &CallState,
+    ) -> Invocation {
+        state.repeated.store(true, Ordering::Relaxed);
+        let instance = match self.instantiate(state).await {
+            Ok(instance) => instance,
+            Err((_, fault)) => return failed(fault),
+        };
+        let used = self.take_all_idle();
+        let invocation = self.call_on(instance, deliveries, transaction).await;
+        if invocation.outcomes.is_err() {
+            used.into_iter().for_each(|instance| self.keep(instance));
+        }
+        invocation
     }
 
     /// One call on an instance, which is dropped if the call fails.
@@ -253,22 +320,21 @@ impl StageComponent {
         let called = instance.call(deliveries).await;
         let guest = instance.store.data_mut();
         guest.sql.set_transaction(None);
+        guest.log.end_call();
         let outputs = guest.producer.take_outputs();
-        let denied = guest.take_denied();
-        let away = guest.take_away();
         match called {
             Ok(outcomes) => {
+                // In a larger call nobody can tell which message a denial, or a slow statement, belongs to.
+                let single = deliveries.len() == 1;
+                let trouble = Trouble {
+                    denied: guest.take_denied().filter(|_| single),
+                    slow: guest.take_slow() && single,
+                    away: guest.take_away(),
+                };
                 self.keep(instance);
-                // In a larger call nobody can tell which message a denial belongs to.
-                let denied = denied.filter(|_| deliveries.len() == 1);
-                answered(outcomes, outputs, denied, away)
+                answered(outcomes, outputs, &trouble)
             }
-            Err(error) => {
-                let words = [words(&error), guest.log.take_last_words()];
-                let words = words.join(": ").trim_end_matches(": ").to_owned();
-                let fault = trap(words, guest.limiter.refused_memory, denied);
-                failed(Fault { away, ..fault })
-            }
+            Err(error) => failed(trap(&error, guest)),
         }
     }
 
@@ -300,18 +366,23 @@ impl Mould {
     }
 }
 
-/// What the instance of a call waits for; it outlives the call's future, and the instance with it.
+/// What is known of a call that goes on; it outlives the call's future, and the instance with it.
 #[derive(Default)]
-struct Waits(Mutex<Option<Arc<Pending>>>);
+struct CallState {
+    /// What the instance waits for.
+    pending: Mutex<Option<Arc<Pending>>>,
+    /// The call is made again on a new instance.
+    repeated: AtomicBool,
+}
 
-impl Waits {
-    fn of(&self, instance: &Instance) {
-        let pending = instance.store.data().pending.clone();
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(pending);
+impl CallState {
+    fn waits_of(&self, store: &Store<Guest>) {
+        let pending = store.data().pending.clone();
+        *self.pending.lock().unwrap_or_else(PoisonError::into_inner) = Some(pending);
     }
 
     fn store(&self) -> Option<StoreName> {
-        let pending = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
         pending.as_ref()?.take()
     }
 }
@@ -359,7 +430,7 @@ impl Instance {
             partition: first.record.partition,
             offset: first.record.offset,
         });
-        self.store.data_mut().limiter.refused_memory = false;
+        self.store.data_mut().limiter.forget_refusals();
         self.store.set_epoch_deadline(TICKS_PER_LOOK);
         match &self.exports {
             Exports::Handler(exports) => {
@@ -412,15 +483,22 @@ fn message<'a>(delivery: &Delivery<'a>, headers: &'a [wit::Header<'a>]) -> wit::
     }
 }
 
+/// What happened in a call that the guest has answered.
+struct Trouble {
+    denied: Option<String>,
+    /// A statement was out of time.
+    slow: bool,
+    away: Option<StoreName>,
+}
+
 fn answered(
     outcomes: Vec<Result<(), wit::Fault>>,
     outputs: Vec<crate::record::Outgoing>,
-    denied: Option<String>,
-    away: Option<StoreName>,
+    trouble: &Trouble,
 ) -> Invocation {
     let fault = |fault| Fault {
-        away: away.clone(),
-        ..fault_of(fault, denied.as_deref())
+        away: trouble.away.clone(),
+        ..fault_of(fault, trouble)
     };
     let outcomes: Vec<_> = outcomes
         .into_iter()
@@ -431,16 +509,18 @@ fn answered(
         outputs: if dropped { Vec::new() } else { outputs },
         outcomes: Ok(outcomes),
         worn: false,
+        repeated: false,
     }
 }
 
 /// A fault after a denied call is put down to the denial: trying again would be denied again.
-fn fault_of(fault: wit::Fault, denied: Option<&str>) -> Fault {
+fn fault_of(fault: wit::Fault, trouble: &Trouble) -> Fault {
     let (cause, message) = match fault {
+        wit::Fault::Retry(why) if trouble.slow => (Cause::Slow, why),
         wit::Fault::Retry(why) => (Cause::Retry, why),
         wit::Fault::Reject(why) => (Cause::Reject, why),
     };
-    match denied {
+    match &trouble.denied {
         Some(denied) => Fault::new(
             Cause::Denied,
             format!("{denied}; the stage said: {message}"),
@@ -449,14 +529,81 @@ fn fault_of(fault: wit::Fault, denied: Option<&str>) -> Fault {
     }
 }
 
-fn trap(words: String, refused_memory: bool, denied: Option<String>) -> Fault {
-    match denied {
-        _ if refused_memory => Fault::new(
+/// Why a call did not return. A cause that the error itself names comes first, then what had been refused before.
+fn trap(error: &wasmtime::Error, guest: &mut Guest) -> Fault {
+    let words = [words(error), guest.log.take_last_words()].join(": ");
+    let words = words.trim_end_matches(": ");
+    let denied = guest.take_denied();
+    let handles = matches!(error.downcast_ref(), Some(ResourceTableError::Full));
+    let (cause, message) = if is_stack_full(error) {
+        (Cause::Stack, format!("the stage's stack is full: {words}"))
+    } else if guest.limiter.refused_memory {
+        (
             Cause::Memory,
             format!("the stage's memory limit is reached: {words}"),
-        ),
-        Some(denied) => Fault::new(Cause::Denied, format!("{denied}; then: {words}")),
-        None => Fault::new(Cause::Trap, words),
+        )
+    } else if handles || guest.limiter.refused_table {
+        (
+            Cause::Limit,
+            format!("a limit of the stage's sandbox is reached: {words}"),
+        )
+    } else if let Some(denied) = denied {
+        (Cause::Denied, format!("{denied}; then: {words}"))
+    } else if guest.take_slow() {
+        (Cause::Slow, words.to_owned())
+    } else if let Some(I32Exit(code)) = error.downcast_ref() {
+        (
+            Cause::Exit,
+            format!("the stage ended itself with exit code {code}: {words}"),
+        )
+    } else {
+        (Cause::Trap, words.to_owned())
+    };
+    Fault {
+        away: guest.take_away(),
+        ..Fault::new(cause, message)
+    }
+}
+
+/// Of WebAssembly's own stack the engine says so. Of that in the guest's memory, where most compilers have it before all else,
+/// nobody does: deep in calls of few functions, the guest's address wraps around below its memory's first byte.
+fn is_stack_full(error: &wasmtime::Error) -> bool {
+    const DEEP: usize = 16;
+    const AROUND_ZERO: std::ops::Range<u64> = (1 << 32) - (16 << 20)..(1 << 32) + (16 << 20);
+    match error.downcast_ref() {
+        Some(Trap::StackOverflow) => return true,
+        Some(Trap::MemoryOutOfBounds) => {}
+        _ => return false,
+    }
+    let frames = error.downcast_ref().map_or(&[][..], WasmBacktrace::frames);
+    let functions: BTreeSet<_> = frames.iter().map(FrameInfo::func_index).collect();
+    let is_recursive = frames.len() >= DEEP && functions.len() <= frames.len() / 2;
+    // Not every instruction's fault has an address.
+    let mut addresses = error.chain().filter_map(|cause| {
+        let text = cause.to_string();
+        let rest = text.strip_prefix("memory fault at wasm address 0x")?;
+        u64::from_str_radix(rest.split(' ').next()?, 16).ok()
+    });
+    is_recursive && addresses.all(|address| AROUND_ZERO.contains(&address))
+}
+
+/// Why there is no instance. It could be made at start; what did not fail in its own code is the host's shortage, of memory
+/// say, which is not the message's fault.
+fn unmade(error: &wasmtime::Error, guest: &mut Guest) -> Fault {
+    let in_its_code = error.is::<WasmBacktrace>() || error.is::<Trap>() || error.is::<I32Exit>();
+    guest.log.end_call();
+    let Fault {
+        cause,
+        message,
+        away,
+    } = trap(error, guest);
+    let cause = if in_its_code { cause } else { Cause::Resources };
+    Fault {
+        away,
+        ..Fault::new(
+            cause,
+            format!("the component could not be instantiated: {message}"),
+        )
     }
 }
 
@@ -465,6 +612,7 @@ fn failed(fault: Fault) -> Invocation {
         outcomes: Err(fault),
         outputs: Vec::new(),
         worn: false,
+        repeated: false,
     }
 }
 

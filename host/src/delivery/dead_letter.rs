@@ -6,9 +6,7 @@ use super::Fault;
 use super::seen::{self, OutputId};
 use crate::record::{Header, Outgoing, Record};
 
-/// Bytes of the fault's words in a header; what is longer is cut.
-const MAX_MESSAGE: usize = 8 << 10;
-/// The same where the letter is too large for its topic.
+/// Bytes of the fault's words where the letter is too large for its topic.
 const SHORT_MESSAGE: usize = 200;
 /// The header that has them.
 const ERROR_MESSAGE: &str = "__dlq.errors.message";
@@ -82,14 +80,13 @@ impl DeadLetters {
         attempts: u32,
         fault: &Fault,
     ) -> impl Iterator<Item = Header> {
-        let message = &fault.message[..fault.message.floor_char_boundary(MAX_MESSAGE)];
         let why = [
             ("__dlq.errors.topic", topic.to_string()),
             ("__dlq.errors.partition", partition.to_string()),
             ("__dlq.errors.offset", offset.to_string()),
             ("__dlq.errors.group", self.group.to_string()),
             ("__dlq.errors.delivery.count", attempts.to_string()),
-            (ERROR_MESSAGE, message.to_string()),
+            (ERROR_MESSAGE, fault.message.clone()),
             ("stagehost-stage", self.stage.to_string()),
             ("stagehost-component", self.component.to_string()),
             (CAUSE, fault.cause.label().to_string()),

@@ -12,6 +12,9 @@ use std::future::Future;
 use crate::capability::{StoreError, StoreName};
 use crate::record::{Outgoing, Record};
 
+/// Bytes of a fault's words; what is longer is cut. They go into the log, the dead letter and what the host says of itself.
+const MAX_WORDS: usize = 8 << 10;
+
 /// A record on its way into a stage.
 #[derive(Clone, Copy, Debug)]
 pub struct Delivery<'a> {
@@ -33,12 +36,26 @@ pub struct Fault {
 }
 
 impl Fault {
-    /// A fault with its words.
+    /// A fault with its words, of which a guest may have made any number.
     pub fn new(cause: Cause, message: impl Into<String>) -> Self {
+        let mut message = message.into();
+        if message.len() > MAX_WORDS {
+            message.truncate(message.floor_char_boundary(MAX_WORDS));
+            message.push('…');
+            message.shrink_to_fit();
+        }
         Self {
             cause,
-            message: message.into(),
+            message,
             away: None,
+        }
+    }
+
+    /// The store that was not available is there: the fault counts, and the message may fare better the next time.
+    pub fn count(&mut self) {
+        self.away = None;
+        if !self.cause.is_tried_again() {
+            self.cause = Cause::Retry;
         }
     }
 }
@@ -46,8 +63,12 @@ impl Fault {
 /// The kinds of fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Cause {
-    /// The guest asks for another delivery. The only cause that is tried again.
+    /// The guest asks for another delivery.
     Retry,
+    /// A store took longer than it had, the call's deadline or a statement's time, and may be faster the next time.
+    Slow,
+    /// The host could not make an instance: it is out of memory, say, which is not the message's fault.
+    Resources,
     /// The guest gives up on the message.
     Reject,
     /// The guest trapped.
@@ -56,19 +77,42 @@ pub enum Cause {
     Deadline,
     /// The guest asked for more memory than its limit, and trapped.
     Memory,
+    /// The guest's stack was full.
+    Stack,
+    /// The guest ended itself as a process does, with whatever exit code.
+    Exit,
+    /// The guest met another limit of its sandbox, of table elements or handles, and trapped.
+    Limit,
     /// A call lacked a grant, and the guest faulted after it.
     Denied,
 }
 
 impl Cause {
+    /// Whether the message is delivered again before it is given up on.
+    pub fn is_tried_again(self) -> bool {
+        matches!(self, Self::Retry | Self::Slow | Self::Resources)
+    }
+
+    /// Whether what earlier calls left in an instance may be why.
+    pub fn may_be_of_use(self) -> bool {
+        matches!(
+            self,
+            Self::Trap | Self::Memory | Self::Stack | Self::Exit | Self::Limit
+        )
+    }
+
     /// As it stands in `stagehost-cause` and in metrics once the message is given up on.
     pub fn label(self) -> &'static str {
         match self {
             Self::Retry => "retries-exhausted",
             Self::Reject => "reject",
             Self::Trap => "trap",
-            Self::Deadline => "deadline",
+            Self::Deadline | Self::Slow => "deadline",
             Self::Memory => "memory",
+            Self::Stack => "stack",
+            Self::Exit => "exit",
+            Self::Limit => "limit",
+            Self::Resources => "resources",
             Self::Denied => "denied",
         }
     }
@@ -83,6 +127,8 @@ pub struct Invocation {
     pub outputs: Vec<Outgoing>,
     /// The call failed on an instance that had served others before, and what they left in it may be why.
     pub worn: bool,
+    /// The call was made on a new instance after it had trapped on one that had served others before.
+    pub repeated: bool,
 }
 
 impl Invocation {

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 
 use hyper::StatusCode;
+use hyper::body::Bytes;
 use hyper::header::HeaderValue;
 use matchit::Params;
 use percent_encoding::percent_decode_str;
@@ -47,7 +48,7 @@ impl Read {
     pub(super) async fn value(&self, key: &str) -> Result<Answer, Answer> {
         let json = HeaderValue::from_static("application/json");
         match self.store.get(key).await {
-            Ok(Some(value)) => Ok(content(StatusCode::OK, json, value)),
+            Ok(Some(value)) => Ok(content(StatusCode::OK, json, Bytes::from_owner(value))),
             Ok(None) => Err(not_found()),
             Err(error) => {
                 tracing::warn!(%error, "a request's read failed");

@@ -157,6 +157,7 @@ impl Handler<()> for Stage {
             outputs,
             outcomes: Ok(outcomes),
             worn: false,
+            repeated: false,
         }
     }
 

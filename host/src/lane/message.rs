@@ -1,7 +1,7 @@
 //! One message's way through an at-least-once lane: deliveries until it is done, or given up on.
 
 use super::{Common, Halt, Stopped};
-use crate::delivery::{Cause, Delivery, Fault, Handler};
+use crate::delivery::{Delivery, Fault, Handler};
 use crate::pipeline::OnExhausted;
 use crate::record::{Outgoing, Record};
 
@@ -47,7 +47,7 @@ impl<K, H: Handler<()>> Common<K, H> {
                 Err(again) => fault = again,
             }
         }
-        if fault.cause == Cause::Retry && self.policy().on_exhausted == OnExhausted::Stop {
+        if fault.cause.is_tried_again() && self.policy().on_exhausted == OnExhausted::Stop {
             return Err(Leave::Halted(self.exhausted(record, attempt, &fault)));
         }
         Ok(End::GivenUp {
@@ -60,7 +60,7 @@ impl<K, H: Handler<()>> Common<K, H> {
     pub(super) fn holds_up(&self, fault: &Fault) -> bool {
         let policy = self.policy();
         let may_wait = policy.retry.max_attempts > 1 || policy.on_exhausted == OnExhausted::Stop;
-        fault.away.is_some() || (fault.cause == Cause::Retry && may_wait)
+        fault.away.is_some() || (fault.cause.is_tried_again() && may_wait)
     }
 
     /// Waits until the message may be delivered again after its `attempt`th delivery, and counts; answers whether
@@ -71,14 +71,14 @@ impl<K, H: Handler<()>> Common<K, H> {
         attempt: &mut u32,
         fault: &mut Fault,
     ) -> Result<bool, Stopped> {
-        if let Some(store) = fault.away.take() {
+        if let Some(store) = fault.away.clone() {
             if self.until_there::<()>(&store).await? {
                 return Ok(true);
             }
-            fault.cause = Cause::Retry;
+            fault.count();
         }
         let policy = &self.policy().retry;
-        if fault.cause != Cause::Retry || *attempt >= policy.max_attempts {
+        if !fault.cause.is_tried_again() || *attempt >= policy.max_attempts {
             return Ok(false);
         }
         self.metrics().messages("retry", 1);

@@ -202,6 +202,9 @@ impl<K, H> Common<K, H> {
         let invocation = self.equipment.handler.call(deliveries, transaction).await;
         let took = since.elapsed();
         self.metrics().invocation(took);
+        if invocation.repeated {
+            self.metrics().call_repeated();
+        }
         (invocation, took)
     }
 

@@ -1,5 +1,6 @@
 //! What a user sees when the host is up: addresses, and lines to try.
 
+use std::io::Write;
 use std::net::SocketAddr;
 
 use crate::pipeline::{Action, Http, Method, Pipeline, Route};
@@ -10,9 +11,15 @@ pub(super) struct Addresses {
     pub(super) http: Option<SocketAddr>,
 }
 
-/// Prints to stdout; the log goes to stderr.
+/// Prints to stdout; the log goes to stderr. In a thread of its own, for a pipe that nobody reads may be full, and the host
+/// must not wait for it.
 pub(super) fn print(pipeline: &Pipeline, brokers: &str, addresses: &Addresses) {
-    println!("{}", text(pipeline, brokers, addresses));
+    let text = text(pipeline, brokers, addresses);
+    std::thread::spawn(move || {
+        let mut out = std::io::stdout().lock();
+        // Who closed it does not want it.
+        let _ = writeln!(out, "{text}").and_then(|()| out.flush());
+    });
 }
 
 fn text(pipeline: &Pipeline, brokers: &str, addresses: &Addresses) -> String {

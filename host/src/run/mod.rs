@@ -38,9 +38,12 @@ const INGRESS_PATIENCE: Duration = Duration::from_secs(10);
 const CLOSING_TIME: Duration = Duration::from_secs(2);
 
 /// Runs the pipeline until `shutdown`, then drains it. Fails when it cannot be started or cannot go on.
-pub async fn run(pipeline: Pipeline, shutdown: CancellationToken) -> anyhow::Result<()> {
+pub async fn run(
+    pipeline: Pipeline,
+    metrics: Arc<Metrics>,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
     let listeners = Listeners::bind(&pipeline).await?;
-    let metrics = Arc::new(Metrics::default());
     let readiness = Arc::new(Readiness::default());
     name_conditions(&pipeline, &readiness);
     info!("admin listens on http://{}", listeners.addresses.admin);

@@ -93,14 +93,131 @@ async fn a_trap_costs_one_message() {
 async fn a_stack_overflow_costs_one_message() {
     check(
         json!({ "do": "overflow" }),
-        Some(("trap", "1", "wasm trap")),
+        Some(("stack", "1", "stack is full")),
     )
     .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn leaving_the_process_costs_one_message() {
-    check(json!({ "do": "exit" }), Some(("trap", "1", "exit"))).await;
+    for code in [0, 1, 7] {
+        let words = format!("exit code {}", code.min(1));
+        check(
+            json!({ "do": "exit", "code": code }),
+            Some(("exit", "1", &words)),
+        )
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn handles_that_are_never_closed_meet_a_limit() {
+    check(
+        json!({ "do": "leak-handles", "store": "cache" }),
+        Some(("limit", "1", "limit of the stage's sandbox")),
+    )
+    .await;
+}
+
+/// An instance that is made later than the first one may fail before it is called.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_instance_that_cannot_begin_is_put_down_to_what_it_did() {
+    for (start, cause) in [
+        ("spin", "deadline"),
+        ("trap", "trap"),
+        ("overflow", "stack"),
+        ("exit", "exit"),
+        ("eat-memory", "memory"),
+    ] {
+        let settings = format!(
+            "instances = \"fresh\"\nconfig = {{ start = \"{start}\" }}\n\
+             limits = {{ memory = \"32MiB\", deadline = \"1s\" }}"
+        );
+        let bench = Bench::start("test-starts", 1, &settings);
+        let (_, dead) = bench.deliver(&[json!(null)]).await;
+        assert_eq!(dead.len(), 1, "{start}");
+        assert_eq!(dead[0].header("stagehost-cause"), Some(cause), "{start}");
+        let count = dead[0].header("__dlq.errors.delivery.count");
+        assert_eq!(count, Some("1"), "{start}");
+    }
+}
+
+/// The database is there, and answers others: the statement takes too long, and it is the message that pays.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_statement_that_takes_too_long_is_counted_and_named() {
+    for delivery in ["at-least-once", "transactional"] {
+        let settings = format!("limits = {{ deadline = \"1s\" }}\ndelivery = \"{delivery}\"");
+        let bench = Bench::with("test-probe", 1, &settings, &server("DATABASE_URL"), "");
+        let sql = |text: &str| json!({ "do": "sql", "store": "db", "statement": text });
+        let cancelled = json!({ "do": "steps", "steps": [
+            sql("SELECT set_config('statement_timeout', '100ms', true)"),
+            sql("SELECT pg_sleep(5)"),
+        ] });
+        let slow = sql("SELECT pg_sleep(60)");
+        let messages = match delivery {
+            // There the setting lasts as long as its statement.
+            "at-least-once" => vec![slow],
+            _ => vec![slow, cancelled],
+        };
+        let (_, dead) = bench.deliver(&messages).await;
+        assert_eq!(dead.len(), messages.len(), "{delivery}");
+        for letter in dead {
+            assert_eq!(
+                letter.header("stagehost-cause"),
+                Some("deadline"),
+                "{delivery}"
+            );
+            let count = letter.header("__dlq.errors.delivery.count");
+            assert_eq!(count, Some("3"), "{delivery}: as the policy has it");
+        }
+        let admin = bench.host.address("admin");
+        assert_eq!(get(&admin, "/readyz").0, 200, "{delivery}");
+    }
+}
+
+/// Other idle instances may be as old as the one that failed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_that_trapped_on_a_used_instance_is_made_again_once_on_a_new_one() {
+    for delivery in ["at-least-once", "transactional"] {
+        let settings = format!("delivery = \"{delivery}\"");
+        let bench = Bench::start("test-probe", 6, &settings);
+        let sleep = json!({ "do": "sleep", "ms": 300 }).to_string();
+        let keys: Vec<_> = (0..40).map(|key| key.to_string()).collect();
+        let records: Vec<_> = (keys.iter())
+            .map(|key| (Some(key.as_str()), sleep.as_str()))
+            .collect();
+        // Several at one time, so that there are as many used instances.
+        bench.log.produce(&bench.input, &records).await;
+        bench.log.wait_committed(&bench.group, &bench.input);
+        let calls = || bench.metric("stagehost_invocation_seconds_count{stage=\"probe\"}");
+        let repeated = || bench.metric("stagehost_calls_repeated_total{stage=\"probe\"}");
+        let number = |text: Option<String>| text.and_then(|text| text.parse::<u64>().ok());
+        assert_eq!(number(repeated()), Some(0));
+        let before = number(calls()).expect("a number");
+        let statement = json!({ "do": "sql", "store": "db", "statement": "SELECT 1" });
+        let steps = json!([statement, { "do": "trap-if-used" }]);
+        let used = json!({ "do": "steps", "steps": steps });
+        let (_, dead) = bench.deliver(&[used]).await;
+        assert_eq!(dead, [], "{delivery}: a new instance can do it");
+        assert_eq!(number(repeated()), Some(1), "{delivery}");
+        // At least once it is a part of the same delivery.
+        let made = number(calls()).expect("a number") - before;
+        let expected = if delivery == "transactional" { 2 } else { 1 };
+        assert_eq!(made, expected, "{delivery}");
+    }
+}
+
+/// What is of no use to anybody at full length.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fault_may_have_few_words_only() {
+    let bench = Bench::start("test-probe", 1, "");
+    let (_, dead) = bench
+        .deliver(&[json!({ "do": "retry-at-length", "bytes": 3_000_000 })])
+        .await;
+    assert_eq!(dead.len(), 1);
+    let words = dead[0].header("__dlq.errors.message").unwrap_or_default();
+    assert!(words.len() < 10_000, "{} bytes", words.len());
+    assert!(bench.host.log().len() < 50_000);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -11,6 +11,7 @@ mod concurrent;
 mod delivery;
 mod ingress;
 mod lifecycle;
+mod logs;
 mod neighbours;
 mod produce_consume;
 mod progress_row;

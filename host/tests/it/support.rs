@@ -88,9 +88,20 @@ impl Host {
 
     /// Starts `host run` on a file.
     pub(crate) fn run(folder: Arc<TempDir>, file: &Path, variables: &[(&str, &str)]) -> Self {
+        Self::run_with(folder, file, variables, &[])
+    }
+
+    /// The same, with options.
+    pub(crate) fn run_with(
+        folder: Arc<TempDir>,
+        file: &Path,
+        variables: &[(&str, &str)],
+        options: &[&str],
+    ) -> Self {
         let mut process = Command::new(env!("CARGO_BIN_EXE_host"))
             .arg("run")
             .arg(file)
+            .args(options)
             .env_remove("KAFKA_BROKERS")
             .env_remove("DATABASE_URL")
             .env_remove("REDIS_URL")
@@ -109,6 +120,10 @@ impl Host {
             log,
             out,
         }
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.process.id()
     }
 
     pub(crate) fn folder(&self) -> Arc<TempDir> {

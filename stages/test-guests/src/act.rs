@@ -124,7 +124,25 @@ fn act(message: &Message, action: &Action) -> Result<Json, Failure> {
         Action::Trap => panic!("as told"),
         Action::Spin => sandbox::spin(),
         Action::Overflow => Ok(json!(sandbox::overflow(0))),
-        Action::Exit => std::process::exit(0),
+        Action::Exit { code } => std::process::exit(*code),
+        Action::TrapIfUsed => {
+            assert_eq!(SEEN.load(Ordering::Relaxed), 1, "this instance was used");
+            Ok(Json::Null)
+        }
+        Action::LeakHandles { store } => loop {
+            std::mem::forget(redis::Connection::open(store)?);
+        },
+        Action::RetryAtLength { bytes } => Err(Fault::retry("w".repeat(*bytes)).into()),
+        Action::LogMany { n, bytes, print } => {
+            let line = "x".repeat(*bytes);
+            for _ in 0..*n {
+                match print {
+                    true => eprintln!("{line}"),
+                    false => log::info(&line),
+                }
+            }
+            Ok(Json::Null)
+        }
         Action::Sleep { ms } => {
             std::thread::sleep(Duration::from_millis(*ms));
             Ok(Json::Null)

@@ -42,7 +42,33 @@ pub enum Action {
     /// Call itself for ever.
     Overflow,
     /// Leave the process, as a command would.
-    Exit,
+    Exit {
+        /// The exit code.
+        #[serde(default)]
+        code: i32,
+    },
+    /// Panic, unless this is the first message that the instance has.
+    TrapIfUsed,
+    /// Open stores for ever, and close none.
+    LeakHandles {
+        /// The Redis store.
+        store: String,
+    },
+    /// Answer `retry`, with so many bytes of words.
+    RetryAtLength {
+        /// Bytes.
+        bytes: usize,
+    },
+    /// Write lines into the host's log.
+    LogMany {
+        /// How many.
+        n: u32,
+        /// Bytes of each.
+        bytes: usize,
+        /// To stderr, not through `wasi:logging`.
+        #[serde(default)]
+        print: bool,
+    },
     /// Sleep, inside the host.
     Sleep {
         /// Milliseconds.

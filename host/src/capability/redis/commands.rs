@@ -11,6 +11,8 @@ pub struct Command {
     pub keys: Keys,
     /// Whether it may change something.
     pub writes: bool,
+    /// Whether it answers what is kept, which may be of any size.
+    pub answers_content: bool,
     arguments: Arguments,
 }
 
@@ -42,23 +44,23 @@ const COMMANDS: &[Command] = &[
     write("DECRBY", First, Exactly(2)),
     read("EXISTS", All, AtLeast(1)),
     write("EXPIRE", First, Exactly(2)),
-    write("GETDEL", First, Exactly(1)),
-    read("GETRANGE", First, Exactly(3)),
-    write("GETSET", First, Exactly(2)),
+    content(write("GETDEL", First, Exactly(1))),
+    content(read("GETRANGE", First, Exactly(3))),
+    content(write("GETSET", First, Exactly(2))),
     write("HDEL", First, AtLeast(2)),
-    read("HGET", First, Exactly(2)),
-    read("HGETALL", First, Exactly(1)),
+    content(read("HGET", First, Exactly(2))),
+    content(read("HGETALL", First, Exactly(1))),
     write("HSET", First, KeyAndPairs),
     write("INCR", First, Exactly(1)),
     INCRBY,
-    read("MGET", All, AtLeast(1)),
+    content(read("MGET", All, AtLeast(1))),
     write("PERSIST", First, Exactly(1)),
     write("PEXPIRE", First, Exactly(2)),
     read("PTTL", First, Exactly(1)),
     write("SADD", First, AtLeast(2)),
     write("SETNX", First, Exactly(2)),
     read("SISMEMBER", First, Exactly(2)),
-    read("SMEMBERS", First, Exactly(1)),
+    content(read("SMEMBERS", First, Exactly(1))),
     write("SREM", First, AtLeast(2)),
     read("STRLEN", First, Exactly(1)),
     read("TTL", First, Exactly(1)),
@@ -111,7 +113,15 @@ const fn read(name: &'static str, keys: Keys, arguments: Arguments) -> Command {
         name,
         keys,
         writes: false,
+        answers_content: false,
         arguments,
+    }
+}
+
+const fn content(command: Command) -> Command {
+    Command {
+        answers_content: true,
+        ..command
     }
 }
 

@@ -159,9 +159,12 @@ impl Embedded {
         }
     }
 
-    pub(super) async fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, Error> {
+    pub(super) async fn get(&self, key: &[u8], most: usize) -> Result<Option<Vec<u8>>, Error> {
         let key = key.to_vec();
         self.read(move |entries, now| {
+            if entries.value_size(&key)? > most {
+                return Ok(Err(Error::TooLarge(most as u64)));
+            }
             let entry = entries.entry(&key, now)?;
             Ok(transition::get(entry).map_err(Error::Server))
         })
@@ -489,11 +492,11 @@ mod tests {
         assert_eq!(store.set(set("c", None)).await, Ok(vec![true]));
         // Whether what failed was written is open, as it is where a server does not answer.
         for key in ["a", "c"] {
-            let value = store.get(key.as_bytes()).await;
+            let value = store.get(key.as_bytes(), 9).await;
             assert_eq!(value, Ok(Some(b"value".to_vec())), "{key}");
         }
         store.close().await;
-        assert_eq!(store.get(b"a").await, Err(closed()));
+        assert_eq!(store.get(b"a", 9).await, Err(closed()));
     }
 
     #[tokio::test]

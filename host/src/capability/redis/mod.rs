@@ -14,6 +14,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
 pub use guest::bindings::{Condition, Error, Reply, SetOptions};
 pub use guest::{RedisCtx, RedisGrants, RedisView, add_to_linker};
 
@@ -31,6 +33,12 @@ pub const MAX_KEYS: usize = 1_000;
 pub const MAX_REQUEST_BYTES: usize = 64 * 1024 * 1024;
 /// Bytes of one answer.
 pub const MAX_ANSWER_BYTES: usize = 16 * 1024 * 1024;
+/// Fields of a hash or members of a set that one answer has.
+pub const MAX_ANSWER_ITEMS: usize = 100_000;
+/// A value that the host reads for an HTTP client, and that is not larger, takes no room among the large ones.
+const SMALL_VALUE_BYTES: usize = 256 * 1024;
+/// Larger ones that there are at one time, each from when it is asked for until its client has it.
+const MAX_LARGE_VALUES: usize = 16;
 /// Milliseconds that a key may live: what can be added to any time without an overflow.
 const MAX_TTL: u64 = 1 << 62;
 /// What keys of the host begin with; no stage may use them.
@@ -54,7 +62,22 @@ pub fn check_url(url: &str) -> Result<(), String> {
 
 /// An open store. Clones share it.
 #[derive(Clone)]
-pub struct Store(Kind);
+pub struct Store {
+    kind: Kind,
+    large: Arc<Semaphore>,
+}
+
+/// A value, and the room that it takes.
+pub struct Value {
+    bytes: Vec<u8>,
+    _room: Option<OwnedSemaphorePermit>,
+}
+
+impl AsRef<[u8]> for Value {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
 
 #[derive(Clone)]
 enum Kind {
@@ -70,18 +93,20 @@ impl Store {
 
     /// As [`Store::open`], with a clock for the embedded kinds.
     pub async fn connect(url: &RedisUrl, clock: Clock) -> Result<Self, StoreError> {
-        Ok(Self(match url {
+        let kind = match url {
             RedisUrl::Remote(url) => Kind::Remote(remote::open(url).await?),
             RedisUrl::Embedded(folder) => {
                 Kind::Embedded(embedded::open(Some(folder.as_ref() as &Path), clock).await?)
             }
             RedisUrl::Memory => Kind::Embedded(embedded::open(None, clock).await?),
-        }))
+        };
+        let large = Arc::new(Semaphore::new(MAX_LARGE_VALUES));
+        Ok(Self { kind, large })
     }
 
     /// Sees whether the store answers.
     pub async fn ping(&self) -> Result<(), StoreError> {
-        let answer = match &self.0 {
+        let answer = match &self.kind {
             Kind::Remote(store) => store.ping().await,
             Kind::Embedded(store) => store.ping().await,
         };
@@ -90,30 +115,43 @@ impl Store {
 
     /// Finishes what was begun, and lets go of the server or the file.
     pub async fn close(&self) {
-        match &self.0 {
+        match &self.kind {
             Kind::Remote(_) => {}
             Kind::Embedded(store) => store.close().await,
         }
     }
 
-    /// The value at a key.
-    pub async fn get(&self, key: &str) -> Result<Option<Vec<u8>>, StoreError> {
-        self.fetch(key.as_bytes()).await.map_err(StoreError::from)
+    /// The value at a key, for a client who may be slow to take it. However many there are, large ones wait for each other.
+    pub async fn get(&self, key: &str) -> Result<Option<Value>, StoreError> {
+        let key = key.as_bytes();
+        let small = self.fetch_up_to(key, SMALL_VALUE_BYTES).await;
+        let (value, room) = match small {
+            Err(Error::TooLarge(_)) => {
+                // It is never closed.
+                let room = self.large.clone().acquire_owned().await.ok();
+                (self.fetch(key).await, room)
+            }
+            small => (small, None),
+        };
+        let value = value.map_err(StoreError::from)?;
+        Ok(value.map(|bytes| Value { bytes, _room: room }))
     }
 
     /// The value at a key.
     pub async fn fetch(&self, key: &[u8]) -> Result<Option<Vec<u8>>, Error> {
-        let value = match &self.0 {
-            Kind::Remote(store) => store.get(key).await?,
-            Kind::Embedded(store) => store.get(key).await?,
-        };
-        check_answer(value.as_ref().map_or(0, Vec::len))?;
-        Ok(value)
+        self.fetch_up_to(key, MAX_ANSWER_BYTES).await
+    }
+
+    async fn fetch_up_to(&self, key: &[u8], most: usize) -> Result<Option<Vec<u8>>, Error> {
+        match &self.kind {
+            Kind::Remote(store) => store.get(key, most).await,
+            Kind::Embedded(store) => store.get(key, most).await,
+        }
     }
 
     /// The keys' values, in the order of the keys; none where a key has something else than a value.
     pub async fn fetch_many(&self, keys: &[Vec<u8>]) -> Result<Vec<Option<Vec<u8>>>, Error> {
-        match &self.0 {
+        match &self.kind {
             Kind::Remote(store) => store.get_many(keys).await,
             Kind::Embedded(store) => store.get_many(keys).await,
         }
@@ -125,7 +163,7 @@ impl Store {
         if set.ttl.is_some_and(|ttl| ttl == 0 || ttl > MAX_TTL) {
             return Err(Error::Server(INVALID_TTL.to_owned()));
         }
-        match &self.0 {
+        match &self.kind {
             Kind::Remote(store) => store.set(set).await,
             Kind::Embedded(store) => store.set(set).await,
         }
@@ -133,7 +171,7 @@ impl Store {
 
     /// Deletes keys and their versions, and answers how many of the keys were there.
     pub async fn delete(&self, keys: Vec<Vec<u8>>) -> Result<u64, Error> {
-        match &self.0 {
+        match &self.kind {
             Kind::Remote(store) => store.delete(keys).await,
             Kind::Embedded(store) => store.delete(keys).await,
         }
@@ -160,7 +198,7 @@ impl Store {
             let items = values.into_iter().map(Option::unwrap_or_default);
             return Ok(Reply::Items(items.collect()));
         }
-        let reply = match &self.0 {
+        let reply = match &self.kind {
             Kind::Remote(store) => store.execute(command, arguments).await?,
             Kind::Embedded(store) => store.execute(command, arguments).await?,
         };

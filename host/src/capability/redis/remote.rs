@@ -12,7 +12,9 @@ use redis::{
 };
 
 use super::commands::Command;
-use super::{Condition, Error, MAX_ANSWER_BYTES, Reply, Set, StoreError, version_key};
+use super::{
+    Condition, Error, MAX_ANSWER_BYTES, MAX_ANSWER_ITEMS, Reply, Set, StoreError, version_key,
+};
 
 /// How long making a connection may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -34,8 +36,6 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 const KEEPALIVE_PROBES: u32 = 3;
 /// Commands that may wait to be written; more wait for their turn.
 const PIPELINE_BUFFER: usize = 512;
-/// Keys that one MGET asks for, so that an answer is found too large before it all has come.
-const KEYS_PER_MGET: usize = 64;
 
 /// Why a URL can't be used, without any of it.
 pub(super) fn check_url(url: &str) -> Result<(), String> {
@@ -104,25 +104,24 @@ impl Remote {
         self.run::<Value>(&cmd("PING")).await.map(drop)
     }
 
-    /// A value arrives whole, whatever its size, before it can be counted: Redis keeps it below 512 MB, and asking for
-    /// its length first would be another round trip. What stages set is at most [`super::MAX_VALUE_BYTES`]; the same
-    /// holds for `execute`, whose answers may be longer than any one value.
-    pub(super) async fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, Error> {
-        self.run(cmd("GET").arg(key)).await
+    /// The client reads an answer whole before anybody can look at it, so no more is asked for than may come: a range, which
+    /// costs what the value would. It is empty where there is no key, and then a second question tells.
+    pub(super) async fn get(&self, key: &[u8], most: usize) -> Result<Option<Vec<u8>>, Error> {
+        let value: Vec<u8> = self.run(cmd("GETRANGE").arg(key).arg(0).arg(most)).await?;
+        if value.len() > most {
+            return Err(Error::TooLarge(most as u64));
+        }
+        if !value.is_empty() {
+            return Ok(Some(value));
+        }
+        in_rust(self.bounded("GET", vec![key.to_vec()], 1).await?)
     }
 
     pub(super) async fn get_many(&self, keys: &[Vec<u8>]) -> Result<Vec<Option<Vec<u8>>>, Error> {
-        let mut values: Vec<Option<Vec<u8>>> = Vec::with_capacity(keys.len());
-        let mut bytes = 0;
-        for keys in keys.chunks(KEYS_PER_MGET) {
-            let found: Vec<Option<Vec<u8>>> = self.run(cmd("MGET").arg(keys)).await?;
-            bytes += found.iter().flatten().map(Vec::len).sum::<usize>();
-            if bytes > MAX_ANSWER_BYTES {
-                return Err(Error::TooLarge(MAX_ANSWER_BYTES as u64));
-            }
-            values.extend(found);
+        if keys.is_empty() {
+            return Ok(Vec::new());
         }
-        Ok(values)
+        in_rust(self.bounded("MGET", keys.to_vec(), keys.len()).await?)
     }
 
     pub(super) async fn set(&self, set: Set) -> Result<Vec<bool>, Error> {
@@ -163,7 +162,33 @@ impl Remote {
         command: &Command,
         arguments: Vec<Vec<u8>>,
     ) -> Result<Reply, Error> {
+        if command.answers_content {
+            let keys = command.keys(&arguments).len();
+            return reply(self.bounded(command.name, arguments, keys).await?);
+        }
         reply(self.run(cmd(command.name).arg(arguments)).await?)
+    }
+
+    /// Runs a command that answers what is kept, unless that is too much to come.
+    async fn bounded(
+        &self,
+        command: &str,
+        arguments: Vec<Vec<u8>>,
+        keys: usize,
+    ) -> Result<Value, Error> {
+        let mut call = BOUNDED.prepare_invoke();
+        call.arg(command)
+            .arg(MAX_ANSWER_BYTES)
+            .arg(MAX_ANSWER_ITEMS);
+        for (at, argument) in arguments.into_iter().enumerate() {
+            if at < keys {
+                call.key(argument);
+            } else {
+                call.arg(argument);
+            }
+        }
+        let mut connection = self.connection.clone();
+        in_time(call.invoke_async(&mut connection)).await
     }
 
     async fn run<T: FromRedisValue>(&self, command: &Cmd) -> Result<T, Error> {
@@ -197,6 +222,49 @@ static SET_IF_NEWER: LazyLock<Script> = LazyLock::new(|| {
         end
         redis.call('MSET', KEYS[1], ARGV[1], KEYS[2], new)
         return {1}
+        ",
+    )
+});
+
+/// Runs the command of its first argument, unless its answer has more bytes than the second or more items than the third:
+/// then it changes nothing, and little has been done. `MEMORY` may be denied, or missing in another server; the sum at
+/// the end keeps the answer from the host all the same.
+static BOUNDED: LazyLock<Script> = LazyLock::new(|| {
+    Script::new(
+        r"
+        local name, most, most_items = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+        local too_large = redis.error_reply('TOOLARGE the answer')
+        local function ask(...)
+            local answer = redis.pcall(...)
+            return type(answer) == 'number' and answer or 0
+        end
+        local bytes, items = 0, 0
+        if name == 'HGETALL' or name == 'SMEMBERS' then
+            items = ask(name == 'HGETALL' and 'HLEN' or 'SCARD', KEYS[1])
+            if items > most_items then return too_large end
+            bytes = ask('MEMORY', 'USAGE', KEYS[1], 'SAMPLES', 0) - 256 * (items + 1)
+        elseif name == 'HGET' then
+            bytes = ask('HSTRLEN', KEYS[1], ARGV[4])
+        else
+            for _, key in ipairs(KEYS) do bytes = bytes + ask('STRLEN', key) end
+        end
+        local from, to = tonumber(ARGV[4]), tonumber(ARGV[5])
+        if name == 'GETRANGE' and from and to then
+            if from < 0 then from = math.max(bytes + from, 0) end
+            if to < 0 then to = math.max(bytes + to, 0) end
+            bytes = math.min(to, bytes - 1) - from + 1
+        end
+        if bytes > most then return too_large end
+        local call = {name}
+        for _, key in ipairs(KEYS) do call[#call + 1] = key end
+        for i = 4, #ARGV do call[#call + 1] = ARGV[i] end
+        local answer = redis.pcall(unpack(call))
+        if items > 0 and type(answer) == 'table' then
+            local sum = 0
+            for _, item in ipairs(answer) do sum = sum + #item end
+            if sum > most then return too_large end
+        end
+        return answer
         ",
     )
 });
@@ -289,10 +357,24 @@ fn items(values: impl IntoIterator<Item = Value>) -> Result<Vec<Vec<u8>>, Error>
         .collect()
 }
 
+/// Of which kind it is says enough: a value may be long.
 fn unexpected(value: &Value) -> Error {
+    let kind = match value {
+        Value::Array(_) => "a list in a list",
+        Value::Double(_) => "a floating-point number",
+        Value::BigNumber(_) => "a number of more than 64 bits",
+        Value::VerbatimString { .. } => "a text with a format",
+        Value::Push { .. } | Value::Attribute { .. } => "more than an answer",
+        Value::ServerError(_) => "an error in a list",
+        _ => "a value of another type",
+    };
     Error::Server(format!(
-        "Redis answered what this interface can't carry: {value:?}"
+        "Redis answered what this interface can't carry: {kind}"
     ))
+}
+
+fn in_rust<T: FromRedisValue>(value: Value) -> Result<T, Error> {
+    T::from_redis_value(value).map_err(|error| Error::Server(error.to_string()))
 }
 
 async fn in_time<T>(call: impl Future<Output = Result<T, RedisError>>) -> Result<T, Error> {
@@ -305,6 +387,9 @@ async fn in_time<T>(call: impl Future<Output = Result<T, RedisError>>) -> Result
 fn out_of_time() -> String {
     format!("no answer within {} s", CALL_TIMEOUT.as_secs())
 }
+
+/// The first word of the error that [`BOUNDED`] answers.
+const TOO_LARGE: &str = "TOOLARGE";
 
 /// Redis's own errors by their first word: those that pass by themselves are worth a retry.
 fn error_of(error: &RedisError) -> Error {
@@ -329,6 +414,9 @@ fn error_of(error: &RedisError) -> Error {
             _ => Error::Unavailable(error.to_string()),
         };
     };
+    if code == TOO_LARGE {
+        return Error::TooLarge(MAX_ANSWER_BYTES as u64);
+    }
     let text = format!("{code} {}", error.detail().unwrap_or_default());
     if PASSING.contains(&code) {
         Error::Unavailable(text)

@@ -2,16 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::Reply;
 use super::commands::Command;
+use super::{MAX_ANSWER_BYTES, MAX_ANSWER_ITEMS, Reply};
 
 const WRONG_TYPE: &str = "WRONGTYPE Operation against a key holding the wrong kind of value";
 const NO_INTEGER: &str = "ERR value is not an integer or out of range";
 const OVERFLOW: &str = "ERR increment or decrement would overflow";
 const DECREMENT_OVERFLOW: &str = "ERR decrement would overflow";
-const TOO_LONG: &str = "ERR string exceeds maximum allowed size (proto-max-bulk-len)";
-/// Redis's `proto-max-bulk-len`.
-const MAX_STRING_BYTES: usize = 512 * 1024 * 1024;
 
 /// What is kept at a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,6 +29,21 @@ pub(super) enum Content {
 impl Entry {
     pub(super) fn is_live(&self, now: u64) -> bool {
         self.expires.is_none_or(|expires| now <= expires)
+    }
+
+    /// Whether it has more than one answer can carry.
+    pub(super) fn is_too_large(&self) -> bool {
+        let (items, bytes) = match &self.content {
+            Content::Bytes(bytes) => (1, bytes.len()),
+            Content::Hash(fields) => {
+                let bytes = fields
+                    .iter()
+                    .map(|(field, value)| field.len() + value.len());
+                (fields.len(), bytes.sum())
+            }
+            Content::Set(members) => (members.len(), members.iter().map(Vec::len).sum()),
+        };
+        items > MAX_ANSWER_ITEMS || bytes > MAX_ANSWER_BYTES
     }
 
     fn lasting(content: Content) -> Self {
@@ -179,9 +191,6 @@ fn set(entry: Option<Entry>) -> Result<Found<Members>, String> {
 
 fn append(entry: Option<Entry>, more: &[u8]) -> Outcome {
     let (expires, mut bytes) = bytes(entry)?.unwrap_or_default();
-    if bytes.len() + more.len() > MAX_STRING_BYTES {
-        return Err(TOO_LONG.to_owned());
-    }
     bytes.extend_from_slice(more);
     let reply = Reply::Int(bytes.len() as i64);
     let content = Content::Bytes(bytes);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use wasmtime::component::{HasData, Linker, Resource, ResourceTable};
 
-use super::{Database, Done, Transaction, Work};
+use super::{Database, Done, Transaction, Work, out_of_time};
 use crate::capability::{Pending, StoreError, StoreName};
 use crate::delivery::progress::Transaction as _;
 use bindings::{Error, Rows, Value};
@@ -61,6 +61,7 @@ pub struct SqlCtx {
     transaction: Option<Transaction>,
     denied: Option<String>,
     away: Option<StoreName>,
+    slow: bool,
 }
 
 impl SqlCtx {
@@ -72,6 +73,7 @@ impl SqlCtx {
             transaction: None,
             denied: None,
             away: None,
+            slow: false,
         }
     }
 
@@ -88,6 +90,11 @@ impl SqlCtx {
     /// The first thing that was denied since this was last asked.
     pub fn take_denied(&mut self) -> Option<String> {
         self.denied.take()
+    }
+
+    /// Whether a statement ran out of time since this was last asked.
+    pub fn take_slow(&mut self) -> bool {
+        std::mem::take(&mut self.slow)
     }
 
     /// The first database that was not available since this was last asked.
@@ -148,6 +155,7 @@ impl SqlView<'_> {
             Some(transaction) => {
                 let call = transaction.call(statement, work);
                 let answer = pending.during(store.clone(), call).await;
+                self.ctx.slow |= is_out_of_time(&answer);
                 // The guest must not go on, with effects elsewhere, as if its earlier ones held.
                 if transaction.broken().is_some() {
                     let why = answer
@@ -160,11 +168,18 @@ impl SqlView<'_> {
                 answer
             }
         };
-        if let Err(Error::Unavailable(_)) = &answer {
+        if is_out_of_time(&answer) {
+            // The database is there, and the statement is what takes long.
+            self.ctx.slow = true;
+        } else if let Err(Error::Unavailable(_)) = &answer {
             self.ctx.away.get_or_insert(store);
         }
         Ok(answer)
     }
+}
+
+fn is_out_of_time(answer: &Result<Done, Error>) -> bool {
+    matches!(answer, Err(error) if *error == out_of_time())
 }
 
 impl sql::Host for SqlView<'_> {}

@@ -36,8 +36,9 @@ where
         batch: &mut Batch,
         plan: &mut Plan,
         call: &Range<usize>,
-        why: String,
+        fault: Fault,
     ) -> Result<Plan, Ending> {
+        let why = &fault.message;
         warn!(
             stage = self.common.stage(),
             topic = &*self.id.topic,
@@ -57,7 +58,7 @@ where
             return Ok(Plan::optimistic());
         }
         let why = format!("{}: {why}", self.store);
-        Ok(plan.after_loss(call, Fault::new(Cause::Retry, why)))
+        Ok(plan.after_loss(call, Fault::new(fault.cause, why)))
     }
 
     /// Commits what is handled, has its outputs produced, and does what comes after. The same messages are run again by

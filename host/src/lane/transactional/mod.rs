@@ -384,10 +384,10 @@ where
                     batch.rewind();
                     next
                 }
-                Ran::Lost(call, why) => {
+                Ran::Lost(call, fault) => {
                     drop(transaction);
                     batch.rewind();
-                    self.after_loss(batch, &mut plan, &call, why).await?
+                    self.after_loss(batch, &mut plan, &call, fault).await?
                 }
                 Ran::LogAway(why) => {
                     self.log_away(batch, transaction, &why).await?;

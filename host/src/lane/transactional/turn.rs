@@ -75,7 +75,7 @@ pub(super) enum Ran {
     /// Nothing of it counts: to be rolled back, and run again by this plan.
     Void(Plan),
     /// The connection broke while the messages of these indices were worked on.
-    Lost(Range<usize>, String),
+    Lost(Range<usize>, Fault),
     /// The log can't say where outputs belong.
     LogAway(String),
 }
@@ -209,7 +209,7 @@ where
         let end = if records.len() == 1 { at + 1 } else { end };
         let careful = plan.mode == Mode::Careful;
         if careful && let Err(error) = transaction.savepoint().await {
-            return Answer::Ran(Ran::Lost(at..end, error.to_string()));
+            return Answer::Ran(Ran::Lost(at..end, lost(error)));
         }
         let before = transaction.statements();
         let invocation = {
@@ -218,7 +218,14 @@ where
         };
         match transaction.broken() {
             Some(Broken::Statement) => return Answer::Ran(Ran::Void(plan.again(None))),
-            Some(Broken::Connection(why)) => return Answer::Ran(Ran::Lost(at..end, why)),
+            Some(Broken::Connection(why)) => {
+                let fault = match invocation.outcomes {
+                    // The statement that broke it off was out of time.
+                    Err(fault) if fault.cause == Cause::Slow => Fault::new(Cause::Slow, why),
+                    _ => lost(why),
+                };
+                return Answer::Ran(Ran::Lost(at..end, fault));
+            }
             None => {}
         }
         let outputs = match invocation.outcomes {
@@ -249,7 +256,7 @@ where
             return Answer::Ran(Ran::Void(plan.again(known)));
         }
         if wrote && let Err(error) = transaction.rollback_to_savepoint().await {
-            return Answer::Ran(Ran::Lost(at..end, error.to_string()));
+            return Answer::Ran(Ran::Lost(at..end, lost(error)));
         }
         self.undone(plan, undo, at..end)
     }
@@ -273,7 +280,7 @@ where
             return Answer::Done;
         }
         if worn {
-            debug!("once more on another instance: {}", fault.message);
+            debug!("once more on a new instance: {}", fault.message);
             return Answer::Done;
         }
         if index > call.start {
@@ -313,7 +320,7 @@ where
         // In a larger call the stage has left out what it rejects; what it wants again must wait for what is before it.
         let against = faults
             .iter()
-            .find(|(_, fault)| single || fault.cause == Cause::Retry || fault.away.is_some());
+            .find(|(_, fault)| single || fault.cause.is_tried_again() || fault.away.is_some());
         if let Some((index, fault)) = against {
             return Err(Undo::of(*index, fault.clone()));
         }
@@ -365,12 +372,12 @@ where
     /// `None` where it is given up on, and the batch goes on.
     fn verdict(&mut self, batch: &mut Batch, mut fault: Fault, attempt: u32) -> Option<After> {
         let at = batch.handled;
-        if let Some(store) = fault.away.take() {
-            fault.cause = Cause::Retry;
+        if let Some(store) = fault.away.clone() {
+            fault.count();
             return Some(After::Away(store, fault));
         }
         let policy = self.common.policy();
-        if fault.cause == Cause::Retry {
+        if fault.cause.is_tried_again() {
             if attempt < policy.retry.max_attempts {
                 return Some(After::Retry(fault));
             }
@@ -396,4 +403,9 @@ where
         });
         batch.hold(origin, vec![letter]);
     }
+}
+
+/// What stands against the message that was worked on, should the database be there.
+fn lost(why: impl ToString) -> Fault {
+    Fault::new(Cause::Retry, why.to_string())
 }

@@ -157,6 +157,7 @@ impl Stage {
             outcomes: Ok(outcomes),
             outputs,
             worn: false,
+            repeated: false,
         }
     }
 
@@ -357,5 +358,6 @@ fn failed(fault: Fault, worn: bool) -> Invocation {
         outcomes: Err(fault),
         outputs: Vec::new(),
         worn,
+        repeated: false,
     }
 }

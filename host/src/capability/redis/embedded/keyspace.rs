@@ -7,7 +7,7 @@ use redb::{
 
 use super::super::commands::Command;
 use super::super::transition::{self, Change, Content, Entry};
-use super::super::{Condition, Error, Reply, Set, version_key};
+use super::super::{Condition, Error, MAX_ANSWER_BYTES, Reply, Set, version_key};
 
 const ENTRIES: TableDefinition<&[u8], &[u8]> = TableDefinition::new("entries");
 const EXPIRIES: TableDefinition<(u64, &[u8]), ()> = TableDefinition::new("expiries");
@@ -56,6 +56,14 @@ pub(super) struct Entries(ReadOnlyTable<&'static [u8], &'static [u8]>);
 impl Entries {
     pub(super) fn open(transaction: &ReadTransaction) -> Result<Self, redb::Error> {
         Ok(Self(transaction.open_table(ENTRIES)?))
+    }
+
+    /// Bytes of a value of Redis's type string, before it is read.
+    pub(super) fn value_size(&self, key: &[u8]) -> Result<usize, redb::Error> {
+        let found = self.0.get(key)?;
+        let found = found.as_ref().map_or(&[][..], |found| found.value());
+        let is_value = found.get(HEADER - 1) == Some(&BYTES);
+        Ok(if is_value { found.len() - HEADER } else { 0 })
     }
 
     pub(super) fn entry(&self, key: &[u8], now: u64) -> Result<Option<Entry>, redb::Error> {
@@ -180,6 +188,10 @@ impl<'t> Keyspace<'t> {
         };
         match change {
             Change::Keep => {}
+            // What is kept is read whole, and written whole at each change.
+            Change::Put(entry) if entry.is_too_large() => {
+                return Ok(Err(Error::TooLarge(MAX_ANSWER_BYTES as u64)));
+            }
             Change::Put(entry) => self.put(key, &entry)?,
             Change::Remove => {
                 self.remove(key)?;

@@ -2,10 +2,13 @@
 
 use sqlx::postgres::{PgDatabaseError, PgSeverity};
 
-use super::super::{DatabaseError, Error, Failure, StoreError, transport_error};
+use super::super::{DatabaseError, Error, Failure, StoreError, out_of_time, transport_error};
 
 /// What a statement fails with whose plan gives other columns than it did when it was prepared.
 pub(super) const STALE_PLAN: &str = "a table was altered after the statement had been prepared";
+
+/// By `statement_timeout`, or by somebody who found that it took too long.
+const QUERY_CANCELED: &str = "57014";
 
 /// The error of a statement, in the terms of the interface.
 pub(super) fn error_of(error: &sqlx::Error) -> Error {
@@ -14,6 +17,9 @@ pub(super) fn error_of(error: &sqlx::Error) -> Error {
     };
     if database.routine() == Some("RevalidateCachedQuery") {
         return Error::Unavailable(STALE_PLAN.to_owned());
+    }
+    if database.code() == QUERY_CANCELED {
+        return out_of_time();
     }
     if is_unavailable(database.code()) {
         return Error::Unavailable(database.message().to_owned());
@@ -57,8 +63,8 @@ fn is_unavailable(sqlstate: &str) -> bool {
     match sqlstate {
         // A wrong number of parameters, for one.
         PROTOCOL_VIOLATION => false,
-        // Serialization failure, deadlock; query cancelled, by statement_timeout too; shutdowns, start.
-        "40001" | "40P01" | "57014" | "57P01" | "57P02" | "57P03" | "57P05" => true,
+        // Serialization failure, deadlock; shutdowns, start.
+        "40001" | "40P01" | "57P01" | "57P02" | "57P03" | "57P05" => true,
         // Lock not available; read-only, as a primary that became a standby is.
         "55P03" | "25006" => true,
         // Connection exceptions; out of connections, memory, disk; system errors.

@@ -12,6 +12,7 @@ use tempfile::TempDir;
 use crate::support::server;
 
 mod lifecycle;
+mod sizes;
 
 /// A store under test, with a prefix of its own.
 struct Fixture {
