@@ -1,6 +1,6 @@
 //! A stage that can be called: warm instances, and one call with its deadline.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -8,10 +8,9 @@ use std::time::Duration;
 use anyhow::Context;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::debug;
-use wasmtime::component::ResourceTableError;
-use wasmtime::{Engine, FrameInfo, Store, Trap, WasmBacktrace};
-use wasmtime_wasi::I32Exit;
+use wasmtime::{Engine, Store};
 
+use super::fault::{Trouble, fault_of, trap, unmade};
 use super::guest::{Grants, Guest};
 use super::plain;
 use super::runtime::{Prepared, Source};
@@ -54,7 +53,7 @@ mod bindings {
     }
 }
 use bindings::batch::{Batch, BatchPre};
-use bindings::one::stagehost::stage::types as wit;
+pub(super) use bindings::one::stagehost::stage::types as wit;
 use bindings::one::{One, OnePre};
 
 /// A compiled stage with its grants.
@@ -483,14 +482,6 @@ fn message<'a>(delivery: &Delivery<'a>, headers: &'a [wit::Header<'a>]) -> wit::
     }
 }
 
-/// What happened in a call that the guest has answered.
-struct Trouble {
-    denied: Option<String>,
-    /// A statement was out of time.
-    slow: bool,
-    away: Option<StoreName>,
-}
-
 fn answered(
     outcomes: Vec<Result<(), wit::Fault>>,
     outputs: Vec<crate::record::Outgoing>,
@@ -513,100 +504,6 @@ fn answered(
     }
 }
 
-/// A fault after a denied call is put down to the denial: trying again would be denied again.
-fn fault_of(fault: wit::Fault, trouble: &Trouble) -> Fault {
-    let (cause, message) = match fault {
-        wit::Fault::Retry(why) if trouble.slow => (Cause::Slow, why),
-        wit::Fault::Retry(why) => (Cause::Retry, why),
-        wit::Fault::Reject(why) => (Cause::Reject, why),
-    };
-    match &trouble.denied {
-        Some(denied) => Fault::new(
-            Cause::Denied,
-            format!("{denied}; the stage said: {message}"),
-        ),
-        None => Fault::new(cause, message),
-    }
-}
-
-/// Why a call did not return. A cause that the error itself names comes first, then what had been refused before.
-fn trap(error: &wasmtime::Error, guest: &mut Guest) -> Fault {
-    let words = [words(error), guest.log.take_last_words()].join(": ");
-    let words = words.trim_end_matches(": ");
-    let denied = guest.take_denied();
-    let handles = matches!(error.downcast_ref(), Some(ResourceTableError::Full));
-    let (cause, message) = if is_stack_full(error) {
-        (Cause::Stack, format!("the stage's stack is full: {words}"))
-    } else if guest.limiter.refused_memory {
-        (
-            Cause::Memory,
-            format!("the stage's memory limit is reached: {words}"),
-        )
-    } else if handles || guest.limiter.refused_table {
-        (
-            Cause::Limit,
-            format!("a limit of the stage's sandbox is reached: {words}"),
-        )
-    } else if let Some(denied) = denied {
-        (Cause::Denied, format!("{denied}; then: {words}"))
-    } else if guest.take_slow() {
-        (Cause::Slow, words.to_owned())
-    } else if let Some(I32Exit(code)) = error.downcast_ref() {
-        (
-            Cause::Exit,
-            format!("the stage ended itself with exit code {code}: {words}"),
-        )
-    } else {
-        (Cause::Trap, words.to_owned())
-    };
-    Fault {
-        away: guest.take_away(),
-        ..Fault::new(cause, message)
-    }
-}
-
-/// Of WebAssembly's own stack the engine says so. Of that in the guest's memory, where most compilers have it before all else,
-/// nobody does: deep in calls of few functions, the guest's address wraps around below its memory's first byte.
-fn is_stack_full(error: &wasmtime::Error) -> bool {
-    const DEEP: usize = 16;
-    const AROUND_ZERO: std::ops::Range<u64> = (1 << 32) - (16 << 20)..(1 << 32) + (16 << 20);
-    match error.downcast_ref() {
-        Some(Trap::StackOverflow) => return true,
-        Some(Trap::MemoryOutOfBounds) => {}
-        _ => return false,
-    }
-    let frames = error.downcast_ref().map_or(&[][..], WasmBacktrace::frames);
-    let functions: BTreeSet<_> = frames.iter().map(FrameInfo::func_index).collect();
-    let is_recursive = frames.len() >= DEEP && functions.len() <= frames.len() / 2;
-    // Not every instruction's fault has an address.
-    let mut addresses = error.chain().filter_map(|cause| {
-        let text = cause.to_string();
-        let rest = text.strip_prefix("memory fault at wasm address 0x")?;
-        u64::from_str_radix(rest.split(' ').next()?, 16).ok()
-    });
-    is_recursive && addresses.all(|address| AROUND_ZERO.contains(&address))
-}
-
-/// Why there is no instance. It could be made at start; what did not fail in its own code is the host's shortage, of memory
-/// say, which is not the message's fault.
-fn unmade(error: &wasmtime::Error, guest: &mut Guest) -> Fault {
-    let in_its_code = error.is::<WasmBacktrace>() || error.is::<Trap>() || error.is::<I32Exit>();
-    guest.log.end_call();
-    let Fault {
-        cause,
-        message,
-        away,
-    } = trap(error, guest);
-    let cause = if in_its_code { cause } else { Cause::Resources };
-    Fault {
-        away,
-        ..Fault::new(
-            cause,
-            format!("the component could not be instantiated: {message}"),
-        )
-    }
-}
-
 fn failed(fault: Fault) -> Invocation {
     Invocation {
         outcomes: Err(fault),
@@ -614,10 +511,4 @@ fn failed(fault: Fault) -> Invocation {
         worn: false,
         repeated: false,
     }
-}
-
-/// What went wrong, without the wasm backtrace that the error's own words begin with; that is for debugging.
-fn words(error: &wasmtime::Error) -> String {
-    debug!("a call failed: {error:?}");
-    error.root_cause().to_string()
 }

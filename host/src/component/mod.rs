@@ -1,6 +1,7 @@
 //! Components: bytes in, callable stages out. With `capability/`, the only place that names wasmtime.
 
 mod clock;
+mod fault;
 mod guest;
 pub mod inspect;
 mod instance;
