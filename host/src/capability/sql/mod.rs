@@ -202,6 +202,8 @@ impl Done {
 enum Failure {
     /// It is the statement's own failure.
     Statement(Error),
+    /// The same, for another one writes: nothing of it was done, and it is worth trying again.
+    Busy(Error),
     /// The transaction has failed as a whole. The connection is at rest.
     Transaction(Error),
     /// Nobody knows what the connection is doing: it is to be closed.
@@ -211,7 +213,10 @@ enum Failure {
 impl Failure {
     fn into_error(self) -> Error {
         match self {
-            Self::Statement(error) | Self::Transaction(error) | Self::Lost(error) => error,
+            Self::Statement(error)
+            | Self::Busy(error)
+            | Self::Transaction(error)
+            | Self::Lost(error) => error,
         }
     }
 
