@@ -14,6 +14,7 @@ mod lifecycle;
 mod produce_consume;
 mod scripts;
 mod security;
+mod sqlite;
 mod stores;
 mod support;
 mod transactional;
