@@ -142,7 +142,6 @@ async fn a_guest_with_greedy_statements_costs_the_host_little_memory() {
         bench.log.wait_committed(&bench.group, &bench.input);
         assert_eq!(count(&database).await, 1, "{delivery}");
         let more = bench.host.peak_mib() - before;
-        eprintln!("MEASURED {delivery}: {before} + {more} MiB");
         assert!(more < 500, "{delivery}: {more} MiB");
         database.close().await;
     }

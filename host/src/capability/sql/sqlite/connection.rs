@@ -14,7 +14,7 @@ use super::super::{
     MAX_ANSWER_BYTES, MAX_PARAMETERS, MAX_STATEMENT_BYTES, STATEMENT_TIMEOUT, SqlAccess,
 };
 use super::guard::Guard;
-use super::{authorizer, functions, pattern};
+use super::{authorizer, functions, memory, pattern};
 
 /// How long SQLite is asked again while another process writes.
 pub(super) const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -24,6 +24,11 @@ const BUSY_PAUSE: Duration = Duration::from_millis(5);
 const STATEMENT_CACHE: usize = 256;
 /// Instructions of SQLite's machine between two looks at the clock: some microseconds, unless values are large.
 const INSTRUCTIONS_PER_LOOK: i32 = 200;
+
+/// Looks at the clock between two at what was written.
+const LOOKS_PER_COUNT: u32 = 16;
+/// Pages that a guest's transaction may write, 256 MiB as a rule: what is undone at last has filled the disk before.
+pub(super) const MAX_WRITTEN_PAGES: i32 = 65_536;
 
 /// Bytes of a value, or of a row in a table: no answer could carry more.
 const MAX_VALUE_BYTES: usize = MAX_ANSWER_BYTES;
@@ -104,8 +109,14 @@ impl Connection {
         sql.authorizer(Some(move |context: rusqlite::hooks::AuthContext<'_>| {
             authorizer::decide(&asked, &context)
         }))?;
-        let asked = guard.clone();
-        sql.progress_handler(INSTRUCTIONS_PER_LOOK, Some(move || asked.is_over()))?;
+        let (asked, counted, mut looks) = (guard.clone(), Counted::of(&sql), 0_u32);
+        let look = move || {
+            looks = looks.wrapping_add(1);
+            let counts = looks % LOOKS_PER_COUNT == 0 && asked.is_guests();
+            (counts && asked.note_full(counted.written(false) > MAX_WRITTEN_PAGES))
+                || asked.is_over()
+        };
+        sql.progress_handler(INSTRUCTIONS_PER_LOOK, Some(look))?;
         let mut connection = Self {
             sql,
             guard,
@@ -114,6 +125,12 @@ impl Connection {
         };
         connection.limit_values(MAX_VALUE_BYTES)?;
         Ok(connection)
+    }
+
+    /// The connection is at rest, and somebody else has it now.
+    pub(super) fn count_anew(&self) {
+        memory::reset();
+        Counted::of(&self.sql).written(true);
     }
 
     fn limit_values(&mut self, bytes: usize) -> rusqlite::Result<()> {
@@ -132,6 +149,7 @@ impl Connection {
     ) -> rusqlite::Result<T> {
         self.guard
             .with_sender(|sender| *sender = Default::default());
+        self.guard.note_full(false);
         self.guard.renew(STATEMENT_TIMEOUT);
         self.limit_values(MAX_HOST_BYTES)?;
         work(&self.sql)
@@ -148,6 +166,7 @@ impl Connection {
             self.json.clear();
         }
         self.limit_values(MAX_VALUE_BYTES)?;
+        self.guard.note_full(false);
         self.guard.renew(STATEMENT_TIMEOUT);
         self.guard.with_sender(|sender| {
             sender.access = Some(access);
@@ -203,6 +222,40 @@ impl Connection {
                 done => return done,
             }
         }
+    }
+}
+
+/// What SQLite counts for a connection.
+struct Counted(*mut rusqlite::ffi::sqlite3);
+
+#[allow(
+    unsafe_code,
+    reason = "the progress handler moves to the connection's thread with it"
+)]
+// SAFETY: it is only used in the connection's own callback and on its thread.
+unsafe impl Send for Counted {}
+
+#[allow(unsafe_code, reason = "no safe function tells")]
+impl Counted {
+    fn of(sql: &rusqlite::Connection) -> Self {
+        // SAFETY: the pointer is kept by the connection's own callback, which ends with it, and by nobody else.
+        Self(unsafe { sql.handle() })
+    }
+
+    /// Pages that were written since this was last asked to begin anew.
+    fn written(&self, anew: bool) -> i32 {
+        let (mut pages, mut most) = (0, 0);
+        // SAFETY: the connection is open, and this is its thread; SQLite writes to the two numbers only.
+        unsafe {
+            rusqlite::ffi::sqlite3_db_status(
+                self.0,
+                rusqlite::ffi::SQLITE_DBSTATUS_CACHE_WRITE,
+                &raw mut pages,
+                &raw mut most,
+                i32::from(anew),
+            );
+        }
+        pages
     }
 }
 

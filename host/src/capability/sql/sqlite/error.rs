@@ -1,7 +1,8 @@
 //! What SQLite's errors mean.
 
 use super::super::statement::not_supported;
-use super::super::{DatabaseError, Error, Failure, StoreError, out_of_time};
+use super::super::{DatabaseError, Error, Failure, StoreError, database_error, out_of_time};
+use super::connection::MAX_WRITTEN_PAGES;
 use super::guard::Guard;
 
 /// The error of a statement, in the terms of the interface.
@@ -30,6 +31,10 @@ pub(super) fn failure_of(error: &rusqlite::Error, guard: &Guard) -> Failure {
     // SQLite says nothing of what the authorizer and the functions know better.
     if let Some(why) = guard.with_sender(|sender| sender.refusal.take()) {
         return Failure::Statement(not_supported(why));
+    }
+    if guard.is_full() {
+        let message = format!("the transaction writes more than {MAX_WRITTEN_PAGES} pages");
+        return Failure::Statement(database_error(LIMIT_EXCEEDED, message));
     }
     if guard.is_over() {
         return Failure::Statement(out_of_time());
@@ -61,6 +66,8 @@ const CONSTRAINT_UNIQUE: i32 = 2067;
 const CONSTRAINT_ROW_ID: i32 = 2579;
 const CONSTRAINT_DATA_TYPE: i32 = 3091;
 
+const LIMIT_EXCEEDED: &str = "54000";
+
 /// What PostgreSQL calls it.
 fn sqlstate(code: i32) -> Option<&'static str> {
     Some(match code {
@@ -73,7 +80,7 @@ fn sqlstate(code: i32) -> Option<&'static str> {
         _ => match code & 0xff {
             CONSTRAINT => "23000",
             MISMATCH => "42804",
-            TOO_BIG => "54000",
+            TOO_BIG => LIMIT_EXCEEDED,
             _ => return None,
         },
     })

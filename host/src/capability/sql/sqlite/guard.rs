@@ -14,6 +14,8 @@ pub(super) struct Guard {
     ends: AtomicU64,
     /// Nobody waits any more.
     is_given_up: AtomicBool,
+    /// The transaction has written as much as a guest's may.
+    is_full: AtomicBool,
     sender: Mutex<Sender>,
 }
 
@@ -36,6 +38,7 @@ impl Guard {
             start: Instant::now(),
             ends: AtomicU64::new(u64::MAX),
             is_given_up: AtomicBool::new(false),
+            is_full: AtomicBool::new(false),
             sender: Mutex::default(),
         }
     }
@@ -49,6 +52,21 @@ impl Guard {
 
     pub(super) fn give_up(&self) {
         self.is_given_up.store(true, Ordering::Relaxed);
+    }
+
+    /// Notes whether a transaction has written too much; answers the same.
+    pub(super) fn note_full(&self, is_full: bool) -> bool {
+        self.is_full.store(is_full, Ordering::Relaxed);
+        is_full
+    }
+
+    /// Whether it is a guest's statement that runs.
+    pub(super) fn is_guests(&self) -> bool {
+        self.with_sender(|sender| sender.access.is_some())
+    }
+
+    pub(super) fn is_full(&self) -> bool {
+        self.is_full.load(Ordering::Relaxed)
     }
 
     pub(super) fn is_over(&self) -> bool {

@@ -10,7 +10,6 @@ use super::super::{ACQUIRE_TIMEOUT, Error};
 use super::connection::{Connection, STACK_BYTES};
 use super::error::error_of;
 use super::guard::Guard;
-use super::memory;
 
 type Work = Box<dyn FnOnce(&mut Connection) + Send>;
 
@@ -166,7 +165,7 @@ impl Lease {
         let is_new = std::mem::take(&mut self.is_new);
         let job = Job::Work(Box::new(move |connection| {
             if is_new {
-                memory::reset();
+                connection.count_anew();
             }
             done.send(work(connection)).ok();
         }));

@@ -3,11 +3,12 @@
 use std::time::{Duration, Instant};
 
 use host::capability::sql::{Database, Error, Value};
-use host::delivery::progress::Mode;
+use host::delivery::progress::{Mode, Transaction as _};
+use host::pipeline::SqlUrl;
 
 use super::Value::{Bytes, Int64};
 use super::transactions::{INSERT, Owner, insert};
-use super::{Kind, execute, on, query, text};
+use super::{Kind, Place, execute, on, query, text};
 
 /// Far more than any of these takes, far less than what they would take without bounds.
 const SOON: Duration = Duration::from_secs(20);
@@ -110,6 +111,13 @@ fn slow() -> Vec<String> {
         columns("CAST($1 AS REAL)", 900),
         columns("soundex($1)", 900),
         columns("quote($1) IS NULL", 400),
+        // Each is twice the one before.
+        format!(
+            "WITH a0 AS (SELECT 1){} SELECT count(*) FROM a40",
+            (1..=40)
+                .map(|n| format!(", a{n} AS (SELECT 1 FROM a{0}, a{0})", n - 1))
+                .collect::<String>()
+        ),
         columns("lower($1) = upper($1)", 400),
         columns("hex($1) = 'a'", 400),
         format!("SELECT {}", vec!["length($1)"; 900].join(" + ")),
@@ -199,6 +207,43 @@ async fn a_deep_json_document_does_not_end_the_process() {
         }
     })
     .await;
+}
+
+/// What is undone in the end has been on the disk before.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transaction_on_sqlite_fills_no_disk() {
+    let place = Place::new(Kind::Sqlite).await;
+    let database = place.open(None).await.expect("a database");
+    let owner = Owner::new(&database).await;
+    execute(&database, "CREATE TABLE sink (b BLOB)", &[]).await;
+    let endless = format!("{ENDLESS} INSERT INTO sink SELECT randomblob(100000) FROM n");
+    let answer = database.execute(&endless, &[]).await;
+    let is_limit = |answer: &Result<u64, Error>| matches!(answer, Err(Error::Database(error)) if error.sqlstate.as_deref() == Some("54000"));
+    assert!(is_limit(&answer), "{answer:?}");
+    let transaction = owner.begin(Mode::Optimistic).await;
+    let some = format!("{ENDLESS} INSERT INTO sink SELECT randomblob(100000) FROM n LIMIT 500");
+    let mut last = Ok(0);
+    for _ in 0..10 {
+        last = transaction.execute(&some, &[]).await;
+        if last.is_err() {
+            break;
+        }
+    }
+    assert!(is_limit(&last), "{last:?}");
+    transaction.rollback().await;
+    assert_eq!(
+        query(&database, "SELECT count(*) FROM sink", &[]).await,
+        [[Int64(0)]]
+    );
+    let SqlUrl::Sqlite(file) = &place.url else {
+        panic!("not SQLite");
+    };
+    let log = std::fs::metadata(file.with_extension("db-wal"))
+        .expect("its log")
+        .len();
+    assert!(log < 600 << 20, "{log} bytes");
+    database.close().await;
+    place.remove().await;
 }
 
 /// What a statement needs beyond its share is its own failure; the transaction is run again without it.
