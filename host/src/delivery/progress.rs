@@ -112,7 +112,7 @@ pub trait Ledger: Send + Sync + 'static {
         epoch: i64,
     ) -> impl Future<Output = Result<Option<Claim>, StoreError>> + Send;
 
-    /// Begins a transaction, once one can be had: however many lanes there are, they take turns.
+    /// Begins a transaction, once one can be had or as soon as it needs one: however many lanes there are, they take turns.
     fn begin(
         &self,
         mode: Mode,

@@ -104,9 +104,14 @@ impl Database {
 
     /// The same database, for a stage that may do so much in it.
     pub fn granted(&self, access: SqlAccess) -> Self {
+        let kind = match &self.kind {
+            Kind::Postgres(database) => Kind::Postgres(database.clone()),
+            Kind::Sqlite(database) => Kind::Sqlite(database.for_stage()),
+        };
         Self {
+            kind,
             access,
-            ..self.clone()
+            slots: self.slots.clone(),
         }
     }
 

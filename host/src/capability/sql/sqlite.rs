@@ -5,6 +5,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqliteSynchronous};
@@ -46,6 +47,9 @@ pub(super) struct Sqlite {
     pool: Arc<Pool>,
     /// Held while writing: SQLite has one writer, and a queue here is fair where its own is not.
     writer: Arc<Mutex<()>>,
+    /// A transaction of this stage's read first, and then wrote too late: from then on they take the turn to write with
+    /// their first statement, or all of them would run twice.
+    writes_late: Arc<AtomicBool>,
     progress: Arc<Statements>,
     options: Arc<SqliteConnectOptions>,
     place: Arc<str>,
@@ -114,6 +118,7 @@ pub(super) async fn open(
         // One beside that of a transaction, which may wait for the turn of a statement that has none yet.
         pool: Arc::new(Pool::new(file.to_owned(), max_connections.max(2))),
         writer: Arc::default(),
+        writes_late: Arc::default(),
         progress: Arc::new(Statements::of(&format!("main.{}", ledger::TABLE))),
         options: Arc::new(options),
         place: place.into(),
@@ -121,6 +126,14 @@ pub(super) async fn open(
 }
 
 impl Sqlite {
+    /// The same, and what is learnt of the one stage is not taken for another's.
+    pub(super) fn for_stage(&self) -> Self {
+        Self {
+            writes_late: Arc::default(),
+            ..self.clone()
+        }
+    }
+
     pub(super) async fn close(&self) {
         self.pool.close().await;
     }

@@ -44,7 +44,9 @@ fn check(sender: &mut Sender, context: &AuthContext<'_>) -> Result<(), String> {
     let Some(access) = sender.access else {
         return Ok(());
     };
-    if context.database_name.is_some_and(|name| name == "temp") {
+    if context.database_name.is_some_and(|name| name == "temp")
+        && !is_alteration(access, &context.action)
+    {
         return Err(refusal("a temporary table", SESSION));
     }
     match context.action {
@@ -63,6 +65,21 @@ fn check(sender: &mut Sender, context: &AuthContext<'_>) -> Result<(), String> {
         AuthAction::Attach { .. } | AuthAction::Detach { .. } => Err(refusal("ATTACH", FILES)),
         action => check_definition(access, action),
     }
+}
+
+/// When it alters a table, SQLite looks for it in what is temporary, too.
+fn is_alteration(access: SqlAccess, action: &AuthAction<'_>) -> bool {
+    let (AuthAction::Read { table_name, .. } | AuthAction::Update { table_name, .. }) = action
+    else {
+        return matches!(action, AuthAction::Select | AuthAction::Function { .. });
+    };
+    access == SqlAccess::DataDefinition && is_sqlites(table_name)
+}
+
+fn is_sqlites(table: &str) -> bool {
+    table
+        .get(..7)
+        .is_some_and(|start| start.eq_ignore_ascii_case("sqlite_"))
 }
 
 fn refusal(what: &str, why: &str) -> String {
@@ -117,10 +134,7 @@ fn check_read(table: &str) -> Result<(), String> {
 fn check_write(access: SqlAccess, table: &str) -> Result<(), String> {
     check_name(table)?;
     // SQLite itself writes to them where tables are defined, and lets nobody else.
-    let is_sqlites = table
-        .get(..7)
-        .is_some_and(|start| start.eq_ignore_ascii_case("sqlite_"));
-    let needed = match is_sqlites {
+    let needed = match is_sqlites(table) {
         true => SqlAccess::DataDefinition,
         false => SqlAccess::Data,
     };

@@ -3,9 +3,11 @@
 //!
 //! All of it is of one moment, as if the file were its own: what it reads is as it was when it read first, and where somebody
 //! else has written since, its own first write fails. Then it is [`Fate::Contended`], and run again with the turn to write
-//! taken first. One that has only read needs no such care: it happened when it read.
+//! taken first; and its stage's next ones take that with their first statement. One that has only read needs no such care:
+//! it happened when it read.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -100,7 +102,9 @@ impl Session {
     }
 
     async fn open_for(&mut self, call: &Call) -> Result<(), Error> {
-        let to_write = !call.only_reads();
+        let to_write = !call.only_reads()
+            || (self.access > SqlAccess::ReadOnly
+                && self.database.writes_late.load(Ordering::Relaxed));
         match &mut self.open {
             Some(open) if open.writes || !to_write => Ok(()),
             Some(open) => {
@@ -157,7 +161,10 @@ impl Session {
             // full. A statement would commit by itself then.
             Ok((Ok(done), true)) => Outcome::done(done).lost(),
             Ok((Err(failure), true)) => Outcome::failed(failure.into_error(), Fate::Lost),
-            Ok((Err(Failure::Busy(error)), false)) => Outcome::failed(error, Fate::Contended),
+            Ok((Err(Failure::Busy(error)), false)) => {
+                self.database.writes_late.store(true, Ordering::Relaxed);
+                Outcome::failed(error, Fate::Contended)
+            }
             Ok((Err(Failure::Statement(error)), false)) => {
                 let fate = fate(&error, guarded, only_reads);
                 Outcome::failed(error, fate)

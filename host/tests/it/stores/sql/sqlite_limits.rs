@@ -7,7 +7,7 @@ use host::delivery::progress::{Mode, Transaction as _};
 use host::pipeline::SqlUrl;
 
 use super::Value::{Bytes, Int64};
-use super::transactions::{INSERT, Owner, insert};
+use super::transactions::{Owner, insert};
 use super::{Kind, Place, execute, on, query, text};
 
 /// Far more than any of these takes, far less than what they would take without bounds.
@@ -353,7 +353,6 @@ async fn large_statements_have_room() {
         assert_eq!(inserted, 1);
         let count = "SELECT count(*) FROM j, json_each(j.doc)";
         assert_eq!(query(&database, count, &[]).await, [[Int64(100_001)]]);
-        assert_eq!(database.execute(INSERT, &[]).await.is_err(), true);
     })
     .await;
 }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use host::capability::sql::Error;
 use host::delivery::progress::{Broken, Ledger, Mode, Transaction as _};
+use host::pipeline::SqlAccess;
 
 use super::Value::Int64;
 use super::transactions::{INSERT, MODES, Owner, insert};
@@ -94,6 +95,8 @@ async fn who_reads_and_then_writes_what_others_have_changed_runs_again() {
         const READ: &str = "SELECT n FROM counter";
         const WRITE: &str = "UPDATE counter SET n = $1";
         for mode in MODES {
+            // A stage that nothing is known of yet.
+            owner.database = here.granted(SqlAccess::Data);
             let transaction = owner.begin(mode).await;
             let read = transaction.query(READ, &[]).await.expect("a row").rows;
             let Int64(n) = read[0][0] else {
@@ -111,6 +114,18 @@ async fn who_reads_and_then_writes_what_others_have_changed_runs_again() {
             assert_eq!(read, [[Int64(n + 1)]]);
             assert_eq!(transaction.execute(WRITE, &[Int64(n + 2)]).await, Ok(1));
             owner.commit(transaction).await.expect("a commit");
+            // The stage's next ones do so with their first statement.
+            let transaction = owner.begin(mode).await;
+            assert!(transaction.query(READ, &[]).await.is_ok());
+            let other = tokio::spawn({
+                let other = other.clone();
+                async move { other.execute(WRITE, &[Int64(0)]).await }
+            });
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            assert_eq!(transaction.execute(WRITE, &[Int64(n + 2)]).await, Ok(1));
+            owner.commit(transaction).await.expect("a commit");
+            assert_eq!(other.await.expect("an answer"), Ok(1));
+            execute(&here, WRITE, &[Int64(n + 2)]).await;
         }
         assert_eq!(query(&here, READ, &[]).await, [[Int64(4)]]);
         here.close().await;
