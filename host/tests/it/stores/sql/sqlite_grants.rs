@@ -92,7 +92,6 @@ async fn sqlite_grants_are_what_a_stage_may_do() {
         "CREATE VIEW ids AS SELECT id FROM posts",
         "REINDEX by_title",
         "ANALYZE posts",
-        "ANALYZE",
         "DROP VIEW ids",
         "DROP INDEX by_title",
         "DROP TABLE newer",
