@@ -104,6 +104,8 @@ impl Connection {
         // The schema can't be written to, and what it calls is what stages may call.
         sql.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true)?;
         sql.set_db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false)?;
+        // The last one to close would carry the log over, and keep the file from whoever opens it meanwhile.
+        sql.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
         functions::replace(&sql, &guard)?;
         let asked = guard.clone();
         sql.authorizer(Some(move |context: rusqlite::hooks::AuthContext<'_>| {
@@ -125,6 +127,12 @@ impl Connection {
         };
         connection.limit_values(MAX_VALUE_BYTES)?;
         Ok(connection)
+    }
+
+    /// The host is about to stop: the file is to be whole without its log.
+    pub(super) fn carry_log_over_on_close(&self) {
+        let config = DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE;
+        self.sql.set_db_config(config, false).ok();
     }
 
     /// The connection is at rest, and somebody else has it now.

@@ -64,6 +64,9 @@ fn work_off(mut connection: Connection, jobs: &Receiver<Job>) {
         match job {
             Job::Work(work) => work(&mut connection),
             Job::End(permit, writing, told) => {
+                if told.is_some() {
+                    connection.carry_log_over_on_close();
+                }
                 drop(connection);
                 drop((writing, permit));
                 if let Some(told) = told {

@@ -8,16 +8,21 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::super::transaction::{Fate, Outcome};
-use super::super::{ACQUIRE_TIMEOUT, Error, Failure, STATEMENT_SAVEPOINT, SqlAccess, Work};
+use super::super::{Error, Failure, STATEMENT_SAVEPOINT, SqlAccess, Work};
 use super::Sqlite;
 use super::call::{Call, command};
 use super::connection::Connection;
 use super::pool::Lease;
 use crate::delivery::progress::{Commit, Mode};
+
+/// How long a statement waits for its turn within a call, whose deadline runs meanwhile: behind it, the call must have time
+/// left for its own work. Who waited in vain does so again before the call.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Dropped, its connection is closed, and with it the transaction is rolled back; only then another may write.
 pub(in super::super) struct Session {
@@ -89,12 +94,12 @@ impl Session {
         if call.is_empty() {
             return Ok(call);
         }
-        let ready = tokio::time::timeout(ACQUIRE_TIMEOUT, self.open_for(&call)).await;
+        let ready = tokio::time::timeout(PATIENCE, self.open_for(&call)).await;
         match ready {
             Ok(Ok(())) => Ok(call),
             Ok(Err(error)) => Err(NotReady::Contended(error)),
             Err(_) => {
-                let waited = ACQUIRE_TIMEOUT.as_secs();
+                let waited = PATIENCE.as_secs();
                 let why = format!("other transactions kept the database for {waited} s");
                 Err(NotReady::Contended(Error::Unavailable(why)))
             }
