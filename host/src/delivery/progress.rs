@@ -80,6 +80,8 @@ pub enum Mode {
     Optimistic,
     /// With a savepoint around every statement, so that one that fails costs itself alone.
     Careful,
+    /// As careful, and with all that others could keep from it taken before it begins: after [`Broken::Contended`].
+    Exclusive,
 }
 
 /// Why a transaction can't go on: nothing of it counts, and no statement is run in it any more.
@@ -87,6 +89,8 @@ pub enum Mode {
 pub enum Broken {
     /// A statement failed in an optimistic transaction. It is worth a careful one.
     Statement,
+    /// Others wrote, or kept it from writing. It is worth an exclusive one, and no message is at fault.
+    Contended,
     /// The connection was lost, or a statement on it was given up half-way. In words.
     Connection(String),
 }
@@ -108,7 +112,7 @@ pub trait Ledger: Send + Sync + 'static {
         epoch: i64,
     ) -> impl Future<Output = Result<Option<Claim>, StoreError>> + Send;
 
-    /// Begins a transaction, once one can be had: however many lanes there are, they take turns.
+    /// Begins a transaction, once one can be had or as soon as it needs one: however many lanes there are, they take turns.
     fn begin(
         &self,
         mode: Mode,

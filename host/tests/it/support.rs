@@ -135,6 +135,17 @@ impl Host {
         self.log.lock().expect("the log").join("\n")
     }
 
+    /// The most memory that it has had, in MiB.
+    pub(crate) fn peak_mib(&self) -> u64 {
+        let status = format!("/proc/{}/status", self.process.id());
+        let status = std::fs::read_to_string(status).expect("what Linux tells of a process");
+        let peak = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB"));
+        let kib: u64 = peak.and_then(|kib| kib.parse().ok()).expect("its peak");
+        kib / 1024
+    }
+
     /// An address of the lines on stdout, by the word that the line begins with.
     pub(crate) fn address(&self, word: &str) -> String {
         self.wait_for(&format!("the {word} address"), || {

@@ -53,9 +53,9 @@ pub(super) fn migration_error(error: MigrateError) -> Result<sqlx::Error, StoreE
 pub(super) struct Statements {
     /// Asks for every column, and no row.
     pub(super) probe: Arc<str>,
-    claim: Arc<str>,
-    reclaim: Arc<str>,
-    save: Arc<str>,
+    pub(super) claim: Arc<str>,
+    pub(super) reclaim: Arc<str>,
+    pub(super) save: Arc<str>,
 }
 
 impl Statements {
@@ -84,7 +84,7 @@ impl Statements {
 
 /// A new row's generation: above that of any row which the lane had before and lost, so that what comes of it is not taken for
 /// what came of that one. Milliseconds since the Unix epoch.
-fn generation() -> i64 {
+pub(super) fn generation() -> i64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     i64::try_from(now.unwrap_or_default().as_millis()).unwrap_or_default()
 }

@@ -104,9 +104,14 @@ impl Database {
 
     /// The same database, for a stage that may do so much in it.
     pub fn granted(&self, access: SqlAccess) -> Self {
+        let kind = match &self.kind {
+            Kind::Postgres(database) => Kind::Postgres(database.clone()),
+            Kind::Sqlite(database) => Kind::Sqlite(database.for_stage()),
+        };
         Self {
+            kind,
             access,
-            ..self.clone()
+            slots: self.slots.clone(),
         }
     }
 
@@ -202,6 +207,8 @@ impl Done {
 enum Failure {
     /// It is the statement's own failure.
     Statement(Error),
+    /// The same, for another one writes: nothing of it was done, and it is worth trying again.
+    Busy(Error),
     /// The transaction has failed as a whole. The connection is at rest.
     Transaction(Error),
     /// Nobody knows what the connection is doing: it is to be closed.
@@ -211,7 +218,10 @@ enum Failure {
 impl Failure {
     fn into_error(self) -> Error {
         match self {
-            Self::Statement(error) | Self::Transaction(error) | Self::Lost(error) => error,
+            Self::Statement(error)
+            | Self::Busy(error)
+            | Self::Transaction(error)
+            | Self::Lost(error) => error,
         }
     }
 

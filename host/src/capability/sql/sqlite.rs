@@ -1,71 +1,62 @@
 //! The `sql` capability on SQLite: one file, many readers, one writer at a time.
+//!
+//! A connection is a thread (`pool`), since SQLite waits and works where it is called. What a guest's statement may do is
+//! decided by SQLite's authorizer (`authorizer`), what it may take by its limits (`connection`, `memory`, `functions`).
 
 use std::path::Path;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use sqlx::sqlite::{
-    SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePool, SqlitePoolOptions,
-    SqliteSynchronous,
-};
+use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqliteSynchronous};
 use sqlx::{ConnectOptions, Connection};
-use tokio::sync::{Mutex, MutexGuard};
+use tokio::sync::{Mutex, OwnedMutexGuard};
+use tracing::warn;
 
-use super::lease::Lease;
 use super::ledger::{self, Statements};
 use super::migrate::Migrations;
-use super::{ACQUIRE_TIMEOUT, Done, Error, Failure, MAX_ANSWER_BYTES, SqlAccess, StoreError, Work};
-use call::{Call, Means, Running};
-use error::{failure_of, open_error};
-use value::DeclaredTypes;
+use super::{ACQUIRE_TIMEOUT, Done, Error, Failure, SqlAccess, StoreError, Work};
+use call::Call;
+use connection::BUSY_TIMEOUT;
+use error::open_error;
+use pool::{Lease, Pool};
 
+mod authorizer;
 mod call;
+mod connection;
 mod error;
+mod functions;
+mod guard;
+mod memory;
+mod pattern;
+mod pool;
 mod progress;
 mod session;
 mod value;
 
-pub(super) use session::Session;
+pub(super) use session::{NotReady, Session};
 
-/// How long SQLite waits for another process that writes.
-const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long until the next try where it does not wait.
+/// How long until the file is opened again that another process is just making.
 const BUSY_PAUSE: Duration = Duration::from_millis(20);
-/// Prepared statements that a connection keeps.
-const STATEMENT_CACHE: usize = 256;
-/// Rows that the database's thread reads ahead. Each may have as many bytes as [`limit_values`] allows.
-const ROWS_AHEAD: usize = 4;
+/// How often who waits for the turn to write says so.
+const TURN_NOTICE: Duration = Duration::from_secs(10);
 
 /// A SQLite database.
 #[derive(Clone)]
 pub(super) struct Sqlite {
-    pool: SqlitePool,
+    pool: Arc<Pool>,
     /// Held while writing: SQLite has one writer, and a queue here is fair where its own is not.
     writer: Arc<Mutex<()>>,
-    declared: DeclaredTypes,
-    altered: Altered,
+    /// A transaction of this stage's read first, and then wrote too late: from then on they take the turn to write with
+    /// their first statement, or all of them would run twice.
+    writes_late: Arc<AtomicBool>,
     progress: Arc<Statements>,
+    options: Arc<SqliteConnectOptions>,
+    place: Arc<str>,
 }
 
-/// When a table was last altered. The driver keeps the columns of prepared statements, and a connection whose
-/// statement has other columns all of a sudden crashes; so connections from before are not used again.
-/// With them goes what a CREATE made in `temp`.
-#[derive(Clone, Default)]
-struct Altered(Arc<RwLock<Option<Instant>>>);
-
-impl Altered {
-    fn note(&self) {
-        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
-    }
-
-    fn is_since(&self, age: Duration) -> bool {
-        let altered = *self.0.read().unwrap_or_else(PoisonError::into_inner);
-        altered.is_some_and(|altered| altered.elapsed() <= age)
-    }
-}
-
-/// The first connection makes the file's log. SQLite refuses that at once, without its own wait, while another process
-/// does so too.
+/// A connection of the driver that runs migrations. The first one makes the file's log, which SQLite refuses at once, without
+/// its own wait, while another process does so too.
 async fn connect(
     options: &SqliteConnectOptions,
     place: &str,
@@ -92,6 +83,7 @@ pub(super) async fn open(
     max_connections: u32,
 ) -> Result<Sqlite, StoreError> {
     let place = format!("SQLite at {}", file.display());
+    memory::install().map_err(|why| StoreError::Refused(format!("{place}: {why}")))?;
     if let Some(folder) = file
         .parent()
         .filter(|folder| !folder.as_os_str().is_empty())
@@ -107,8 +99,6 @@ pub(super) async fn open(
         .synchronous(SqliteSynchronous::Full)
         .foreign_keys(true)
         .busy_timeout(BUSY_TIMEOUT)
-        .statement_cache_capacity(STATEMENT_CACHE)
-        .row_buffer_size(ROWS_AHEAD)
         .disable_statement_logging();
     let mut connection = connect(&options, &place).await?;
     if let Some(migrations) = migrations {
@@ -120,38 +110,30 @@ pub(super) async fn open(
                 StoreError::Refused(why) => StoreError::Refused(format!("{place}: {why}")),
             })?;
     }
-    let declared = DeclaredTypes::default();
-    let read = declared.read(&mut connection).await;
-    read.map_err(|error| open_error(&place, &error))?;
     connection
         .close()
         .await
         .map_err(|error| open_error(&place, &error))?;
-
-    let altered = Altered::default();
-    let pool = SqlitePoolOptions::new()
-        .max_connections(max_connections)
-        .acquire_timeout(ACQUIRE_TIMEOUT)
-        .test_before_acquire(false)
-        .after_connect(|connection, _| Box::pin(limit_values(connection, MAX_ANSWER_BYTES)))
-        .before_acquire({
-            let altered = altered.clone();
-            move |_, metadata| {
-                let current = !altered.is_since(metadata.age);
-                Box::pin(async move { Ok(current) })
-            }
-        })
-        .connect_lazy_with(options);
     Ok(Sqlite {
-        pool,
+        // One beside that of a transaction, which may wait for the turn of a statement that has none yet.
+        pool: Arc::new(Pool::new(file.to_owned(), max_connections.max(2))),
         writer: Arc::default(),
-        declared,
-        altered,
+        writes_late: Arc::default(),
         progress: Arc::new(Statements::of(&format!("main.{}", ledger::TABLE))),
+        options: Arc::new(options),
+        place: place.into(),
     })
 }
 
 impl Sqlite {
+    /// The same, and what is learnt of the one stage is not taken for another's.
+    pub(super) fn for_stage(&self) -> Self {
+        Self {
+            writes_late: Arc::default(),
+            ..self.clone()
+        }
+    }
+
     pub(super) async fn close(&self) {
         self.pool.close().await;
     }
@@ -163,70 +145,64 @@ impl Sqlite {
         text: &str,
         work: Work<'_>,
     ) -> Result<Done, Error> {
-        let mut call = Call::new(access, text, work)?;
-        if let Work::ExecuteMany([]) = work {
+        let call = Call::new(access, text, work)?;
+        if call.is_empty() {
             return Ok(Done::affected(0));
         }
-        let _writing = match call.only_reads() && !call.is_many() {
+        let writing = match call.only_reads() && !call.is_many() {
             true => None,
             false => Some(self.write().await?),
         };
-        let mut connection = Lease::take(&self.pool).await?;
-        let answer = self.run(&mut connection, &mut call).await;
-        connection.finish(answer)
-    }
-
-    async fn run(
-        &self,
-        connection: &mut SqliteConnection,
-        call: &mut Call<'_>,
-    ) -> Result<Done, Error> {
-        let running = Running::on(connection).await?;
-        let mut means = Means {
-            connection,
-            running: &running,
-            declared: &self.declared,
-        };
-        let answer = call.run_alone(&mut means).await;
-        let answer = answer.map_err(Failure::into_error)?;
-        if call.alters_tables() {
-            self.altered.note();
-            running.renew();
-            self.read_declared(connection).await?;
+        let mut lease = self.pool.take().await?;
+        lease.writing = writing;
+        let done = lease
+            .run(move |connection| call.run_alone(connection))
+            .await?;
+        match done {
+            Ok(done) => {
+                lease.give_back();
+                Ok(done)
+            }
+            Err(Failure::Lost(error)) => Err(error),
+            Err(failure) => {
+                lease.give_back();
+                Err(failure.into_error())
+            }
         }
-        Ok(answer)
     }
 
-    async fn read_declared(&self, connection: &mut SqliteConnection) -> Result<(), Error> {
-        let read = self.declared.read(connection).await;
-        read.map_err(|error| error::error_of(&error))
-    }
-
-    async fn write(&self) -> Result<MutexGuard<'_, ()>, Error> {
-        let lock = tokio::time::timeout(ACQUIRE_TIMEOUT, self.writer.lock()).await;
+    /// The turn to write, for who has somebody to tell that it was not to be had.
+    async fn write(&self) -> Result<OwnedMutexGuard<()>, Error> {
+        let lock = tokio::time::timeout(ACQUIRE_TIMEOUT, self.writer.clone().lock_owned()).await;
         lock.map_err(|_| {
             let waited = ACQUIRE_TIMEOUT.as_secs();
             Error::Unavailable(format!("other writers kept the database for {waited} s"))
         })
     }
-}
 
-/// Has SQLite refuse values and rows that no answer could carry, before it makes them.
-#[allow(
-    unsafe_code,
-    reason = "neither the driver nor any statement sets this limit"
-)]
-async fn limit_values(connection: &mut SqliteConnection, bytes: usize) -> Result<(), sqlx::Error> {
-    let mut handle = connection.lock_handle().await?;
-    let bytes = i32::try_from(bytes).unwrap_or(i32::MAX);
-    // SAFETY: the pointer is the connection's own, open and ours alone for as long as `handle` is locked, and the
-    // call keeps nothing of it.
-    unsafe {
-        libsqlite3_sys::sqlite3_limit(
-            handle.as_raw_handle().as_ptr(),
-            libsqlite3_sys::SQLITE_LIMIT_LENGTH,
-            bytes,
-        );
+    /// The turn to write, however long it takes: who has it gives it back at its stage's deadline at the latest.
+    async fn write_in_turn(&self) -> OwnedMutexGuard<()> {
+        let mut waited = Duration::ZERO;
+        let lock = self.writer.clone().lock_owned();
+        tokio::pin!(lock);
+        loop {
+            if let Ok(turn) = tokio::time::timeout(TURN_NOTICE, &mut lock).await {
+                return turn;
+            }
+            waited += TURN_NOTICE;
+            warn!(
+                "{}: a stage has waited {} s for its turn to write: others keep transactions open",
+                self.place,
+                waited.as_secs()
+            );
+        }
     }
-    Ok(())
+
+    /// A connection that may write. Waits for both.
+    async fn writing(&self) -> Result<Lease, Error> {
+        let writing = self.write_in_turn().await;
+        let mut lease = self.pool.take().await?;
+        lease.writing = Some(writing);
+        Ok(lease)
+    }
 }

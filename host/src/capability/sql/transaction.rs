@@ -29,6 +29,8 @@ enum State {
     Busy,
     /// It can only be rolled back.
     Doomed(Box<Held>),
+    /// A statement waits for its turn to write; or waited too long, or in vain.
+    Contended(Option<Box<Held>>),
     /// There is no connection any more.
     Gone(String),
 }
@@ -36,12 +38,13 @@ enum State {
 /// The connection is let go before its turn is.
 struct Held {
     session: Session,
-    _turn: OwnedSemaphorePermit,
+    /// SQLite's session takes it when it needs it.
+    _turn: Option<OwnedSemaphorePermit>,
 }
 
 enum Session {
     Postgres(postgres::Session),
-    Sqlite(sqlite::Session),
+    Sqlite(Box<sqlite::Session>),
 }
 
 /// What a statement has answered, and what is left of the transaction.
@@ -59,6 +62,8 @@ pub(super) enum Fate {
     Kept,
     /// It can only be rolled back.
     Doomed,
+    /// The same, for others write: nothing is wrong with it.
+    Contended,
     /// Its connection is to be closed.
     Lost,
 }
@@ -91,16 +96,18 @@ impl Outcome {
 
 impl Transaction {
     pub(super) async fn begin(database: &Database, mode: Mode) -> Result<Self, StoreError> {
-        // The semaphore is never closed; without it, the pool's own limit holds.
-        let turn = database.slots.clone().acquire_owned().await;
-        let turn = turn.map_err(|error| StoreError::Unavailable(error.to_string()))?;
-        let access = database.access;
-        let session = match &database.kind {
+        let (access, turns) = (database.access, database.slots.clone());
+        let (session, turn) = match &database.kind {
             Kind::Postgres(database) => {
-                Session::Postgres(postgres::Session::begin(database, access).await?)
+                // The semaphore is never closed; without it, the pool's own limit holds.
+                let turn = turns.acquire_owned().await;
+                let turn = turn.map_err(|error| StoreError::Unavailable(error.to_string()))?;
+                let session = postgres::Session::begin(database, access).await?;
+                (Session::Postgres(session), Some(turn))
             }
             Kind::Sqlite(database) => {
-                Session::Sqlite(sqlite::Session::begin(database, access).await?)
+                let session = sqlite::Session::begin(database, access, mode, turns).await?;
+                (Session::Sqlite(Box::new(session)), None)
             }
         };
         let held = Box::new(Held {
@@ -139,7 +146,20 @@ impl Transaction {
         let mode = self.0.mode;
         let Outcome { answer, fate } = match &mut held.session {
             Session::Postgres(session) => session.call(mode, text, work).await,
-            Session::Sqlite(session) => session.call(mode, text, work).await,
+            Session::Sqlite(session) => {
+                // Who gives up on it here has lost nothing.
+                *self.state() = State::Contended(None);
+                match session.ready(text, work).await {
+                    Ok(call) => {
+                        *self.state() = State::Busy;
+                        session.call(mode, call).await
+                    }
+                    Err(sqlite::NotReady::Refused(error)) => Outcome::untouched(error),
+                    Err(sqlite::NotReady::Contended(error)) => {
+                        Outcome::failed(error, Fate::Contended)
+                    }
+                }
+            }
         };
         if fate == Fate::Untouched {
             self.0.statements.fetch_sub(1, Ordering::Relaxed);
@@ -147,6 +167,7 @@ impl Transaction {
         let state = match (fate, &answer) {
             (Fate::Untouched | Fate::Kept, _) => State::Open(held),
             (Fate::Doomed, _) => State::Doomed(held),
+            (Fate::Contended, _) => State::Contended(Some(held)),
             (Fate::Lost, Ok(_)) => State::Gone("a statement broke the connection".to_owned()),
             (Fate::Lost, Err(error)) => State::Gone(words(error.clone())),
         };
@@ -195,6 +216,7 @@ impl progress::Transaction for Transaction {
                 Some(Broken::Connection(why.to_owned()))
             }
             State::Doomed(_) => Some(Broken::Statement),
+            State::Contended(_) => Some(Broken::Contended),
             State::Gone(why) => Some(Broken::Connection(why.clone())),
         }
     }
@@ -248,7 +270,7 @@ impl progress::Transaction for Transaction {
     async fn rollback(self) {
         let ended = State::Gone("it was rolled back".to_owned());
         let state = mem::replace(&mut *self.state(), ended);
-        if let State::Open(held) | State::Doomed(held) = state {
+        if let State::Open(held) | State::Doomed(held) | State::Contended(Some(held)) = state {
             held.session.rollback().await;
         }
     }

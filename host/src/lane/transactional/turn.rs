@@ -54,6 +54,14 @@ impl Plan {
         }
     }
 
+    /// The same after others were in the way.
+    fn exclusive(&mut self) -> Self {
+        Self {
+            mode: Mode::Exclusive,
+            ..self.again(None)
+        }
+    }
+
     /// The same after the connection broke in a call, which may be a reason for it: a message that was called alone is
     /// at fault, and a larger call is halved.
     pub(super) fn after_loss(&mut self, call: &Range<usize>, fault: Fault) -> Self {
@@ -207,7 +215,7 @@ where
         let records: Vec<_> = (at..end).filter(|i| !batch.duplicate[*i]).collect();
         // A message that is called alone is alone, whatever duplicates are behind it.
         let end = if records.len() == 1 { at + 1 } else { end };
-        let careful = plan.mode == Mode::Careful;
+        let careful = plan.mode != Mode::Optimistic;
         if careful && let Err(error) = transaction.savepoint().await {
             return Answer::Ran(Ran::Lost(at..end, lost(error)));
         }
@@ -218,6 +226,7 @@ where
         };
         match transaction.broken() {
             Some(Broken::Statement) => return Answer::Ran(Ran::Void(plan.again(None))),
+            Some(Broken::Contended) => return Answer::Ran(Ran::Void(plan.exclusive())),
             Some(Broken::Connection(why)) => {
                 let fault = match invocation.outcomes {
                     // The statement that broke it off was out of time.

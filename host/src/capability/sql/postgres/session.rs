@@ -46,7 +46,7 @@ impl Session {
         };
         self.traces |= call.may_leave_traces();
         match mode {
-            Mode::Careful => {
+            Mode::Careful | Mode::Exclusive => {
                 let done = call.run_in(&STATEMENT_SAVEPOINT, &mut self.lease).await;
                 match done {
                     Ok(done) => Outcome::done(done),
@@ -67,7 +67,9 @@ impl Session {
         let error = match done {
             Ok(done) => return Outcome::done(done),
             Err(Failure::Lost(error)) => return Outcome::failed(error, Fate::Lost),
-            Err(Failure::Statement(error) | Failure::Transaction(error)) => error,
+            Err(Failure::Statement(error) | Failure::Busy(error) | Failure::Transaction(error)) => {
+                error
+            }
         };
         // So that the next transaction on this connection does not meet the same plan.
         if stale && forget_plans(&mut self.lease).await.is_err() {

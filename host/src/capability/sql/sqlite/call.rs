@@ -1,279 +1,230 @@
 //! A statement of a guest, on a connection.
 
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use rusqlite::types::ValueRef;
 
-use futures::TryStreamExt;
-use sqlx::sqlite::{SqliteArguments, SqliteConnection};
-use sqlx::{AssertSqlSafe, Either, Executor, SqlSafeStr, Statement as _};
-
-use super::super::statement::Dialect;
+use super::super::statement::{self, Dialect};
 use super::super::{
-    Answer, Bracket, Done, Error, Failure, Rows, STATEMENT_TIMEOUT, SqlAccess, Value, Work,
+    Answer, Bracket, Done, Error, Failure, MAX_ANSWER_BYTES, SqlAccess, Value, Work, database_error,
 };
+use super::connection::{Connection, IsBusy, Params, bind, marked};
 use super::error::{error_of, failure_of};
-use super::value::{self, DeclaredTypes};
+use super::{authorizer, memory, value};
 
-/// Instructions of SQLite's machine between two looks at the clock: some tens of microseconds.
-const INSTRUCTIONS_PER_LOOK: i32 = 10_000;
-
-/// A statement that may be sent, and what for.
-pub(super) struct Call<'a> {
+/// A statement that may be sent, with its parameters as SQLite takes them.
+pub(in super::super) struct Call {
     keyword: String,
-    text: Arc<str>,
-    work: Work<'a>,
-    /// What has been encoded before a connection was asked for.
-    first: Option<Query>,
+    /// As it is prepared.
+    text: String,
+    access: SqlAccess,
+    purpose: Purpose,
+    lists: Vec<Params>,
+    /// What is wrong with the list behind the last of these.
+    unsupported: Option<Error>,
 }
 
-/// A statement and its parameters.
-type Query = sqlx::query::Query<'static, sqlx::Sqlite, SqliteArguments>;
-
-/// What every statement on a connection needs.
-pub(super) struct Means<'a> {
-    pub(super) connection: &'a mut SqliteConnection,
-    pub(super) running: &'a Running,
-    pub(super) declared: &'a DeclaredTypes,
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Purpose {
+    Query,
+    Execute,
+    ExecuteMany,
 }
 
-impl<'a> Call<'a> {
-    pub(super) fn new(access: SqlAccess, text: &'a str, work: Work<'a>) -> Result<Self, Error> {
+impl IsBusy for Failure {
+    fn is_busy(&self) -> bool {
+        matches!(self, Self::Busy(_))
+    }
+}
+
+impl Call {
+    pub(super) fn new(access: SqlAccess, text: &str, work: Work<'_>) -> Result<Self, Error> {
         let keyword = work.check(Dialect::Sqlite, access, text)?;
-        let mut call = Self {
+        authorizer::check_text(&keyword, text).map_err(statement::not_supported)?;
+        let purpose = match work {
+            Work::Query(_) => Purpose::Query,
+            Work::Execute(_) => Purpose::Execute,
+            Work::ExecuteMany(_) => Purpose::ExecuteMany,
+        };
+        let (lists, unsupported) = match work {
+            Work::Query(params) | Work::Execute(params) => (vec![encode(params)?], None),
+            Work::ExecuteMany(lists) => encode_while_supported(lists),
+        };
+        Ok(Self {
             keyword,
-            text: text.into(),
-            work,
-            first: None,
-        };
-        call.first = match work {
-            Work::Query(params) | Work::Execute(params) => Some(call.with(params)?),
-            Work::ExecuteMany(_) => None,
-        };
-        Ok(call)
+            text: marked(access, text),
+            access,
+            purpose,
+            lists,
+            unsupported,
+        })
     }
 
+    /// As far as its first word tells: whether it can do without the turn to write.
     pub(super) fn only_reads(&self) -> bool {
-        matches!(self.keyword.as_str(), "SELECT" | "VALUES" | "EXPLAIN")
-    }
-
-    pub(super) fn alters_tables(&self) -> bool {
-        matches!(self.keyword.as_str(), "CREATE" | "ALTER" | "DROP")
+        matches!(
+            self.keyword.as_str(),
+            "SELECT" | "VALUES" | "EXPLAIN" | "PRAGMA"
+        ) || self.access == SqlAccess::ReadOnly
     }
 
     /// Whether it is more than one statement, which a failure of its own does not undo as a whole.
     pub(super) fn is_many(&self) -> bool {
-        self.work.is_many()
+        self.purpose == Purpose::ExecuteMany
+    }
+
+    /// Whether there is nothing to run.
+    pub(super) fn is_empty(&self) -> bool {
+        self.lists.is_empty() && self.unsupported.is_none()
     }
 
     /// Runs it by itself.
-    pub(super) async fn run_alone(&mut self, means: &mut Means<'_>) -> Result<Done, Failure> {
+    pub(super) fn run_alone(&self, connection: &mut Connection) -> Result<Done, Failure> {
         const TRANSACTION: Bracket = Bracket {
-            open: "BEGIN IMMEDIATE",
+            open: super::connection::BEGIN_IMMEDIATE,
             keep: "COMMIT",
             undo: "ROLLBACK",
         };
-        if self.is_many() {
-            return self.run_in(&TRANSACTION, means).await;
-        }
-        self.run(means).await
+        connection.until_free(|connection| match self.is_many() {
+            true => self.run_in(&TRANSACTION, connection),
+            false => self.run(connection),
+        })
     }
 
     /// All or nothing.
-    pub(super) async fn run_in(
-        &mut self,
+    pub(super) fn run_in(
+        &self,
         bracket: &Bracket,
-        means: &mut Means<'_>,
+        connection: &mut Connection,
     ) -> Result<Done, Failure> {
-        let opened = command(means.connection, bracket.open).await;
-        opened.map_err(Failure::lost)?;
-        let done = match self.run(means).await {
-            Ok(done) => command(means.connection, bracket.keep).await.map(|()| done),
+        command(connection, bracket.open)?;
+        let done = match self.run(connection) {
+            Ok(done) => command(connection, bracket.keep).map(|()| done),
             Err(failure) => Err(failure),
         };
-        let Err(Failure::Statement(error)) = done else {
-            return done;
+        let failure = match done {
+            Err(failure @ (Failure::Statement(_) | Failure::Busy(_))) => failure,
+            done => return done,
         };
-        if is_out_of_transaction(means.connection).await? {
-            return Err(Failure::Transaction(error));
+        if connection.sql.is_autocommit() {
+            return Err(Failure::Transaction(failure.into_error()));
         }
-        let undone = command(means.connection, bracket.undo).await;
-        undone.map_err(Failure::lost)?;
-        Err(Failure::Statement(error))
+        command(connection, bracket.undo).map_err(Failure::lost)?;
+        Err(failure)
     }
 
     /// Runs it as it is.
-    pub(super) async fn run(&mut self, means: &mut Means<'_>) -> Result<Done, Failure> {
-        match self.work {
-            Work::Query(params) => {
-                let query = self.prepared(params)?;
-                self.fetch(means, query).await.map(Done::rows)
+    pub(super) fn run(&self, connection: &mut Connection) -> Result<Done, Failure> {
+        let (done, wanted_more) = memory::bounded(|| self.run_all(connection));
+        match done {
+            Err(_) if wanted_more => {
+                const OUT_OF_MEMORY: &str = "53200";
+                let most = memory::MAX_BYTES >> 20;
+                let message = format!(
+                    "the statement, and its transaction before it, need more than {most} MiB of memory"
+                );
+                Err(Failure::Statement(database_error(OUT_OF_MEMORY, message)))
             }
-            Work::Execute(params) => {
-                let query = self.prepared(params)?;
-                self.execute(means, query).await.map(Done::affected)
-            }
-            Work::ExecuteMany(lists) => {
-                let mut affected = 0;
-                for params in lists {
-                    let query = self.with(params)?;
-                    affected += self.execute(means, query).await?;
-                }
-                Ok(Done::affected(affected))
-            }
+            done => done,
         }
     }
 
-    fn prepared(&mut self, params: &[Value]) -> Result<Query, Error> {
-        match self.first.take() {
-            Some(query) => Ok(query),
-            None => self.with(params),
+    fn run_all(&self, connection: &mut Connection) -> Result<Done, Failure> {
+        let mut affected = 0;
+        for params in &self.lists {
+            let done = self.run_once(connection, params)?;
+            if self.purpose == Purpose::Query {
+                return Ok(done);
+            }
+            affected += done.affected;
+        }
+        match &self.unsupported {
+            Some(error) => Err(error.clone().into()),
+            None => Ok(Done::affected(affected)),
         }
     }
 
-    fn with(&self, params: &[Value]) -> Result<Query, Error> {
-        let mut arguments = SqliteArguments::default();
-        for param in params {
-            value::bind(&mut arguments, param)?;
-        }
-        Ok(sqlx::query_with(
-            AssertSqlSafe(self.text.clone()),
-            arguments,
-        ))
-    }
-
-    async fn fetch(&self, means: &mut Means<'_>, query: Query) -> Result<Rows, Failure> {
-        means.running.renew();
-        let mut answer = Answer::default();
+    fn run_once(&self, connection: &mut Connection, params: &Params) -> Result<Done, Failure> {
+        let guard = connection.guard.clone();
+        let failed = |error: rusqlite::Error| failure_of(&error, &guard);
+        let mut statement = connection
+            .prepare(self.access, &self.text)
+            .map_err(failed)?;
+        bind(&mut statement, params).map_err(failed)?;
+        let (mut answered, mut answer) = (0, Answer::default());
         {
-            let mut stream = query.fetch(&mut *means.connection);
-            while let Some(row) = stream.try_next().await.map_err(|e| failure_of(&e))? {
-                if answer.columns.is_empty() {
-                    answer.columns = value::names(sqlx::Row::columns(&row));
+            let mut declared = Vec::new();
+            let mut rows = statement.raw_query();
+            while let Some(row) = rows.next().map_err(failed)? {
+                answered += 1;
+                if self.purpose != Purpose::Query {
+                    continue;
                 }
-                answer.push(value::row(&row, means.declared)?)?;
+                if answered == 1 {
+                    (answer.columns, declared) = value::columns(row.as_ref());
+                }
+                answer.push(take_row(row, &declared, answer.bytes)?)?;
             }
         }
-        if answer.rows.is_empty() {
-            // The names come with the rows, so an empty answer has to ask for them.
-            let text = AssertSqlSafe(self.text.clone()).into_sql_str();
-            let prepared = (&mut *means.connection).prepare(text).await;
-            let prepared = prepared.map_err(|error| failure_of(&error))?;
-            answer.columns = value::names(prepared.columns());
-        }
-        Ok(answer.finish())
-    }
-
-    /// How many rows were changed or, as PostgreSQL counts, answered.
-    async fn execute(&self, means: &mut Means<'_>, query: Query) -> Result<u64, Failure> {
-        means.running.renew();
-        let connection = &mut *means.connection;
-        // SQLite's count of changed rows is about the last statement that may have changed some.
-        let earlier = match self.keyword.as_str() {
-            "WITH" => Some(total_changes(connection).await?),
-            _ => None,
-        };
-        let (mut answered, mut changed) = (0, 0);
-        {
-            let mut stream = connection.fetch_many(query);
-            while let Some(item) = stream.try_next().await.map_err(|e| failure_of(&e))? {
-                match item {
-                    Either::Left(done) => changed += done.rows_affected(),
-                    Either::Right(_) => answered += 1,
-                }
+        if self.purpose == Purpose::Query {
+            if answered == 0 {
+                (answer.columns, _) = value::columns(&statement);
             }
+            return Ok(Done::rows(answer.finish()));
         }
-        let changes_rows = match self.keyword.as_str() {
-            "INSERT" | "UPDATE" | "DELETE" | "REPLACE" => true,
-            "WITH" => earlier != Some(total_changes(connection).await?),
-            _ => false,
-        };
-        Ok(match answered {
-            0 if changes_rows => changed,
+        // SQLite's count is of the last statement that may have changed rows.
+        let changes_rows = matches!(
+            self.keyword.as_str(),
+            "INSERT" | "UPDATE" | "DELETE" | "REPLACE" | "WITH"
+        ) && !statement.readonly();
+        drop(statement);
+        Ok(Done::affected(match answered {
+            0 if changes_rows => connection.sql.changes(),
             answered => answered,
-        })
+        }))
     }
 }
 
-async fn total_changes(connection: &mut SqliteConnection) -> Result<i64, Failure> {
-    let count = sqlx::query_scalar("SELECT total_changes()").fetch_one(connection);
-    count.await.map_err(|error| failure_of(&error))
+fn encode(params: &[Value]) -> Result<Params, Error> {
+    params.iter().map(value::encode).collect()
+}
+
+/// A list that is not to be had is no reason against those before it, whose own failures come first.
+fn encode_while_supported(lists: &[Vec<Value>]) -> (Vec<Params>, Option<Error>) {
+    let mut encoded = Vec::with_capacity(lists.len());
+    for params in lists {
+        match encode(params) {
+            Ok(params) => encoded.push(params),
+            Err(error) => return (encoded, Some(error)),
+        }
+    }
+    (encoded, None)
+}
+
+/// A row's values, each of which is copied only if the answer may still have it.
+fn take_row(
+    row: &rusqlite::Row<'_>,
+    declared: &[Option<value::Declared>],
+    mut bytes: usize,
+) -> Result<Vec<Value>, Error> {
+    let mut values = Vec::with_capacity(declared.len());
+    for (index, declared) in declared.iter().enumerate() {
+        let value = row.get_ref(index).map_err(|error| error_of(&error))?;
+        bytes += match value {
+            ValueRef::Text(bytes) | ValueRef::Blob(bytes) => bytes.len(),
+            _ => 0,
+        };
+        if bytes > MAX_ANSWER_BYTES {
+            return Err(Error::TooLarge(MAX_ANSWER_BYTES as u64));
+        }
+        values.push(value::decode(value, *declared).map_err(|why| {
+            let name = row.as_ref().column_name(index).unwrap_or_default();
+            Error::Unsupported(format!("column {name:?}: {why}"))
+        })?);
+    }
+    Ok(values)
 }
 
 /// Runs a command of the host's own.
-pub(super) async fn command(
-    connection: &mut SqliteConnection,
-    text: &'static str,
-) -> Result<(), Failure> {
-    let done = sqlx::raw_sql(text).execute(connection).await;
-    done.map(drop).map_err(|error| failure_of(&error))
-}
-
-/// Whether there is no transaction: SQLite ends one by itself when a constraint or a trigger says so, or the
-/// disk is full. A statement would commit by itself then.
-#[allow(unsafe_code, reason = "the driver does not tell")]
-pub(super) async fn is_out_of_transaction(
-    connection: &mut SqliteConnection,
-) -> Result<bool, Failure> {
-    let mut handle = connection
-        .lock_handle()
-        .await
-        .map_err(|error| failure_of(&error))?;
-    // SAFETY: the pointer is the connection's own, open and ours alone for as long as `handle` is locked, and the
-    // call keeps nothing of it.
-    let autocommit =
-        unsafe { libsqlite3_sys::sqlite3_get_autocommit(handle.as_raw_handle().as_ptr()) };
-    Ok(autocommit != 0)
-}
-
-/// A call, or a transaction, that waits for SQLite. Dropped with it, and SQLite sees it.
-pub(super) struct Running(Arc<Mutex<Instant>>);
-
-impl Running {
-    /// Has SQLite give up on a connection's statements in time, and when nobody waits for them any more.
-    pub(super) async fn on(connection: &mut SqliteConnection) -> Result<Self, Error> {
-        Self::until(connection, Instant::now() + STATEMENT_TIMEOUT).await
-    }
-
-    async fn until(connection: &mut SqliteConnection, ends: Instant) -> Result<Self, Error> {
-        let running = Self(Arc::new(Mutex::new(ends)));
-        let mut handle = connection
-            .lock_handle()
-            .await
-            .map_err(|error| error_of(&error))?;
-        let ends = Arc::downgrade(&running.0);
-        handle.set_progress_handler(INSTRUCTIONS_PER_LOOK, move || {
-            ends.upgrade().is_some_and(|ends| {
-                let ends = *ends.lock().unwrap_or_else(PoisonError::into_inner);
-                Instant::now() < ends
-            })
-        });
-        Ok(running)
-    }
-
-    /// Gives the next statement its time.
-    pub(super) fn renew(&self) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now() + STATEMENT_TIMEOUT;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use sqlx::ConnectOptions;
-    use sqlx::sqlite::SqliteConnectOptions;
-
-    use super::super::super::out_of_time;
-    use super::*;
-
-    #[tokio::test]
-    async fn a_statement_that_does_not_end_is_interrupted() {
-        let options = SqliteConnectOptions::new().in_memory(true);
-        let mut connection = options.connect().await.expect("a database in memory");
-        let running = Running::until(&mut connection, Instant::now()).await;
-        let _running = running.expect("a connection");
-        let endless = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) \
-                       SELECT count(*) FROM n";
-        let answer = sqlx::query(endless).fetch_all(&mut connection).await;
-        let error = answer.map(|rows| rows.len()).expect_err("an interruption");
-        assert_eq!(error_of(&error), out_of_time());
-    }
+pub(super) fn command(connection: &mut Connection, text: &'static str) -> Result<(), Failure> {
+    let done = connection.as_host(|sql| sql.execute_batch(text));
+    done.map_err(|error| failure_of(&error, &connection.guard))
 }

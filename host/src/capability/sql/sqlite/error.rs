@@ -1,38 +1,48 @@
 //! What SQLite's errors mean.
 
-use super::super::{DatabaseError, Error, Failure, StoreError, out_of_time, transport_error};
+use super::super::statement::not_supported;
+use super::super::{DatabaseError, Error, Failure, StoreError, database_error, out_of_time};
+use super::connection::MAX_WRITTEN_PAGES;
+use super::guard::Guard;
 
 /// The error of a statement, in the terms of the interface.
-pub(super) fn error_of(error: &sqlx::Error) -> Error {
-    let sqlx::Error::Database(database) = error else {
-        return transport_error(error);
+pub(super) fn error_of(error: &rusqlite::Error) -> Error {
+    let (code, message) = match error {
+        rusqlite::Error::SqliteFailure(code, message) => (code.extended_code, message.clone()),
+        other => return Error::Unsupported(other.to_string()),
     };
-    let code: i32 = match database.code().and_then(|code| code.parse().ok()) {
-        Some(code) => code,
-        None => return transport_error(error),
-    };
+    let message = message.unwrap_or_else(|| rusqlite::ffi::code_to_str(code).to_owned());
     match code & 0xff {
         INTERRUPT => return out_of_time(),
         BUSY | LOCKED | NO_MEMORY | IO_ERROR | FULL | CANNOT_OPEN => {
-            return Error::Unavailable(database.message().to_owned());
+            return Error::Unavailable(message);
         }
         _ => {}
     }
-    let message = database.message();
     Error::Database(DatabaseError {
         sqlstate: sqlstate(code).map(str::to_owned),
-        message: message.to_owned(),
-        constraint: constraint(code, message).map(str::to_owned),
+        constraint: constraint(code, &message).map(str::to_owned),
+        message,
     })
 }
 
 /// What is known of the connection after a statement that failed.
-pub(super) fn failure_of(error: &sqlx::Error) -> Failure {
-    match (error, error_of(error)) {
-        (sqlx::Error::Database(_), error) | (_, error @ Error::Unsupported(_)) => {
-            Failure::Statement(error)
-        }
-        (_, error) => Failure::Lost(error),
+pub(super) fn failure_of(error: &rusqlite::Error, guard: &Guard) -> Failure {
+    // SQLite says nothing of what the authorizer and the functions know better.
+    if let Some(why) = guard.with_sender(|sender| sender.refusal.take()) {
+        return Failure::Statement(not_supported(why));
+    }
+    if guard.is_full() {
+        let message = format!("the transaction writes more than {MAX_WRITTEN_PAGES} pages");
+        return Failure::Statement(database_error(LIMIT_EXCEEDED, message));
+    }
+    if guard.is_over() {
+        return Failure::Statement(out_of_time());
+    }
+    let is_busy = super::connection::IsBusy::is_busy(error);
+    match error_of(error) {
+        error if is_busy => Failure::Busy(error),
+        error => Failure::Statement(error),
     }
 }
 
@@ -56,6 +66,8 @@ const CONSTRAINT_UNIQUE: i32 = 2067;
 const CONSTRAINT_ROW_ID: i32 = 2579;
 const CONSTRAINT_DATA_TYPE: i32 = 3091;
 
+const LIMIT_EXCEEDED: &str = "54000";
+
 /// What PostgreSQL calls it.
 fn sqlstate(code: i32) -> Option<&'static str> {
     Some(match code {
@@ -68,7 +80,7 @@ fn sqlstate(code: i32) -> Option<&'static str> {
         _ => match code & 0xff {
             CONSTRAINT => "23000",
             MISMATCH => "42804",
-            TOO_BIG => "54000",
+            TOO_BIG => LIMIT_EXCEEDED,
             _ => return None,
         },
     })
@@ -85,9 +97,18 @@ fn constraint(code: i32, message: &str) -> Option<&str> {
 }
 
 pub(super) fn open_error(place: &str, error: &sqlx::Error) -> StoreError {
-    match error_of(error) {
-        Error::Unavailable(why) => StoreError::Unavailable(format!("{place}: {why}")),
-        Error::Database(database) => StoreError::Refused(format!("{place}: {}", database.message)),
-        other => StoreError::Refused(format!("{place}: {other}")),
+    let sqlx::Error::Database(database) = error else {
+        return StoreError::Unavailable(format!("{place}: {error}"));
+    };
+    let code: i32 = database
+        .code()
+        .and_then(|code| code.parse().ok())
+        .unwrap_or_default();
+    let message = format!("{place}: {}", database.message());
+    match code & 0xff {
+        INTERRUPT | BUSY | LOCKED | NO_MEMORY | IO_ERROR | FULL | CANNOT_OPEN => {
+            StoreError::Unavailable(message)
+        }
+        _ => StoreError::Refused(message),
     }
 }

@@ -1,59 +1,62 @@
 //! The table of the lanes' progress on SQLite.
 
-use sqlx::AssertSqlSafe;
-use sqlx::sqlite::SqliteConnection;
+use rusqlite::{OptionalExtension, ToSql};
+use sqlx::Connection as _;
 
-use super::super::lease::Lease;
-use super::super::ledger::{self, SQLITE, TABLE};
+use super::super::ledger::{self, SQLITE, Statements, TABLE};
 use super::super::migrate::{self, TIMEOUT};
-use super::super::{Error, Failure, MAX_ANSWER_BYTES, StoreError};
-use super::call::Running;
-use super::error::{error_of, failure_of};
-use super::{Sqlite, limit_values};
-use crate::delivery::progress::{Claim, Commit, LaneId};
-
-/// Bytes of a row of the table, of which SQLite itself has none larger than 1,000,000,000.
-const MAX_ROW_BYTES: usize = 1_000_000_000;
+use super::super::{Error, Failure, StoreError};
+use super::connection::{Connection, bind};
+use super::error::{error_of, failure_of, open_error};
+use super::pool::Lease;
+use super::{Sqlite, connect};
+use crate::delivery::progress::{Checkpoint, Claim, Commit, LaneId};
 
 impl Sqlite {
     pub(in super::super) async fn prepare_progress(&self) -> Result<(), StoreError> {
-        let _writing = self.writer.lock().await;
-        let mut lease = Lease::take(&self.pool).await?;
-        let running = Running::on(&mut lease).await?;
+        let mut lease = self.writing().await?;
         if self.probe(&mut lease).await.is_err() {
-            self.make(&mut lease).await?;
-            running.renew();
-            self.altered.note();
-            self.read_declared(&mut lease).await?;
-            let probed = self.probe(&mut lease).await;
-            probed.map_err(|error| StoreError::from(error_of(&error)))?;
+            self.make().await?;
+            self.probe(&mut lease).await?;
         }
+        let attached = lease.run(|connection| connection.as_host(attached)).await?;
         lease.give_back();
-        Ok(())
+        match attached.map_err(|error| StoreError::from(error_of(&error)))? {
+            None => Ok(()),
+            Some(what) => Err(StoreError::Refused(format!(
+                "{}: {TABLE}, in which lanes keep their progress, has the {what}, which is not the host's and would run with \
+                 each commit: drop it",
+                self.place
+            ))),
+        }
     }
 
-    async fn probe(&self, connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
-        let probe = sqlx::raw_sql(AssertSqlSafe(self.progress.probe.clone()));
-        probe.execute(connection).await.map(drop)
+    async fn probe(&self, lease: &mut Lease) -> Result<(), Error> {
+        let statements = self.progress.clone();
+        let probed = lease.run(move |connection| {
+            connection.as_host(|sql| sql.query_row(&statements.probe, [], |_| Ok(())).optional())
+        });
+        probed.await?.map(drop).map_err(|error| error_of(&error))
     }
 
-    async fn make(&self, connection: &mut SqliteConnection) -> Result<(), StoreError> {
+    /// By the driver that runs migrations; whoever calls has the turn to write.
+    async fn make(&self) -> Result<(), StoreError> {
         let migrator = ledger::migrator(SQLITE);
-        let run = migrate::run_on_sqlite(&migrator, connection);
+        let mut connection = connect(&self.options, &self.place).await?;
+        let run = migrate::run_on_sqlite(&migrator, &mut connection);
         let run = tokio::time::timeout(TIMEOUT, run).await;
         let run = run.map_err(|_| migrate::out_of_time(TABLE, TIMEOUT))?;
-        match run {
-            Ok(()) => Ok(()),
-            Err(error) => Err(match ledger::migration_error(error)? {
-                error @ sqlx::Error::Database(_) => match error_of(&error).into() {
-                    StoreError::Refused(why) => StoreError::Refused(format!(
-                        "{why}: the table {TABLE}, which lanes keep their progress in, can't be made"
-                    )),
-                    other => other,
-                },
-                error => error_of(&error).into(),
-            }),
+        if let Err(error) = run {
+            let error = ledger::migration_error(error)?;
+            return Err(match open_error(&self.place, &error) {
+                StoreError::Refused(why) => StoreError::Refused(format!(
+                    "{why}: the table {TABLE}, which lanes keep their progress in, can't be made"
+                )),
+                other => other,
+            });
         }
+        let closed = connection.close().await;
+        closed.map_err(|error| open_error(&self.place, &error))
     }
 
     pub(in super::super) async fn claim(
@@ -61,56 +64,102 @@ impl Sqlite {
         lane: &LaneId,
         epoch: Option<i64>,
     ) -> Result<Option<Claim>, Error> {
-        let _writing = self.writer.lock().await;
-        let mut lease = Lease::take(&self.pool).await?;
-        let claim = self.claim_on(&mut lease, lane, epoch).await;
-        lease.finish(claim.map_err(Failure::into_error))
-    }
-
-    async fn claim_on(
-        &self,
-        connection: &mut SqliteConnection,
-        lane: &LaneId,
-        epoch: Option<i64>,
-    ) -> Result<Option<Claim>, Failure> {
-        let _running = Running::on(connection).await?;
-        limit(connection, MAX_ROW_BYTES).await?;
-        let claim = ledger::claim::<sqlx::Sqlite>(connection, &self.progress, lane, epoch).await;
-        limit(connection, MAX_ANSWER_BYTES).await?;
-        claim.map_err(|error| failure_of(&error))
+        let mut lease = self.writing().await?;
+        let (statements, lane) = (self.progress.clone(), lane.clone());
+        let claimed = lease.run(move |connection| {
+            connection.until_free(|connection| {
+                connection.as_host(|sql| claim(sql, &statements, &lane, epoch))
+            })
+        });
+        let claimed = claimed.await?;
+        lease.give_back();
+        claimed.map_err(|error| error_of(&error))
     }
 
     pub(in super::super) async fn save(&self, commit: Commit<'_>) -> Result<bool, Error> {
-        let _writing = self.writer.lock().await;
-        let mut lease = Lease::take(&self.pool).await?;
-        let saved = async {
-            let _running = Running::on(&mut lease).await?;
-            self.save_on(&mut lease, commit).await
-        };
-        let saved = saved.await.map_err(Failure::into_error);
-        lease.finish(saved)
-    }
-
-    pub(super) async fn save_on(
-        &self,
-        connection: &mut SqliteConnection,
-        commit: Commit<'_>,
-    ) -> Result<bool, Failure> {
-        let checkpoint = commit.checkpoint;
-        let is_large = checkpoint.pending.len() + checkpoint.seen.len() > MAX_ANSWER_BYTES / 2;
-        if is_large {
-            limit(connection, MAX_ROW_BYTES).await?;
+        let mut lease = self.writing().await?;
+        let saved = save_on(&self.progress, &mut lease, commit).await;
+        if !matches!(saved, Err(Failure::Lost(_))) {
+            lease.give_back();
         }
-        let saved = ledger::save::<sqlx::Sqlite>(connection, &self.progress, commit).await;
-        if is_large {
-            limit(connection, MAX_ANSWER_BYTES).await?;
-        }
-        let saved = saved.map_err(|error| failure_of(&error))?;
-        Ok(saved.rows_affected() > 0)
+        saved.map_err(Failure::into_error)
     }
 }
 
-async fn limit(connection: &mut SqliteConnection, bytes: usize) -> Result<(), Failure> {
-    let limited = limit_values(connection, bytes).await;
-    limited.map_err(|error| failure_of(&error).lost())
+/// What is attached to the table that only a stage of an earlier release can have made, in words.
+fn attached(sql: &rusqlite::Connection) -> rusqlite::Result<Option<String>> {
+    const ATTACHED: &str = "SELECT type || ' ' || name FROM main.sqlite_schema \
+                            WHERE (tbl_name = $1 COLLATE NOCASE AND type IN ('trigger', 'index') AND sql IS NOT NULL) \
+                            OR (name = $1 COLLATE NOCASE AND type = 'view') ORDER BY type DESC";
+    let mut statement = sql.prepare(ATTACHED)?;
+    statement.query_row([TABLE], |row| row.get(0)).optional()
+}
+
+fn claim(
+    sql: &rusqlite::Connection,
+    statements: &Statements,
+    lane: &LaneId,
+    epoch: Option<i64>,
+) -> rusqlite::Result<Option<Claim>> {
+    let LaneId {
+        group,
+        topic,
+        partition,
+    } = lane;
+    let read = |row: &rusqlite::Row<'_>| {
+        Ok(Claim {
+            epoch: row.get(0)?,
+            generation: row.get(1)?,
+            commits: row.get(2)?,
+            checkpoint: Checkpoint {
+                next_offset: row.get(3)?,
+                attempts: u32::try_from(row.get::<_, i64>(4)?).unwrap_or_default(),
+                pending: row.get(5)?,
+                seen: row.get(6)?,
+            },
+        })
+    };
+    let (none, generation) = (Vec::<u8>::new(), ledger::generation());
+    let (text, more): (_, &[&dyn ToSql]) = match &epoch {
+        None => (&statements.claim, &[&none, &generation]),
+        Some(epoch) => (&statements.reclaim, &[epoch]),
+    };
+    let mut statement = sql.prepare_cached(text)?;
+    let key: &[&dyn ToSql] = &[&&**group, &&**topic, partition];
+    bind(&mut statement, &[key, more].concat())?;
+    let mut rows = statement.raw_query();
+    rows.next()?.map(read).transpose()
+}
+
+/// Writes the lane's new state; answers whether the epoch still is the commit's.
+pub(super) async fn save_on(
+    statements: &std::sync::Arc<Statements>,
+    lease: &mut Lease,
+    commit: Commit<'_>,
+) -> Result<bool, Failure> {
+    let statements = statements.clone();
+    let (lane, checkpoint) = (commit.lane.clone(), commit.checkpoint.clone());
+    let (epoch, commits) = (commit.epoch, commit.commits);
+    let saved = lease.run(move |connection: &mut Connection| {
+        let saved = connection.until_free(|connection| {
+            connection.as_host(|sql| {
+                let mut statement = sql.prepare_cached(&statements.save)?;
+                let params: [&dyn ToSql; 9] = [
+                    &&*lane.group,
+                    &&*lane.topic,
+                    &lane.partition,
+                    &epoch,
+                    &commits,
+                    &checkpoint.next_offset,
+                    &checkpoint.attempts,
+                    &checkpoint.pending,
+                    &checkpoint.seen,
+                ];
+                bind(&mut statement, &params)?;
+                statement.raw_execute()
+            })
+        });
+        saved.map_err(|error| failure_of(&error, &connection.guard))
+    });
+    Ok(saved.await.map_err(Failure::Lost)?? > 0)
 }

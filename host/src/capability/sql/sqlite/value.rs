@@ -4,12 +4,11 @@
 //! HH:MM:SS.ffffff`, UTC, which its date functions read), and a column's declared type says what to make
 //! of it when it is read.
 
-use std::collections::HashMap;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::str::Utf8Error;
 
+use rusqlite::types::{Value as SqlValue, ValueRef};
+use rusqlite::{Column, Statement};
 use serde::de::IgnoredAny;
-use sqlx::sqlite::{SqliteArguments, SqliteColumn, SqliteConnection, SqliteRow};
-use sqlx::{Arguments, Column, Row, TypeInfo, ValueRef};
 use time::{Date, Month, OffsetDateTime, Time, UtcOffset};
 use uuid::Uuid;
 
@@ -19,32 +18,31 @@ use super::super::{database_error, decimal};
 /// Digits that SQLite keeps of a text that is a number, in a column declared `DECIMAL`, `NUMERIC` or `JSON`.
 const EXACT_DIGITS: usize = 15;
 
-/// Adds a parameter.
-pub(super) fn bind(arguments: &mut SqliteArguments, value: &Value) -> Result<(), Error> {
-    let outcome = match value {
-        Value::Null => arguments.add(None::<String>),
-        Value::Boolean(value) => arguments.add(*value),
-        Value::Int64(value) => arguments.add(*value),
-        Value::Float64(value) => arguments.add(finite(*value)?),
-        Value::Text(value) => arguments.add(value.clone()),
-        Value::Bytes(value) => arguments.add(value.clone()),
-        Value::Timestamp(value) => arguments.add(timestamp(*value)?),
-        Value::Uuid(value) => arguments.add(uuid(value)?),
-        Value::Decimal(value) => arguments.add(exact(value)?),
-        Value::Json(value) => arguments.add(json(value)?),
-        Value::TextArray(value) => arguments.add(json_array(value)?),
-        Value::Int64Array(value) => arguments.add(json_array(value)?),
+/// A parameter as SQLite takes it.
+pub(super) fn encode(value: &Value) -> Result<SqlValue, Error> {
+    Ok(match value {
+        Value::Null => SqlValue::Null,
+        Value::Boolean(value) => SqlValue::Integer(i64::from(*value)),
+        Value::Int64(value) => SqlValue::Integer(*value),
+        Value::Float64(value) => SqlValue::Real(finite(*value)?),
+        Value::Text(value) => SqlValue::Text(value.clone()),
+        Value::Bytes(value) => SqlValue::Blob(value.clone()),
+        Value::Timestamp(value) => SqlValue::Text(timestamp(*value)?),
+        Value::Uuid(value) => SqlValue::Text(uuid(value)?),
+        Value::Decimal(value) => SqlValue::Text(exact(value)?),
+        Value::Json(value) => SqlValue::Text(json(value)?),
+        Value::TextArray(value) => SqlValue::Text(json_array(value)?),
+        Value::Int64Array(value) => SqlValue::Text(json_array(value)?),
         Value::Float64Array(value) => {
             for item in value {
                 if !item.is_finite() {
                     return Err(unsupported("JSON has no infinite numbers and no NaN"));
                 }
             }
-            arguments.add(json_array(value)?)
+            SqlValue::Text(json_array(value)?)
         }
         Value::BytesArray(_) => return Err(unsupported("SQLite has no arrays of bytes")),
-    };
-    outcome.map_err(|error| unsupported(&error.to_string()))
+    })
 }
 
 fn unsupported(why: &str) -> Error {
@@ -118,37 +116,23 @@ fn timestamp(micros: i64) -> Result<String, Error> {
         .ok_or_else(|| unsupported("SQLite has timestamps of the years 0 to 9999"))
 }
 
-/// The names of columns.
-pub(super) fn names(columns: &[SqliteColumn]) -> Vec<String> {
-    columns.iter().map(|c| c.name().to_owned()).collect()
+/// The names of an answer's columns, and what they were declared to hold.
+pub(super) fn columns(statement: &Statement<'_>) -> (Vec<String>, Vec<Option<Declared>>) {
+    let column = |column: &Column<'_>| {
+        let declared = column.decl_type().and_then(Declared::parse);
+        (column.name().to_owned(), declared)
+    };
+    statement.columns().iter().map(column).unzip()
 }
 
-/// A row's values.
-pub(super) fn row(row: &SqliteRow, declared: &DeclaredTypes) -> Result<Vec<Value>, Error> {
-    (0..row.len())
-        .map(|index| {
-            let column = &row.columns()[index];
-            column_value(row, index, declared.of(column))
-                .map_err(|error| Error::Unsupported(format!("column {:?}: {error}", column.name())))
-        })
-        .collect()
-}
-
-fn column_value(
-    row: &SqliteRow,
-    index: usize,
-    declared: Option<Declared>,
-) -> Result<Value, sqlx::Error> {
-    let raw = row.try_get_raw(index)?;
-    if raw.is_null() {
-        return Ok(Value::Null);
-    }
-    let kind = raw.type_info();
-    Ok(match kind.name() {
-        "INTEGER" => integer(row.try_get_unchecked(index)?, declared),
-        "REAL" => real(row.try_get_unchecked(index)?, declared),
-        "BLOB" => Value::Bytes(row.try_get_unchecked(index)?),
-        _ => text(row.try_get_unchecked(index)?, declared),
+/// A value of an answer.
+pub(super) fn decode(value: ValueRef<'_>, declared: Option<Declared>) -> Result<Value, Utf8Error> {
+    Ok(match value {
+        ValueRef::Null => Value::Null,
+        ValueRef::Integer(number) => integer(number, declared),
+        ValueRef::Real(number) => real(number, declared),
+        ValueRef::Text(bytes) => text(std::str::from_utf8(bytes)?.to_owned(), declared),
+        ValueRef::Blob(bytes) => Value::Bytes(bytes.to_owned()),
     })
 }
 
@@ -277,37 +261,6 @@ impl Declared {
             "JSON" | "JSONB" => Self::Json,
             _ => return None,
         })
-    }
-}
-
-type Columns = HashMap<String, HashMap<String, Declared>>;
-
-/// By table and column. The driver tells where a column comes from, but few of the types.
-#[derive(Clone, Default)]
-pub(super) struct DeclaredTypes(Arc<RwLock<Columns>>);
-
-impl DeclaredTypes {
-    /// Reads them all again.
-    pub(super) async fn read(&self, connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
-        let text = "SELECT t.name, c.name, c.type \
-                    FROM sqlite_schema AS t JOIN pragma_table_info(t.name) AS c \
-                    WHERE t.type = 'table'";
-        let mut columns = Columns::new();
-        for row in sqlx::query(text).fetch_all(connection).await? {
-            if let Some(declared) = Declared::parse(row.try_get(2)?) {
-                let table = columns.entry(row.try_get(0)?).or_default();
-                table.insert(row.try_get(1)?, declared);
-            }
-        }
-        *self.0.write().unwrap_or_else(PoisonError::into_inner) = columns;
-        Ok(())
-    }
-
-    fn of(&self, column: &SqliteColumn) -> Option<Declared> {
-        let origin = column.origin();
-        let origin = origin.table_column()?;
-        let columns = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        columns.get(&*origin.table)?.get(&*origin.name).copied()
     }
 }
 

@@ -10,7 +10,7 @@ use host::delivery::progress::{
 use host::pipeline::SqlUrl;
 use sqlx::{AssertSqlSafe, ConnectOptions};
 
-use super::Value::Int64;
+use super::sqlite_grants::raw;
 use super::{CONNECTIONS, Kind, Place, admin, execute, on, on_each, query};
 
 pub(super) fn lane() -> LaneId {
@@ -211,13 +211,14 @@ async fn missing_rights_are_named_with_what_to_do() {
 
 #[tokio::test]
 async fn a_table_that_is_something_else_is_refused() {
-    on_each(async |kind, database| {
-        execute(
-            &database,
-            "CREATE TABLE stagehost_progress (epoch BIGINT)",
-            &[],
-        )
-        .await;
+    const OTHER: &str = "CREATE TABLE stagehost_progress (epoch BIGINT)";
+    for kind in [Kind::Sqlite, Kind::Postgres] {
+        let place = Place::new(kind).await;
+        let database = place.open(None).await.expect("a new database");
+        match kind {
+            Kind::Postgres => drop(execute(&database, OTHER, &[]).await),
+            Kind::Sqlite => raw(&place).execute_batch(OTHER).expect("a table"),
+        }
         let prepared = database.prepare_progress().await;
         match prepared {
             Err(StoreError::Refused(why)) => {
@@ -225,10 +226,9 @@ async fn a_table_that_is_something_else_is_refused() {
             }
             other => panic!("{kind:?}: {other:?}"),
         }
-        let rows = query(&database, "SELECT count(*) FROM stagehost_progress", &[]).await;
-        assert_eq!(rows, [[Int64(0)]], "{kind:?}");
-    })
-    .await;
+        database.close().await;
+        place.remove().await;
+    }
 }
 
 /// A host that stopped half-way through a commit holds its row until the server loses patience with it.
@@ -273,9 +273,13 @@ async fn a_claim_waits_for_what_is_being_committed() {
             .begin(Mode::Optimistic)
             .await
             .expect("a transaction");
-        let touch = "UPDATE stagehost_progress SET attempts = attempts";
+        // On SQLite any write keeps others from theirs.
+        let touch = match kind {
+            Kind::Postgres => "UPDATE stagehost_progress SET attempts = attempts",
+            Kind::Sqlite => "CREATE TABLE touched (id INTEGER)",
+        };
         let touched = transaction.execute(touch, &[]).await;
-        assert_eq!(touched, Ok(1), "{kind:?}");
+        assert!(touched.is_ok(), "{kind:?}: {touched:?}");
         let claim = database.claim(&lane);
         tokio::pin!(claim);
         let early = tokio::time::timeout(Duration::from_millis(300), &mut claim).await;

@@ -39,18 +39,6 @@ async fn postgresql_sessions_start_anew() {
 }
 
 #[tokio::test]
-async fn sqlite_keeps_nothing_temporary() {
-    on(Kind::Sqlite, async |_, database| {
-        execute(&database, "CREATE TABLE temp.mine (id INTEGER)", &[]).await;
-        let all = (0..CONNECTIONS).map(|_| database.query("SELECT id FROM mine", &[]));
-        for answer in futures::future::join_all(all).await {
-            assert!(matches!(answer, Err(Error::Database(_))), "{answer:?}");
-        }
-    })
-    .await;
-}
-
-#[tokio::test]
 async fn postgresql_ends_what_nobody_waits_for() {
     const POLLS: usize = 100;
     const RUNNING: &str = "SELECT count(*) FROM pg_stat_activity \

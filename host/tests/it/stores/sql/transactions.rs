@@ -346,15 +346,15 @@ async fn lanes_take_turns() {
 async fn a_turn_is_waited_for_as_long_as_it_takes() {
     on_each(async |kind, database| {
         let owner = Owner::new(&database).await;
-        let turns = match kind {
-            Kind::Postgres => CONNECTIONS - 1,
-            Kind::Sqlite => 1,
+        let (turns, mode) = match kind {
+            Kind::Postgres => (CONNECTIONS - 1, Mode::Optimistic),
+            Kind::Sqlite => (1, Mode::Exclusive),
         };
         let mut taken = Vec::new();
         for _ in 0..turns {
-            taken.push(owner.begin(Mode::Optimistic).await);
+            taken.push(owner.begin(mode).await);
         }
-        let next = owner.begin(Mode::Optimistic);
+        let next = owner.begin(mode);
         tokio::pin!(next);
         // Longer than a statement waits for a connection.
         let early = tokio::time::timeout(Duration::from_secs(6), &mut next).await;

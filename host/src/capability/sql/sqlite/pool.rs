@@ -1,0 +1,196 @@
+//! Connections, each on a thread of its own, and how they are lent.
+
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::{OwnedMutexGuard, OwnedSemaphorePermit, Semaphore, oneshot};
+
+use super::super::{ACQUIRE_TIMEOUT, Error};
+use super::connection::{Connection, STACK_BYTES};
+use super::error::error_of;
+use super::guard::Guard;
+
+type Work = Box<dyn FnOnce(&mut Connection) + Send>;
+
+enum Job {
+    Work(Work),
+    /// Closes the connection, and then lets these go.
+    End(
+        Option<OwnedSemaphorePermit>,
+        Option<OwnedMutexGuard<()>>,
+        Option<oneshot::Sender<()>>,
+    ),
+}
+
+/// A connection's thread.
+struct Worker {
+    jobs: Sender<Job>,
+    guard: Arc<Guard>,
+}
+
+impl Worker {
+    async fn start(file: PathBuf) -> Result<Self, Error> {
+        let (jobs, received) = channel();
+        let (opened, is_open) = oneshot::channel();
+        let guard = Arc::new(Guard::new());
+        let its = guard.clone();
+        let thread = std::thread::Builder::new()
+            .name("sqlite".to_owned())
+            .stack_size(STACK_BYTES);
+        let started = thread.spawn(move || match Connection::open(&file, its) {
+            Ok(connection) => {
+                if opened.send(Ok(())).is_ok() {
+                    work_off(connection, &received);
+                }
+            }
+            Err(error) => {
+                opened.send(Err(error_of(&error))).ok();
+            }
+        });
+        started
+            .map_err(|error| Error::Unavailable(format!("no thread for a connection: {error}")))?;
+        is_open.await.unwrap_or_else(|_| Err(thread_ended()))?;
+        Ok(Self { jobs, guard })
+    }
+}
+
+fn thread_ended() -> Error {
+    Error::Unavailable("the connection's thread has ended".to_owned())
+}
+
+fn work_off(mut connection: Connection, jobs: &Receiver<Job>) {
+    for job in jobs {
+        match job {
+            Job::Work(work) => work(&mut connection),
+            Job::End(permit, writing, told) => {
+                if told.is_some() {
+                    connection.carry_log_over_on_close();
+                }
+                drop(connection);
+                drop((writing, permit));
+                if let Some(told) = told {
+                    told.send(()).ok();
+                }
+                return;
+            }
+        }
+    }
+}
+
+/// The connections of one file.
+pub(super) struct Pool {
+    file: PathBuf,
+    /// One for each connection that may be on loan. Its thread has it until it ends, if the loan is given up.
+    permits: Arc<Semaphore>,
+    size: u32,
+    idle: Mutex<Vec<Worker>>,
+}
+
+impl Pool {
+    pub(super) fn new(file: PathBuf, size: u32) -> Self {
+        Self {
+            file,
+            permits: Arc::new(Semaphore::new(size as usize)),
+            size,
+            idle: Mutex::default(),
+        }
+    }
+
+    pub(super) async fn take(self: &Arc<Self>) -> Result<Lease, Error> {
+        let permit =
+            tokio::time::timeout(ACQUIRE_TIMEOUT, self.permits.clone().acquire_owned()).await;
+        let permit = match permit {
+            Ok(Ok(permit)) => permit,
+            Ok(Err(_)) => return Err(Error::Unavailable("the database was closed".to_owned())),
+            Err(_) => {
+                let waited = ACQUIRE_TIMEOUT.as_secs();
+                return Err(Error::Unavailable(format!(
+                    "no connection became free within {waited} s"
+                )));
+            }
+        };
+        let idle = self.idle().pop();
+        let worker = match idle {
+            Some(worker) => worker,
+            None => Worker::start(self.file.clone()).await?,
+        };
+        Ok(Lease {
+            pool: self.clone(),
+            worker: Some(worker),
+            permit: Some(permit),
+            writing: None,
+            is_new: true,
+        })
+    }
+
+    fn idle(&self) -> std::sync::MutexGuard<'_, Vec<Worker>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for what is on loan, and closes all.
+    pub(super) async fn close(&self) {
+        // It is closed already, if this fails.
+        let all = self.permits.acquire_many(self.size).await;
+        self.permits.close();
+        drop(all);
+        let idle = std::mem::take(&mut *self.idle());
+        for worker in idle {
+            let (told, ended) = oneshot::channel();
+            if worker.jobs.send(Job::End(None, None, Some(told))).is_ok() {
+                ended.await.ok();
+            }
+        }
+    }
+}
+
+/// A connection on loan. It goes back when [`Lease::give_back`] says that it is at rest, and is closed otherwise: a call
+/// that was given up leaves a statement running, which must not reach the next user. SQLite sees then that nobody waits, and
+/// the place in the pool and the turn to write are free again once it has ended.
+pub(super) struct Lease {
+    pool: Arc<Pool>,
+    worker: Option<Worker>,
+    permit: Option<OwnedSemaphorePermit>,
+    /// The turn to write.
+    pub(super) writing: Option<OwnedMutexGuard<()>>,
+    /// Nothing was done yet.
+    is_new: bool,
+}
+
+impl Lease {
+    /// Has the connection's thread do something.
+    pub(super) async fn run<T: Send + 'static>(
+        &mut self,
+        work: impl FnOnce(&mut Connection) -> T + Send + 'static,
+    ) -> Result<T, Error> {
+        let (done, is_done) = oneshot::channel();
+        let worker = self.worker.as_ref().ok_or_else(thread_ended)?;
+        let is_new = std::mem::take(&mut self.is_new);
+        let job = Job::Work(Box::new(move |connection| {
+            if is_new {
+                connection.count_anew();
+            }
+            done.send(work(connection)).ok();
+        }));
+        worker.jobs.send(job).map_err(|_| thread_ended())?;
+        is_done.await.map_err(|_| thread_ended())
+    }
+
+    /// Gives the connection back, which is at rest.
+    pub(super) fn give_back(mut self) {
+        self.writing = None;
+        if let Some(worker) = self.worker.take() {
+            self.pool.idle().push(worker);
+        }
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if let Some(worker) = self.worker.take() {
+            worker.guard.give_up();
+            let end = Job::End(self.permit.take(), self.writing.take(), None);
+            worker.jobs.send(end).ok();
+        }
+    }
+}
