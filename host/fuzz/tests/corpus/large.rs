@@ -78,7 +78,7 @@ fn topics_and(stage: impl Fn(usize) -> String) -> String {
     let topics: String = (0..VALUES / 2)
         .map(|i| format!("topics.a{i}={{}}\n"))
         .collect();
-    let rest: String = (0..VALUES / 2).map(|i| stage(i)).collect();
+    let rest: String = (0..VALUES / 2).map(stage).collect();
     format!("{topics}[stages.s]\noutput=[{rest}]\n")
 }
 
