@@ -58,6 +58,9 @@ pub(crate) fn check(bytes: &[u8]) {
     within(AT_FIRST + TIMES * bytes.len(), || {
         runtime.block_on(async {
             let broker = start(&folder).await;
+            // Batches are put in their place as they are read: their topic is there before.
+            let create = request(METADATA, 0, LAST, &array(&string(TOPIC)));
+            ask(broker.address(), &create).await.expect("a topic");
             send(broker.address(), &wire(bytes)).await;
             end(broker).await;
             end(start(&folder).await).await;
@@ -87,16 +90,19 @@ async fn end(broker: Broker) {
 }
 
 async fn answers(address: SocketAddr) -> bool {
-    let ask = async {
-        let mut stream = TcpStream::connect(address).await?;
-        stream
-            .write_all(&request(API_VERSIONS, 0, LAST, &[]))
-            .await?;
-        read_frame(&mut stream).await
-    };
+    let answer = ask(address, &request(API_VERSIONS, 0, LAST, &[])).await;
     // Correlation id and error.
     let good = [&LAST.to_be_bytes()[..], &[0, 0]].concat();
-    matches!(timeout(PATIENCE, ask).await, Ok(Ok(answer)) if answer.starts_with(&good))
+    answer.is_ok_and(|answer| answer.starts_with(&good))
+}
+
+async fn ask(address: SocketAddr, request: &[u8]) -> std::io::Result<Vec<u8>> {
+    let ask = async {
+        let mut stream = TcpStream::connect(address).await?;
+        stream.write_all(request).await?;
+        read_frame(&mut stream).await
+    };
+    timeout(PATIENCE, ask).await?
 }
 
 /// Sends all and reads what is answered, until all is, the broker has closed the connection, or nothing comes any more.
@@ -133,7 +139,6 @@ async fn read_frame(stream: &mut (impl AsyncReadExt + Unpin)) -> std::io::Result
 /// The bytes that are sent: frames of the input, most of them with their length in front, which chance would not find.
 fn wire(mut input: &[u8]) -> Vec<u8> {
     let mut wire = Vec::new();
-    let mut has_topic = false;
     while let Some((start, rest)) = input.split_first_chunk() {
         let start = u16::from_le_bytes(*start);
         let len = usize::from(start & ((1 << LENGTH_BITS) - 1)).min(rest.len());
@@ -141,12 +146,7 @@ fn wire(mut input: &[u8]) -> Vec<u8> {
         input = rest;
         match start >> LENGTH_BITS {
             RAW => wire.extend(frame),
-            BATCH => {
-                if !std::mem::replace(&mut has_topic, true) {
-                    wire.extend(request(METADATA, 0, 0, &array(&string(TOPIC))));
-                }
-                wire.extend(produce(frame));
-            }
+            BATCH => wire.extend(produce(frame)),
             FRAMED.. => wire.extend(framed(frame)),
         }
     }
