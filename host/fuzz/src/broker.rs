@@ -18,6 +18,9 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// A request may wait for what never comes (records, members of its group): it is given up on after so long.
 const QUIET: Duration = Duration::from_millis(25);
 
+/// Where there is one, no start waits for a disk.
+const IN_MEMORY: &str = "/dev/shm";
+
 /// Memory of a broker that has nothing to do, and that for requests: of the smallest elements, a request's arrays need
 /// the most for their size.
 const AT_FIRST: usize = 4 << 20;
@@ -49,7 +52,9 @@ static PANICS: AtomicUsize = AtomicUsize::new(0);
 pub(crate) fn check(bytes: &[u8]) {
     count_panics();
     let panics = PANICS.load(Ordering::SeqCst);
-    let outside = tempfile::tempdir().expect("a folder");
+    let outside = tempfile::tempdir_in(IN_MEMORY)
+        .or_else(|_| tempfile::tempdir())
+        .expect("a folder");
     let folder = outside.path().join("broker");
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
