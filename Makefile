@@ -1,11 +1,12 @@
 # Everything a user or CI does. `make help` lists the targets.
 
 STAGES := $(CURDIR)/target/stages
-# How long `make test-faults` takes, about.
-MINUTES ?= 20
+# How long `make test-faults` takes, about, and `make fuzz` for each of its targets.
+test-faults: MINUTES ?= 20
+fuzz: MINUTES ?= 5
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build stages test test-faults bench budget lint clean
+.PHONY: help demo build stages test test-faults fuzz bench budget lint clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -36,6 +37,10 @@ test-faults: stages ## break hosts, servers and the network for about MINUTES=20
 	@scripts/install-deps test
 	jars=$$(scripts/kafka-jars) && \
 	STAGES_DIR=$(STAGES) KAFKA_JARS=$$jars FAULTS_MINUTES=$(MINUTES) cargo test --package host --test faults
+
+fuzz: ## look for bytes that break what is read (files, rows, bodies, requests), MINUTES=5 for each of the TARGETS of host/fuzz/corpus
+	@scripts/install-deps build
+	scripts/fuzz $(MINUTES) $(TARGETS)
 
 bench: stages ## measure the host beside native programs on real servers, for about 16 minutes (ROWS="F1 F6" for some); see bench/
 	@scripts/install-deps bench

@@ -21,6 +21,9 @@ pub struct Problem {
     help: Option<String>,
 }
 
+/// Bytes of a problem's words. They quote the file, where a name can be as long as the file.
+const MAX_WORDS: usize = 2000;
+
 impl Problem {
     /// A problem with the text at `span`.
     pub fn at(span: &Span, message: impl Into<String>) -> Self {
@@ -34,7 +37,7 @@ impl Problem {
     pub fn of_file(message: impl Into<String>) -> Self {
         Self {
             span: None,
-            message: message.into(),
+            message: shortened(message.into()),
             label: String::new(),
             also: Vec::new(),
             help: None,
@@ -43,22 +46,33 @@ impl Problem {
 
     /// Adds a few words under the place.
     pub fn label(mut self, label: impl Into<String>) -> Self {
-        self.label = label.into();
+        self.label = shortened(label.into());
         self
     }
 
     /// Points at a second place that has to do with it.
     pub fn also(mut self, span: &Span, label: impl Into<String>) -> Self {
-        self.also.push((span.clone(), label.into()));
+        self.also.push((span.clone(), shortened(label.into())));
         self
     }
 
     /// Adds the mend.
     pub fn help(mut self, help: impl Into<String>) -> Self {
-        self.help = Some(help.into());
+        self.help = Some(shortened(help.into()));
         self
     }
 }
+
+fn shortened(mut words: String) -> String {
+    if words.len() > MAX_WORDS {
+        words.truncate(words.floor_char_boundary(MAX_WORDS));
+        words.push('…');
+    }
+    words
+}
+
+/// Problems of a file that are kept: who has so many begins with the first ones.
+const MAX_KEPT: usize = 1000;
 
 /// Where checks put what they find, so that each can go on and find more.
 #[derive(Debug, Default)]
@@ -66,7 +80,14 @@ pub(crate) struct Problems(RefCell<Vec<Problem>>);
 
 impl Problems {
     pub(crate) fn report(&self, problem: Problem) {
-        self.0.borrow_mut().push(problem);
+        if !self.are_enough() {
+            self.0.borrow_mut().push(problem);
+        }
+    }
+
+    /// Whether no more are kept.
+    pub(crate) fn are_enough(&self) -> bool {
+        self.0.borrow().len() >= MAX_KEPT
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -114,6 +135,14 @@ impl Diagnostics {
         self.problems.len()
     }
 
+    /// The places that the problems name.
+    pub fn places(&self) -> impl Iterator<Item = &Span> {
+        self.problems.iter().flat_map(|problem| {
+            let also = problem.also.iter().map(|(span, _)| span);
+            problem.span.iter().chain(also)
+        })
+    }
+
     /// Prints them to stderr, in colour where that is a terminal and `NO_COLOR` is not set.
     pub fn print(&self) {
         let no_color = std::env::var_os("NO_COLOR").is_some_and(|v| !v.is_empty());
@@ -137,6 +166,7 @@ impl Diagnostics {
         }
         let count = match self.problems.len() {
             1 => "1 problem".to_owned(),
+            MAX_KEPT.. => format!("{MAX_KEPT} problems or more"),
             n => format!("{n} problems"),
         };
         out.push_str(&format!("{}: {count}; nothing was started\n", self.path));
@@ -190,14 +220,19 @@ impl fmt::Display for Diagnostics {
 
 impl std::error::Error for Diagnostics {}
 
+/// Characters of a word that is compared with others.
+const MAX_WORD: usize = 100;
+
 /// The candidate that `word` is most likely a slip of, if one is near enough.
 pub(crate) fn nearest<'a>(
     word: &str,
     candidates: impl IntoIterator<Item = &'a str>,
 ) -> Option<&'a str> {
-    let reach = (word.chars().count() / 3).clamp(1, 3);
+    let len = word.chars().count();
+    let reach = (len / 3).clamp(1, 3);
     candidates
         .into_iter()
+        .filter(|c| len <= MAX_WORD && c.chars().count().abs_diff(len) <= reach)
         .map(|c| {
             (
                 strsim::osa_distance(&word.to_lowercase(), &c.to_lowercase()),
@@ -209,9 +244,21 @@ pub(crate) fn nearest<'a>(
         .map(|(_, c)| c)
 }
 
-/// `` `a`, `b` and `c` ``.
+/// Bytes of the words that a list names.
+const MAX_LISTED: usize = 1000;
+
+/// `` `a`, `b` and `c` ``; of very many, the first.
 pub(crate) fn quoted_list<'a>(words: impl IntoIterator<Item = &'a str>) -> String {
-    let quoted: Vec<String> = words.into_iter().map(|w| format!("`{w}`")).collect();
+    let mut listed = 0;
+    let mut words = words.into_iter().peekable();
+    let mut quoted = Vec::new();
+    while let Some(word) = words.next_if(|word| listed + word.len() <= MAX_LISTED) {
+        listed += word.len();
+        quoted.push(format!("`{word}`"));
+    }
+    if words.peek().is_some() {
+        quoted.push("others".to_owned());
+    }
     match quoted.as_slice() {
         [] => "nothing".to_owned(),
         [one] => one.clone(),

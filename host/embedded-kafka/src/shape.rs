@@ -5,7 +5,7 @@
 
 use kafka_protocol::messages::ApiKey;
 
-/// Elements of all arrays of a request together.
+/// Elements of all arrays of a request together, and its tagged fields, which the codec keeps though nobody knows them.
 const MAX_ELEMENTS: usize = 500_000;
 
 /// A field of a request, and the versions that have it.
@@ -41,6 +41,21 @@ pub(crate) enum BadShape {
 /// Checks the body of a request (what follows the header).
 pub(crate) fn check(key: ApiKey, version: i16, body: &[u8]) -> Result<(), BadShape> {
     walk(key, version, body).map(|_| ())
+}
+
+/// Checks the header of a request: key, version and correlation id; in some versions tagged fields follow the client's name.
+pub(crate) fn check_header(key: ApiKey, version: i16, request: &[u8]) -> Result<(), BadShape> {
+    if key.request_header_version(version) < 2 {
+        return Ok(());
+    }
+    let mut walk = Walk {
+        rest: request,
+        version,
+        flexible: false,
+        elements: 0,
+    };
+    walk.plain_fields(HEADER)?;
+    walk.tags()
 }
 
 /// Bytes left after the request.
@@ -108,6 +123,7 @@ fn fields(key: ApiKey) -> &'static [Field] {
     }
 }
 
+const HEADER: &[Field] = &[all(INT16), all(INT16), all(INT32), all(Text)];
 const INDEXES: &[Field] = &[all(INT32)];
 const TEXTS: &[Field] = &[all(Text)];
 
@@ -226,7 +242,6 @@ struct Walk<'a> {
 impl Walk<'_> {
     fn fields(&mut self, fields: &'static [Field]) -> Result<(), BadShape> {
         self.plain_fields(fields)?;
-        // The codec takes tagged fields one at a time, with memory for what is there.
         if self.flexible { self.tags() } else { Ok(()) }
     }
 
@@ -258,10 +273,7 @@ impl Walk<'_> {
                 } else {
                     length(i32::from_be_bytes(self.take()?))?
                 };
-                self.elements = self.elements.saturating_add(count);
-                if self.elements > MAX_ELEMENTS {
-                    return Err(BadShape::TooMany);
-                }
+                self.count(count)?;
                 // The elements of an array of plain values have no tags of their own.
                 (0..count).try_for_each(|_| match element {
                     [_] => self.plain_fields(element),
@@ -272,10 +284,21 @@ impl Walk<'_> {
     }
 
     fn tags(&mut self) -> Result<(), BadShape> {
-        for _ in 0..self.varint()? {
+        let count = self.varint()?;
+        self.count(count as usize)?;
+        for _ in 0..count {
             self.varint()?;
             let len = self.varint()?;
             self.skip(len as usize)?;
+        }
+        Ok(())
+    }
+
+    /// Counts elements that are to come.
+    fn count(&mut self, more: usize) -> Result<(), BadShape> {
+        self.elements = self.elements.saturating_add(more);
+        if self.elements > MAX_ELEMENTS {
+            return Err(BadShape::TooMany);
         }
         Ok(())
     }
@@ -396,5 +419,26 @@ mod tests {
         ] {
             assert_eq!(check(ApiKey::Metadata, 1, &body), expected);
         }
+    }
+
+    #[test]
+    fn tagged_fields_are_bounded_as_elements_are() {
+        // Their number as a varint, then each with its tag and no bytes.
+        let tags = |count: usize| {
+            let number = [count & 0x7f | 0x80, count >> 7 & 0x7f | 0x80, count >> 14];
+            let number: Vec<u8> = number.iter().map(|byte| *byte as u8).collect();
+            [number, vec![0; 2 * count]].concat()
+        };
+        let start = [0; 2 + 2 + 4 + 2];
+        for (count, expected) in [
+            (MAX_ELEMENTS, Ok(())),
+            (MAX_ELEMENTS + 1, Err(BadShape::TooMany)),
+        ] {
+            let header = [&start[..], &tags(count)].concat();
+            assert_eq!(check_header(ApiKey::ApiVersions, 3, &header), expected);
+            let body = [&[1, 1][..], &tags(count)].concat();
+            assert_eq!(check(ApiKey::ApiVersions, 3, &body), expected);
+        }
+        assert_eq!(check_header(ApiKey::ApiVersions, 2, &start), Ok(()));
     }
 }

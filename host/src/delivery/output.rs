@@ -21,6 +21,9 @@ pub enum Unreadable {
     /// It is damaged.
     #[error("it is damaged: {0}")]
     Damaged(#[from] postcard::Error),
+    /// It goes on where it should end.
+    #[error("it is damaged: {0} bytes follow its end")]
+    Longer(usize),
 }
 
 #[derive(Serialize, Deserialize)]
@@ -59,7 +62,7 @@ pub fn encode(outputs: &[Outgoing]) -> Result<Vec<u8>, Unreadable> {
 /// Reads what [`encode`] wrote.
 pub fn decode(bytes: &[u8]) -> Result<Vec<Outgoing>, Unreadable> {
     let stored: Vec<Stored<'_>> = match body(bytes)? {
-        Some(body) => postcard::from_bytes(body)?,
+        Some(body) => whole(body)?,
         None => Vec::new(),
     };
     Ok(stored.into_iter().map(outgoing).collect())
@@ -73,13 +76,21 @@ pub fn encode_seen(seen: &Seen) -> Result<Vec<u8>, Unreadable> {
 /// Reads what [`encode_seen`] wrote; no bytes are nothing seen.
 pub fn decode_seen(bytes: &[u8]) -> Result<Seen, Unreadable> {
     match body(bytes)? {
-        Some(body) => Ok(postcard::from_bytes(body)?),
+        Some(body) => whole(body),
         None => Ok(Seen::default()),
     }
 }
 
 fn to_bytes(value: &impl Serialize) -> Result<Vec<u8>, Unreadable> {
     Ok(postcard::to_extend(value, vec![FORMAT])?)
+}
+
+/// A value that takes all of the bytes.
+fn whole<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, Unreadable> {
+    match postcard::take_from_bytes(body)? {
+        (value, []) => Ok(value),
+        (_, rest) => Err(Unreadable::Longer(rest.len())),
+    }
 }
 
 fn body(bytes: &[u8]) -> Result<Option<&[u8]>, Unreadable> {
@@ -182,6 +193,10 @@ mod tests {
         assert!(matches!(
             decode(&[FORMAT, 200]),
             Err(Unreadable::Damaged(_))
+        ));
+        assert!(matches!(
+            decode(&[FORMAT, 0, 7]),
+            Err(Unreadable::Longer(1))
         ));
         let seen = encode_seen(&Seen::default()).expect("encoded");
         assert_eq!(decode_seen(&seen).expect("decoded"), Seen::default());

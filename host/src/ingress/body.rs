@@ -16,8 +16,10 @@ const MAX_NAME: usize = 40;
 
 /// What a body is said to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub enum Kind {
+    /// `application/x-www-form-urlencoded`.
     Form,
+    /// `application/json`.
     Json,
 }
 
@@ -62,7 +64,7 @@ pub(super) fn kind(headers: &HeaderMap) -> Result<Kind, String> {
 
 /// The values of exactly the `declared` fields, in their order, or what is wrong with the body. Ends at the first
 /// thing that is wrong: what a client sends behind it costs nothing.
-pub(super) fn fields(kind: Kind, body: &[u8], declared: &[String]) -> Result<Vec<String>, String> {
+pub fn fields(kind: Kind, body: &[u8], declared: &[String]) -> Result<Vec<String>, String> {
     let mut fields = Fields {
         declared,
         values: vec![None; declared.len()],

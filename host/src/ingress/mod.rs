@@ -1,7 +1,7 @@
 //! HTTP routes in: requests become records, and reads of a Redis store.
 
 mod aside;
-mod body;
+pub mod body;
 mod produce;
 mod read;
 mod router;

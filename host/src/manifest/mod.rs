@@ -4,16 +4,18 @@
 mod expand;
 mod reader;
 
-use std::collections::BTreeSet;
 use std::time::Duration;
 
-use toml::de::DeTable;
+use toml::Spanned;
+use toml::de::{DeTable, DeValue, Error};
 
 pub(crate) use self::expand::Env;
 pub(crate) use self::reader::{At, Text};
 use self::reader::{Reader, Table};
 use crate::diagnostics::{Problem, Problems, Span};
 
+/// Values of a file, those in lists and tables among them: what they mean to each other takes longer than to read them.
+const MAX_VALUES: usize = 10_000;
 const MAX_PARTITIONS: i64 = 10_000;
 const MAX_REPLICATION: i64 = 100;
 const MAX_CONNECTIONS: i64 = 1000;
@@ -203,26 +205,54 @@ pub(crate) struct AdminSection {
 pub(crate) fn read(text: &str, env: &Env<'_>, problems: &Problems) -> Option<Manifest> {
     let (document, errors) = DeTable::parse_recoverable(text);
     if !errors.is_empty() {
-        // What follows the first error of a line mostly follows from it.
-        let mut lines = BTreeSet::new();
-        for error in errors {
-            let span = error.span().unwrap_or_default();
-            let line = text
-                .bytes()
-                .take(span.start)
-                .filter(|b| *b == b'\n')
-                .count();
-            if lines.insert(line) {
-                problems.report(
-                    Problem::at(&span, format!("the file is not TOML: {}", error.message()))
-                        .help("the meaning of the file is checked once this is mended"),
-                );
-            }
-        }
+        report_syntax(text, errors, problems);
+        return None;
+    }
+    if let Some(span) = beyond(document.get_ref(), MAX_VALUES) {
+        problems.report(
+            Problem::at(&span, format!("the file has more than {MAX_VALUES} values"))
+                .help("is it the right file?"),
+        );
         return None;
     }
     let reader = Reader { env, problems };
     Some(manifest(Table::root(&reader, document.get_ref())))
+}
+
+/// Reports the first error of each line: what follows it mostly follows from it.
+fn report_syntax(text: &str, mut errors: Vec<Error>, problems: &Problems) {
+    let start = |error: &Error| error.span().unwrap_or_default().start.min(text.len());
+    errors.sort_by_key(start);
+    let mut line_end = None;
+    for error in errors {
+        let start = start(&error);
+        if line_end.is_some_and(|end| start <= end) {
+            continue;
+        }
+        if problems.are_enough() {
+            break;
+        }
+        let rest = &text.as_bytes()[start..];
+        line_end = Some(start + rest.iter().position(|b| *b == b'\n').unwrap_or(rest.len()));
+        let span = error.span().unwrap_or_default();
+        problems.report(
+            Problem::at(&span, format!("the file is not TOML: {}", error.message()))
+                .help("the meaning of the file is checked once this is mended"),
+        );
+    }
+}
+
+/// Where a value is that is one too many.
+fn beyond(document: &DeTable<'_>, most: usize) -> Option<Span> {
+    let mut waiting: Vec<&Spanned<DeValue<'_>>> = document.values().collect();
+    for _ in 0..most {
+        match waiting.pop()?.get_ref() {
+            DeValue::Table(entries) => waiting.extend(entries.values()),
+            DeValue::Array(items) => waiting.extend(items.iter()),
+            _ => {}
+        }
+    }
+    waiting.pop().map(Spanned::span)
 }
 
 fn manifest(mut t: Table<'_>) -> Manifest {

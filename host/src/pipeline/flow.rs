@@ -1,6 +1,7 @@
 //! What stages are to each other: groups that they share, and the way that records take between them.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::iter::successors;
 
 use super::delivery::default_ledger;
 use super::load::Checks;
@@ -123,9 +124,13 @@ fn check_cycles(checks: &Checks<'_>, stages: &[StageSection]) {
         .filter(|s| !s.allow_cycle)
         .map(Node::of)
         .collect();
+    let next = next_of_each(&strict);
     let mut reported: BTreeSet<usize> = BTreeSet::new();
     for start in 0..strict.len() {
-        let Some(ring) = ring_from(&strict, start) else {
+        if reported.contains(&start) {
+            continue;
+        }
+        let Some(ring) = ring_from(&next, start) else {
             continue;
         };
         if ring.iter().any(|stage| reported.contains(stage)) {
@@ -173,22 +178,41 @@ impl<'a> Node<'a> {
     }
 }
 
+/// For each stage, those that read what it writes.
+fn next_of_each(nodes: &[Node<'_>]) -> Vec<Vec<usize>> {
+    let mut readers: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
+    for (index, node) in nodes.iter().enumerate() {
+        for topic in &node.inputs {
+            readers.entry(topic).or_default().push(index);
+        }
+    }
+    let next = |node: &Node<'_>| {
+        let topics = node.outputs.iter().map(String::as_str);
+        let next: BTreeSet<usize> = topics
+            .filter_map(|topic| readers.get(topic))
+            .flatten()
+            .copied()
+            .collect();
+        next.into_iter().collect()
+    };
+    nodes.iter().map(next).collect()
+}
+
 /// The shortest way from a stage back to itself: the stages, the start first.
-fn ring_from(nodes: &[Node<'_>], start: usize) -> Option<Vec<usize>> {
-    let mut came_from: BTreeMap<usize, usize> = BTreeMap::new();
+fn ring_from(next: &[Vec<usize>], start: usize) -> Option<Vec<usize>> {
+    let mut came_from: Vec<Option<usize>> = vec![None; next.len()];
     let mut frontier = vec![start];
     while !frontier.is_empty() {
         let mut next_frontier = Vec::new();
         for from in frontier {
-            for (to, node) in nodes.iter().enumerate() {
-                if came_from.contains_key(&to) || nodes[from].topic_to(node).is_none() {
-                    continue;
+            for &to in &next[from] {
+                if came_from[to].is_none() {
+                    came_from[to] = Some(from);
+                    next_frontier.push(to);
                 }
-                came_from.insert(to, from);
-                next_frontier.push(to);
             }
         }
-        if came_from.contains_key(&start) {
+        if came_from[start].is_some() {
             return Some(walk_back(&came_from, start));
         }
         frontier = next_frontier;
@@ -196,13 +220,10 @@ fn ring_from(nodes: &[Node<'_>], start: usize) -> Option<Vec<usize>> {
     None
 }
 
-fn walk_back(came_from: &BTreeMap<usize, usize>, start: usize) -> Vec<usize> {
-    let mut ring = Vec::new();
-    let mut at = came_from[&start];
-    while at != start {
-        ring.push(at);
-        at = came_from[&at];
-    }
+fn walk_back(came_from: &[Option<usize>], start: usize) -> Vec<usize> {
+    let mut ring: Vec<usize> = successors(came_from[start], |&at| came_from[at])
+        .take_while(|at| *at != start)
+        .collect();
     ring.push(start);
     ring.reverse();
     ring

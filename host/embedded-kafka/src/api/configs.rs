@@ -1,5 +1,7 @@
 //! DescribeConfigs: what holds for a topic, and for the broker.
 
+use std::collections::HashSet;
+
 use kafka_protocol::ResponseError;
 use kafka_protocol::messages::describe_configs_request::DescribeConfigsResource;
 use kafka_protocol::messages::describe_configs_response::{
@@ -52,8 +54,12 @@ pub(super) fn describe(call: &Call, request: DescribeConfigsRequest) -> Describe
                 });
         result.with_configs(configs.collect())
     };
-    DescribeConfigsResponse::default()
-        .with_results(request.resources.into_iter().map(describe).collect())
+    let mut seen = HashSet::new();
+    let once = request
+        .resources
+        .into_iter()
+        .filter(|each| seen.insert((each.resource_type, each.resource_name.clone())));
+    DescribeConfigsResponse::default().with_results(once.map(describe).collect())
 }
 
 fn values(call: &Call, resource: &DescribeConfigsResource) -> Result<Vec<Value>, Refused> {

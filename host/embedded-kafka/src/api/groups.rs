@@ -15,7 +15,7 @@ use kafka_protocol::messages::{
     SyncGroupResponse,
 };
 
-use super::{Call, code, text, wire};
+use super::{Call, code, once, text, wire};
 use crate::group::{Caller, Description, JoinRequest, Joined};
 use crate::storage::journal_state::Entry;
 
@@ -161,8 +161,7 @@ pub(super) fn describe(call: &Call, request: DescribeGroupsRequest) -> DescribeG
             .with_group_state(wire(state))
             .with_protocol_type(wire(protocol_type))
     };
-    DescribeGroupsResponse::default()
-        .with_groups(request.groups.into_iter().map(describe).collect())
+    DescribeGroupsResponse::default().with_groups(once(request.groups).map(describe).collect())
 }
 
 fn described_group(group: DescribedGroup, described: Description) -> DescribedGroup {

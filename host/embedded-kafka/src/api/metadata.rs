@@ -12,7 +12,7 @@ use kafka_protocol::messages::{
     MetadataRequest, MetadataResponse,
 };
 
-use super::{BadRequest, Call, TAKEN, wire};
+use super::{BadRequest, Call, TAKEN, once, wire};
 use crate::node::NODE_ID;
 use crate::storage::topics::Topic;
 
@@ -51,7 +51,8 @@ pub(super) async fn metadata(call: &Call, request: MetadataRequest) -> MetadataR
         .with_controller_id(NODE_ID.into());
     match request.topics {
         Some(topics) if !(topics.is_empty() && call.version == 0) => {
-            for name in topics.into_iter().filter_map(|topic| topic.name) {
+            let names = topics.into_iter().filter_map(|topic| topic.name).collect();
+            for name in once(names) {
                 let topic = match describe(call, &name, may_create).await {
                     Ok(topic) => topic_metadata(&topic),
                     Err(error) => MetadataResponseTopic::default().with_error_code(error.code()),

@@ -8,6 +8,8 @@ mod metadata;
 mod offsets;
 mod produce;
 
+use std::collections::HashSet;
+use std::hash::Hash;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -52,6 +54,9 @@ pub(crate) const TAKEN: [(ApiKey, i16, i16); 21] = [
 const FIRST_PRODUCE: i16 = 3;
 /// Key, version and correlation id.
 const MIN_REQUEST_BYTES: usize = 8;
+
+/// Bytes of one answer: those of records (`fetch::MAX_BYTES`, or one batch) fit, and those of all groups and topics.
+const MAX_ANSWER_BYTES: usize = 256 << 20;
 
 /// An answer being worked on: bytes with their length in front, or none where the client wants none.
 pub(crate) type Answer = Pin<Box<dyn Future<Output = Result<Option<Bytes>, BadRequest>> + Send>>;
@@ -201,6 +206,11 @@ impl Call {
         if !taken {
             return Err(BadRequest::Version { key, version });
         }
+        shape::check_header(key, version, &request).map_err(|bad| BadRequest::Shape {
+            key,
+            version,
+            bad,
+        })?;
         let header = RequestHeader::decode(&mut request, key.request_header_version(version))
             .map_err(|error| BadRequest::Header {
                 key,
@@ -247,8 +257,12 @@ impl Call {
         let header = ResponseHeader::default().with_correlation_id(self.correlation);
         let header_version = self.key.response_header_version(version);
         let len = header.compute_size(header_version)? + response.compute_size(version)?;
+        anyhow::ensure!(
+            len <= MAX_ANSWER_BYTES,
+            "it would have {len} bytes, where {MAX_ANSWER_BYTES} are given: ask for less at a time"
+        );
         let mut bytes = BytesMut::with_capacity(size_of::<i32>() + len);
-        bytes.extend_from_slice(&i32::try_from(len)?.to_be_bytes());
+        bytes.extend_from_slice(&(len as i32).to_be_bytes());
         header.encode(&mut bytes, header_version)?;
         response.encode(&mut bytes, version)?;
         Ok(bytes.freeze())
@@ -261,6 +275,14 @@ fn text(bytes: StrBytes) -> String {
 
 fn wire(text: impl Into<String>) -> StrBytes {
     StrBytes::from_string(text.into())
+}
+
+/// Each of the things that a request names, once: what is told of a topic or group can be much longer than its name.
+fn once<T: Clone + Eq + Hash>(named: Vec<T>) -> impl Iterator<Item = T> {
+    let mut seen = HashSet::new();
+    named
+        .into_iter()
+        .filter(move |each| seen.insert(each.clone()))
 }
 
 /// The error code of a result, 0 if it is good.

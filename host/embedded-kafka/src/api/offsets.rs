@@ -16,7 +16,7 @@ use kafka_protocol::messages::{
     OffsetFetchRequest, OffsetFetchResponse, TopicName,
 };
 
-use super::{Call, code, text, wire};
+use super::{Call, code, once, text, wire};
 use crate::group::Caller;
 use crate::storage::journal_state::{Committed, Entry};
 
@@ -143,15 +143,24 @@ pub(super) fn fetch(call: &Call, request: OffsetFetchRequest) -> OffsetFetchResp
             committed.and_then(|offsets| offsets.get(&(topic.to_owned(), index)))
         };
         if let Some(topics) = request.topics {
-            let topic =
-                |topic: kafka_protocol::messages::offset_fetch_request::OffsetFetchRequestTopic| {
-                    let partition = |index: &i32| fetched(*index, find(&topic.name, *index));
-                    let partitions = topic.partition_indexes.iter().map(partition).collect();
-                    OffsetFetchResponseTopic::default()
-                        .with_name(topic.name.clone())
-                        .with_partitions(partitions)
-                };
-            return topics.into_iter().map(topic).collect();
+            let wanted = topics.into_iter().flat_map(|topic| {
+                let name = topic.name;
+                let indexes = topic.partition_indexes.into_iter();
+                indexes.map(move |index| (name.clone(), index))
+            });
+            let mut topics: Vec<OffsetFetchResponseTopic> = Vec::new();
+            for (name, index) in once(wanted.collect()) {
+                let partition = fetched(index, find(&name, index));
+                match topics.last_mut().filter(|last| last.name == name) {
+                    Some(last) => last.partitions.push(partition),
+                    None => topics.push(
+                        OffsetFetchResponseTopic::default()
+                            .with_name(name)
+                            .with_partitions(vec![partition]),
+                    ),
+                }
+            }
+            return topics;
         }
         let mut topics: Vec<OffsetFetchResponseTopic> = Vec::new();
         for ((topic, index), committed) in committed.into_iter().flatten() {

@@ -27,6 +27,8 @@ const MIN_REBALANCE_TIMEOUT: Duration = Duration::from_secs(1);
 const MAX_REBALANCE_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
 /// Bytes that a member says about itself when it joins (names and subscriptions), and bytes of an assignment.
 const MAX_MEMBER_BYTES: usize = 1 << 20;
+/// Ways to hand out partitions that a member offers; clients have one to four. Each is looked for in those of all members.
+const MAX_PROTOCOLS: usize = 100;
 /// With no deadline to wait for, the groups are looked at this often.
 const IDLE_SWEEP: Duration = Duration::from_secs(60);
 
@@ -94,7 +96,7 @@ impl Groups {
             .protocols
             .iter()
             .map(|(name, subscription)| name.len() + subscription.len());
-        if said.sum::<usize>() > MAX_MEMBER_BYTES {
+        if said.sum::<usize>() > MAX_MEMBER_BYTES || request.protocols.len() > MAX_PROTOCOLS {
             return refuse(ResponseError::InvalidRequest);
         }
         let protocols = request.protocols.into_iter();

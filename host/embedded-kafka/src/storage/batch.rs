@@ -160,6 +160,10 @@ pub(crate) fn find_timestamp(header: &Header, batch: &[u8], timestamp: i64) -> (
             break;
         };
         let found = header.base_timestamp.saturating_add(timestamp_delta);
+        if !(0..=i64::from(header.last_offset_delta)).contains(&offset_delta) {
+            // Nobody has looked into the records before: these are none.
+            break;
+        }
         if found >= timestamp {
             return (header.base_offset + offset_delta, found);
         }
@@ -269,5 +273,22 @@ pub(crate) mod tests {
             (0, 0),
             "cut short"
         );
+    }
+
+    #[test]
+    fn a_record_that_says_it_lies_outside_of_its_batch_is_not_believed() {
+        // An offset delta of i64::MAX, of -1, and of 2 where the last is 1; in zigzag.
+        for delta in [[&[0xfe][..], &[0xff; 8], &[1]].concat(), vec![1], vec![4]] {
+            let record = [&[0, 20][..], &delta, &[0, 0, 0]].concat();
+            let mut bytes = batch(2, 0, None);
+            bytes.push(2 * record.len() as u8);
+            bytes.extend(record);
+            let len = (bytes.len() - PREFIX_LEN) as i32;
+            bytes[8..12].copy_from_slice(&len.to_be_bytes());
+            bytes[..8].copy_from_slice(&5i64.to_be_bytes());
+            seal(&mut bytes);
+            let header = Header::check(&bytes).unwrap();
+            assert_eq!(find_timestamp(&header, &bytes, 10), (5, 0), "{delta:?}");
+        }
     }
 }

@@ -127,3 +127,70 @@ fn a_partition_that_a_fetch_names_again_is_refused() {
     assert_eq!(errors[0], 0);
     assert!(errors[1..].iter().all(|error| *error == INVALID_REQUEST));
 }
+
+/// What is told of each of these things is longer than its name.
+#[test]
+fn what_a_request_names_again_is_told_once() {
+    const TIMES: usize = 100_000;
+    const METADATA: i16 = 3;
+    const OFFSET_COMMIT: i16 = 8;
+    const OFFSET_FETCH: i16 = 9;
+    const DESCRIBE_GROUPS: i16 = 15;
+    const DESCRIBE_CONFIGS: i16 = 32;
+    let cluster = Cluster::embedded();
+    let topic = string(&cluster.topic(100));
+    let one = 1i32.to_be_bytes();
+    let again =
+        |element: &[u8]| [&(TIMES as i32).to_be_bytes()[..], &element.repeat(TIMES)].concat();
+    let mut connection = Connection::open(cluster.address());
+
+    let metadata = string(&"m".repeat(4096));
+    let offset = [&0i32.to_be_bytes()[..], &7i64.to_be_bytes(), &metadata].concat();
+    let start = [
+        string("g"),
+        (-1i32).to_be_bytes().to_vec(),
+        string(""),
+        vec![0xff; 8],
+    ]
+    .concat();
+    let commit = [&start[..], &one, &topic, &one, &offset].concat();
+    connection.call(OFFSET_COMMIT, 2, &commit);
+
+    let group = string("g");
+    let partition = again(&0i32.to_be_bytes());
+    let resource = [&[2][..], &topic, &[0xff; 4]].concat();
+    for (key, version, body) in [
+        (METADATA, 1, again(&topic)),
+        (
+            OFFSET_FETCH,
+            2,
+            [&group[..], &one, &topic, &partition].concat(),
+        ),
+        (DESCRIBE_GROUPS, 0, again(&group)),
+        (DESCRIBE_CONFIGS, 1, [again(&resource), vec![0]].concat()),
+    ] {
+        let answer = connection.call(key, version, &body);
+        assert!(answer.len() > 20, "{key}: {answer:?}");
+        assert!(answer.len() < 20_000, "{key}: {} bytes", answer.len());
+    }
+}
+
+/// The more there are, the longer it takes to find one that all members have; and nobody has so many.
+#[test]
+fn a_member_that_offers_ever_more_protocols_is_refused() {
+    const JOIN_GROUP: i16 = 11;
+    const INVALID_REQUEST: [u8; 2] = [0, 42];
+    let cluster = Cluster::embedded();
+    let count = 100_000;
+    let mut body = string("g");
+    body.extend(10_000i32.to_be_bytes());
+    body.extend(string(""));
+    body.extend(string("consumer"));
+    body.extend(i32::to_be_bytes(count));
+    for i in 0..count {
+        body.extend(string(&i.to_string()));
+        body.extend([0; 4]);
+    }
+    let answer = Connection::open(cluster.address()).call(JOIN_GROUP, 0, &body);
+    assert_eq!(answer[..2], INVALID_REQUEST);
+}
