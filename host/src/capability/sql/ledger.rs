@@ -53,9 +53,12 @@ pub(super) fn migration_error(error: MigrateError) -> Result<sqlx::Error, StoreE
 pub(super) struct Statements {
     /// Asks for every column, and no row.
     pub(super) probe: Arc<str>,
-    claim: Arc<str>,
-    reclaim: Arc<str>,
+    pub(super) claim: Arc<str>,
+    pub(super) reclaim: Arc<str>,
     save: Arc<str>,
+    /// On PostgreSQL: fails unless it has written the row, with a division by zero, so that what is sent with it, a commit,
+    /// finds a transaction that has failed.
+    pub(super) save_or_fail: Arc<str>,
 }
 
 impl Statements {
@@ -65,6 +68,9 @@ impl Statements {
         const ROW: &str = "epoch, generation, commits, next_offset, attempts, pending, seen";
         const OWN: &str = "consumer_group = $1 AND topic = $2 AND partition = $3 AND epoch = $4";
         const NOW: &str = "updated_at = CURRENT_TIMESTAMP";
+        let save = format!(
+            "UPDATE {table} SET commits = $5, next_offset = $6, attempts = $7, pending = $8, seen = $9, {NOW} WHERE {OWN}"
+        );
         Self {
             probe: format!("SELECT {KEY}, {ROW}, updated_at FROM {table} LIMIT 0").into(),
             claim: format!(
@@ -73,18 +79,19 @@ impl Statements {
             )
             .into(),
             reclaim: format!("UPDATE {table} SET epoch = epoch + 1, {NOW} WHERE {OWN} RETURNING {ROW}").into(),
-            save: format!(
-                "UPDATE {table} SET commits = $5, next_offset = $6, attempts = $7, pending = $8, seen = $9, {NOW} \
-                 WHERE {OWN}"
+            save_or_fail: format!(
+                "WITH saved AS ({save} RETURNING 1) \
+                 SELECT 1 OPERATOR(pg_catalog./) pg_catalog.count(*) FROM saved"
             )
             .into(),
+            save: save.into(),
         }
     }
 }
 
 /// A new row's generation: above that of any row which the lane had before and lost, so that what comes of it is not taken for
 /// what came of that one. Milliseconds since the Unix epoch.
-fn generation() -> i64 {
+pub(super) fn generation() -> i64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     i64::try_from(now.unwrap_or_default().as_millis()).unwrap_or_default()
 }
