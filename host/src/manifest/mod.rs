@@ -60,6 +60,7 @@ pub(crate) struct TopicSection {
 pub(crate) struct SqlSection {
     pub(crate) name: Text,
     pub(crate) url: Option<Text>,
+    pub(crate) stage_url: Option<Text>,
     pub(crate) migrations: Option<Text>,
     pub(crate) max_connections: Option<At<i64>>,
 }
@@ -303,6 +304,7 @@ fn sql((name, mut t): (Text, Table<'_>)) -> SqlSection {
             "url",
             "\"sqlite:data/my.db\"` or `url = \"postgres://user@host/database\"",
         ),
+        stage_url: t.text("stage-url"),
         migrations: t.text("migrations"),
         max_connections: t.integer("max-connections", 1..=MAX_CONNECTIONS),
     };

@@ -73,6 +73,8 @@ pub struct Topic {
 #[derive(Debug)]
 pub struct SqlStore {
     pub(crate) url: SqlUrl,
+    /// What stages log in with, on PostgreSQL; `None`: with `url`.
+    pub(crate) stage_url: Option<SqlUrl>,
     /// A folder of `*.sql` migrations, run at start.
     pub(crate) migrations: Option<PathBuf>,
     pub(crate) max_connections: u32,

@@ -30,8 +30,11 @@ pub(super) fn sql(
             .as_ref()
             .map(|text| migrations(checks, text));
         let url = section.url.as_ref().and_then(|text| sql_url(checks, text));
+        let stage_url = section.stage_url.as_ref();
+        let stage_url = stage_url.map(|text| stage_url_of(checks, text, url.as_ref()));
         let store = SqlStore {
             url: url?,
+            stage_url: stage_url.map_or(Some(None), |url| url.map(Some))?,
             migrations: migrations.map_or(Some(None), |folder| folder.map(Some))?,
             max_connections: section
                 .max_connections
@@ -176,6 +179,22 @@ fn sql_url(checks: &Checks<'_>, text: &Text) -> Option<SqlUrl> {
         }
     }
     None
+}
+
+/// The URL that stages log in with, beside the host's.
+fn stage_url_of(checks: &Checks<'_>, text: &Text, url: Option<&SqlUrl>) -> Option<SqlUrl> {
+    const HELP: &str = "roles are PostgreSQL's: write `postgres://role:password@host:port/database`, or leave `stage-url` out";
+    if let Some(SqlUrl::Sqlite(_)) = url {
+        checks.report(Problem::at(&text.span, "`stage-url` is for PostgreSQL").help(HELP));
+        return None;
+    }
+    match sql_url(checks, text)? {
+        SqlUrl::Sqlite(_) => {
+            checks.report(Problem::at(&text.span, "`stage-url` is for PostgreSQL").help(HELP));
+            None
+        }
+        url => Some(url),
+    }
 }
 
 /// The path of a `sqlite:` URL, or why it has none; `None` for other URLs.

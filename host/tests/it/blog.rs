@@ -301,6 +301,8 @@ async fn on_kafka_postgresql_and_redis_under_load() {
     let errors: Vec<_> = said
         .lines()
         .filter(|l| l.contains("ERROR") || l.contains(" WARN "))
+        // The tests' role may do anything, which the host does not like.
+        .filter(|l| !l.contains("stage-url"))
         .collect();
     assert_eq!(errors, [] as [&str; 0], "no error in the log");
 

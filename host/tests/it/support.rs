@@ -177,6 +177,15 @@ impl Host {
         })
     }
 
+    /// Kilobytes of memory that it has had at most.
+    pub(crate) fn peak_memory(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.process.id()));
+        let status = status.expect("a system with /proc");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kilobytes = line.and_then(|line| line.split_whitespace().next());
+        kilobytes.and_then(|n| n.parse().ok()).expect("a number")
+    }
+
     pub(crate) fn signal(&self, signal: i32) {
         let id = i32::try_from(self.process.id()).expect("a process id");
         // SAFETY: plain system call on the id of a child that was not waited for.

@@ -1,8 +1,7 @@
 //! Exactly-once effects: the stage's database, its outputs and its progress together, on Apache Kafka with PostgreSQL
 //! and SQLite. What faults of servers and hosts do to it is the suite `faults`.
 
-use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use host::capability::sql::{Database, Value as SqlValue};
 use host::pipeline::SqlUrl;
@@ -12,6 +11,7 @@ use rdkafka::config::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
 use rdkafka::{Offset, TopicPartitionList};
 use serde_json::{Value, json};
+use sqlx::{ConnectOptions, Connection};
 
 use crate::bench::Bench;
 use crate::support::{Log, Seen, get, server, unique, until};
@@ -20,9 +20,8 @@ use crate::support::{Log, Seen, get, server, unique, until};
 struct Table {
     bench: Bench,
     database: Database,
+    url: SqlUrl,
     name: String,
-    /// SQLite's.
-    file: Option<PathBuf>,
 }
 
 const SQLITE: &str = "sqlite:db.sqlite";
@@ -32,10 +31,9 @@ impl Table {
         let postgres = server("DATABASE_URL");
         let url = if kind == SQLITE { SQLITE } else { &postgres };
         let bench = Bench::with(guest, 1, settings, url, "");
-        let file = (kind == SQLITE).then(|| bench.host.folder().path().join("db.sqlite"));
-        let url = match &file {
-            Some(file) => SqlUrl::Sqlite(file.clone()),
-            None => SqlUrl::Postgres(postgres),
+        let url = match kind {
+            SQLITE => SqlUrl::Sqlite(bench.host.folder().path().join("db.sqlite")),
+            _ => SqlUrl::Postgres(postgres),
         };
         let database = Database::connect(&url, None, 2, None)
             .await
@@ -44,8 +42,8 @@ impl Table {
         let table = Self {
             bench,
             database,
+            url,
             name,
-            file,
         };
         table
             .run(&format!("CREATE TABLE {} (n BIGINT)", table.name))
@@ -99,16 +97,24 @@ impl Table {
 
     async fn progress(&self, column: &str) -> i64 {
         let group = &self.bench.group;
-        let row =
-            format!("SELECT {column} FROM stagehost_progress WHERE consumer_group = '{group}'");
-        // No stage may read it, and a `Database` is what a stage has.
-        if let Some(file) = &self.file {
-            let sql = rusqlite::Connection::open(file).expect("the file");
-            return sql.query_row(&row, [], |row| row.get(0)).expect("a row");
-        }
-        let found = self.numbers(&row).await;
-        assert_eq!(found.len(), 1, "{row}");
-        found[0]
+        let row = format!(
+            "SELECT CAST({column} AS BIGINT) FROM stagehost_progress WHERE consumer_group = '{group}'"
+        );
+        // Stages, and who goes the same way, do not see it.
+        let found = match &self.url {
+            SqlUrl::Postgres(url) => {
+                let mut connection = sqlx::PgConnection::connect(url).await.expect("a server");
+                let found = sqlx::query_scalar(sqlx::AssertSqlSafe(row));
+                found.fetch_one(&mut connection).await
+            }
+            SqlUrl::Sqlite(file) => {
+                let options = sqlx::sqlite::SqliteConnectOptions::new().filename(file);
+                let mut connection = options.connect().await.expect("the file");
+                let found = sqlx::query_scalar(sqlx::AssertSqlSafe(row));
+                found.fetch_one(&mut connection).await
+            }
+        };
+        found.expect("one row")
     }
 
     fn dead(&self) -> Vec<Seen> {
@@ -502,4 +508,102 @@ async fn a_stop_under_load_repeats_nothing() {
             "{kind}"
         );
     }
+}
+
+/// What a guest may ask of PostgreSQL, and must not have: more than the host has memory or time for.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hungry_statement_hurts_its_message_alone() {
+    const MEGABYTES: u64 = 200;
+    for (delivery, expected) in [("transactional", 2), ("at-least-once", 2)] {
+        let settings = format!("delivery = \"{delivery}\"\nlimits = {{ deadline = \"2s\" }}");
+        let table = Table::start("postgres", "test-probe", &settings).await;
+        let neighbour = Table::start("postgres", "test-probe", "").await;
+        let ask = |statement: &str, execute: bool| {
+            let command = json!({ "do": "sql", "store": "db", "statement": statement, "params": [], "execute": execute });
+            json!({ "do": "steps", "steps": [table.insert(99), command] })
+        };
+        table
+            .bench
+            .deliver(&[table.message(0, json!({ "do": "ok" }))])
+            .await;
+        let before = table.bench.host.peak_memory();
+        let messages = [
+            ask("SELECT repeat('x', 1000000000)", false),
+            ask("SELECT generate_series(1, 10000000)", true),
+            table.message(1, json!({ "do": "ok" })),
+        ];
+        table.bench.send(&messages).await;
+        for n in 0..20 {
+            let began = Instant::now();
+            neighbour
+                .bench
+                .deliver(&[neighbour.message(n, json!({ "do": "ok" }))])
+                .await;
+            let (status, _) = get(&table.bench.host.address("admin"), "/healthz");
+            assert_eq!(status, 200);
+            assert!(began.elapsed() < Duration::from_secs(10));
+        }
+        table
+            .bench
+            .log
+            .wait_committed(&table.bench.group, &table.bench.input);
+        let dead = table.dead();
+        assert_eq!(dead.len(), expected, "{delivery}: {dead:?}");
+        for letter in &dead {
+            assert_eq!(
+                letter.header("__dlq.errors.delivery.count"),
+                Some("3"),
+                "{delivery}"
+            );
+        }
+        if delivery == "transactional" {
+            assert_eq!(table.rows().await, [0, 1]);
+        }
+        let grown = (table.bench.host.peak_memory() - before) / 1024;
+        assert!(grown < MEGABYTES, "{delivery}: {grown} MB");
+    }
+}
+
+/// Each is a message of its own: what it is refused, it is told, and nothing of another lane is touched.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_reaches_nothing_of_the_hosts_or_of_its_neighbours() {
+    const ATTACKS: &[&str] = &[
+        "UPDATE stagehost_progress SET next_offset = next_offset + 100",
+        "UPDATE \"stagehost_progress\" SET pending = '\\x00'",
+        "DELETE FROM stagehost_progress",
+        "SELECT table_to_xml('stagehost_progress', true, true, '')",
+        "CREATE FUNCTION f() RETURNS text LANGUAGE sql AS $$SELECT set_config('search_path', 'x', false)$$",
+        "CREATE TABLE mine (n int)",
+        "ALTER ROLE CURRENT_USER PASSWORD 'mine'",
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity",
+        "SELECT set_config('search_path', 'x', false)",
+        "COMMIT",
+    ];
+    let victim = Table::start("postgres", "test-probe", "").await;
+    let table = Table::start("postgres", "test-probe", "").await;
+    let attack = |(n, statement): (i64, &&str)| {
+        let command = json!({ "do": "sql", "store": "db", "statement": statement, "params": [], "execute": true,
+                              "report": table.bench.output });
+        json!({ "do": "steps", "steps": [table.insert(n), command] })
+    };
+    let messages: Vec<_> = (0..).zip(ATTACKS).map(attack).collect();
+    let sent = 0..3;
+    let to_victim = |n: i64| victim.message(n, json!({ "do": "ok" }));
+    victim
+        .bench
+        .deliver(&sent.clone().map(to_victim).collect::<Vec<_>>())
+        .await;
+    let (outputs, dead) = table.bench.deliver(&messages).await;
+    assert_eq!(dead, []);
+    assert_eq!(outputs.len(), ATTACKS.len());
+    for (output, statement) in outputs.iter().zip(ATTACKS) {
+        let said = output.value.as_deref().unwrap_or_default();
+        assert!(said.contains("0A000"), "{statement}: {said}");
+    }
+    victim
+        .bench
+        .deliver(&(3..6).map(to_victim).collect::<Vec<_>>())
+        .await;
+    assert_eq!(victim.rows().await, (0..6).collect::<Vec<_>>());
+    assert_eq!(victim.progress("epoch").await, 1, "nobody took it over");
 }

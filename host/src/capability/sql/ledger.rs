@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use sqlx::SqlSafeStr;
 use sqlx::migrate::{MigrateError, Migration, MigrationType, Migrator};
-use sqlx::{AssertSqlSafe, Encode, Executor, FromRow, IntoArguments, SqlSafeStr, Type};
 
 use super::{Database, Error, Kind, StoreError, Transaction};
-use crate::delivery::progress::{Checkpoint, Claim, Commit, CommitError, LaneId, Ledger, Mode};
+use crate::delivery::progress::{Claim, Commit, CommitError, LaneId, Ledger, Mode};
 
 /// The table's name, without its schema.
 pub(super) const TABLE: &str = "stagehost_progress";
@@ -56,6 +56,9 @@ pub(super) struct Statements {
     pub(super) claim: Arc<str>,
     pub(super) reclaim: Arc<str>,
     pub(super) save: Arc<str>,
+    /// On PostgreSQL: fails unless it has written the row, with a division by zero, so that what is sent with it, a commit,
+    /// finds a transaction that has failed.
+    pub(super) save_or_fail: Arc<str>,
 }
 
 impl Statements {
@@ -65,6 +68,9 @@ impl Statements {
         const ROW: &str = "epoch, generation, commits, next_offset, attempts, pending, seen";
         const OWN: &str = "consumer_group = $1 AND topic = $2 AND partition = $3 AND epoch = $4";
         const NOW: &str = "updated_at = CURRENT_TIMESTAMP";
+        let save = format!(
+            "UPDATE {table} SET commits = $5, next_offset = $6, attempts = $7, pending = $8, seen = $9, {NOW} WHERE {OWN}"
+        );
         Self {
             probe: format!("SELECT {KEY}, {ROW}, updated_at FROM {table} LIMIT 0").into(),
             claim: format!(
@@ -73,11 +79,12 @@ impl Statements {
             )
             .into(),
             reclaim: format!("UPDATE {table} SET epoch = epoch + 1, {NOW} WHERE {OWN} RETURNING {ROW}").into(),
-            save: format!(
-                "UPDATE {table} SET commits = $5, next_offset = $6, attempts = $7, pending = $8, seen = $9, {NOW} \
-                 WHERE {OWN}"
+            save_or_fail: format!(
+                "WITH saved AS ({save} RETURNING 1) \
+                 SELECT 1 OPERATOR(pg_catalog./) pg_catalog.count(*) FROM saved"
             )
             .into(),
+            save: save.into(),
         }
     }
 }
@@ -87,86 +94,6 @@ impl Statements {
 pub(super) fn generation() -> i64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     i64::try_from(now.unwrap_or_default().as_millis()).unwrap_or_default()
-}
-
-type Row = (i64, i64, i64, Option<i64>, i32, Vec<u8>, Vec<u8>);
-
-/// Takes the lane over; only from `epoch`, if one is given.
-pub(super) async fn claim<D>(
-    connection: &mut D::Connection,
-    statements: &Statements,
-    lane: &LaneId,
-    epoch: Option<i64>,
-) -> Result<Option<Claim>, sqlx::Error>
-where
-    D: sqlx::Database,
-    D::Arguments: IntoArguments<D>,
-    for<'c> &'c mut D::Connection: Executor<'c, Database = D>,
-    for<'q> &'q str: Encode<'q, D> + Type<D>,
-    for<'q> &'q [u8]: Encode<'q, D> + Type<D>,
-    for<'q> i32: Encode<'q, D> + Type<D>,
-    for<'q> i64: Encode<'q, D> + Type<D>,
-    for<'r> Row: FromRow<'r, D::Row>,
-{
-    let text = match epoch {
-        None => &statements.claim,
-        Some(_) => &statements.reclaim,
-    };
-    let query = sqlx::query_as::<D, Row>(AssertSqlSafe(text.clone()));
-    let query = query.bind(&*lane.group).bind(&*lane.topic);
-    let query = query.bind(lane.partition);
-    let query = match epoch {
-        None => query.bind(&[][..]).bind(generation()),
-        Some(epoch) => query.bind(epoch),
-    };
-    let row = query.fetch_optional(connection).await?;
-    Ok(row.map(|row| {
-        let (epoch, generation, commits, next_offset, attempts, pending, seen) = row;
-        Claim {
-            epoch,
-            generation,
-            commits,
-            checkpoint: Checkpoint {
-                next_offset,
-                attempts: u32::try_from(attempts).unwrap_or_default(),
-                pending,
-                seen,
-            },
-        }
-    }))
-}
-
-/// Writes the lane's new state, if the epoch still is the commit's: the answer's affected rows tell.
-pub(super) async fn save<D>(
-    connection: &mut D::Connection,
-    statements: &Statements,
-    commit: Commit<'_>,
-) -> Result<D::QueryResult, sqlx::Error>
-where
-    D: sqlx::Database,
-    D::Arguments: IntoArguments<D>,
-    for<'c> &'c mut D::Connection: Executor<'c, Database = D>,
-    for<'q> &'q str: Encode<'q, D> + Type<D>,
-    for<'q> &'q [u8]: Encode<'q, D> + Type<D>,
-    for<'q> i32: Encode<'q, D> + Type<D>,
-    for<'q> i64: Encode<'q, D> + Type<D>,
-    for<'q> Option<i64>: Encode<'q, D> + Type<D>,
-{
-    let Commit {
-        lane,
-        epoch,
-        commits,
-        checkpoint,
-    } = commit;
-    let query = sqlx::query::<D>(AssertSqlSafe(statements.save.clone()));
-    let query = query.bind(&*lane.group).bind(&*lane.topic);
-    let query = query.bind(lane.partition).bind(epoch).bind(commits);
-    let query = query
-        .bind(checkpoint.next_offset)
-        .bind(i32::try_from(checkpoint.attempts).unwrap_or(i32::MAX))
-        .bind(&checkpoint.pending[..])
-        .bind(&checkpoint.seen[..]);
-    query.execute(connection).await
 }
 
 impl Database {

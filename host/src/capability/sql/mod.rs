@@ -5,7 +5,6 @@
 
 mod decimal;
 mod guest;
-mod lease;
 mod ledger;
 mod migrate;
 mod postgres;
@@ -69,13 +68,37 @@ impl Database {
     /// Connects, and runs the migrations. `pause` is the longest time that a transaction may have to wait for its
     /// next statement; `None` where there are no transactions.
     pub async fn open(settings: &SqlStore, pause: Option<Duration>) -> Result<Self, StoreError> {
-        let migrations = settings.migrations.as_deref();
-        Self::connect(&settings.url, migrations, settings.max_connections, pause).await
+        let SqlStore {
+            url,
+            stage_url,
+            migrations,
+            max_connections,
+        } = settings;
+        let stage_url = stage_url.as_ref();
+        Self::connect_as(
+            url,
+            stage_url,
+            migrations.as_deref(),
+            *max_connections,
+            pause,
+        )
+        .await
     }
 
-    /// As [`Database::open`], from the settings one by one.
+    /// As [`Database::open`], from the settings one by one, without a URL for stages.
     pub async fn connect(
         url: &SqlUrl,
+        migrations: Option<&Path>,
+        max_connections: u32,
+        pause: Option<Duration>,
+    ) -> Result<Self, StoreError> {
+        Self::connect_as(url, None, migrations, max_connections, pause).await
+    }
+
+    /// As [`Database::connect`]; stages log in with `stage_url`, where there is one.
+    pub async fn connect_as(
+        url: &SqlUrl,
+        stage_url: Option<&SqlUrl>,
         migrations: Option<&Path>,
         max_connections: u32,
         pause: Option<Duration>,
@@ -87,7 +110,12 @@ impl Database {
         let migrations = migrations.as_ref();
         let kind = match url {
             SqlUrl::Postgres(url) => {
-                Kind::Postgres(postgres::open(url, migrations, max_connections, pause).await?)
+                let stage_url = stage_url.and_then(|url| match url {
+                    SqlUrl::Postgres(url) => Some(url.as_str()),
+                    SqlUrl::Sqlite(_) => None,
+                });
+                let opened = postgres::open(url, stage_url, migrations, max_connections, pause);
+                Kind::Postgres(opened.await?)
             }
             SqlUrl::Sqlite(file) => {
                 Kind::Sqlite(sqlite::open(file, migrations, max_connections).await?)

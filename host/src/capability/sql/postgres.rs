@@ -1,45 +1,59 @@
 //! The `sql` capability on PostgreSQL.
 
-use std::str::FromStr;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use sqlx::postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions};
+use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
 
-use super::lease::{Lease, is_at_rest};
 use super::migrate::Migrations;
+use super::statement::postgres::Words;
 use super::{
-    ACQUIRE_TIMEOUT, Done, Error, Failure, STATEMENT_TIMEOUT, SqlAccess, StoreError, Work, ledger,
-    out_of_time,
+    ACQUIRE_TIMEOUT, Done, Error, Failure, STATEMENT_TIMEOUT, SqlAccess, StoreError, Value, Work,
+    ledger, out_of_time,
 };
 use call::Call;
-use error::open_error;
+use client::Client;
+use error::{at, open_error};
+use guests::Secret;
+use pool::{Lease, Pool};
+use server::Server;
+use value::Parameters;
 
 mod call;
+mod client;
 mod error;
+mod guests;
+mod plans;
+mod pool;
 mod progress;
+mod server;
 mod session;
 mod value;
+mod wire;
 
 pub(super) use session::Session;
 
-/// A connection that was unused for longer is asked whether it is alive before it is used again.
-const PING_AFTER_IDLE: Duration = Duration::from_secs(5);
 /// How much longer than [`STATEMENT_TIMEOUT`] the host waits: the server's answer says more.
 const GRACE: Duration = Duration::from_secs(2);
 /// How often the server sees whether somebody still waits for a statement that runs.
 const DEPARTURE_CHECK: Duration = Duration::from_secs(1);
 /// How much longer than its longest pause a transaction may wait for its next statement.
 const PAUSE_MARGIN: Duration = Duration::from_secs(10);
-/// Prepared statements that a connection keeps.
-const STATEMENT_CACHE: usize = 256;
+/// Connections of the host's own, where stages log in as another role: for claims, and what is saved without effects.
+const OWN_CONNECTIONS: u32 = 4;
 
 /// A PostgreSQL database.
 #[derive(Clone)]
 pub(super) struct Postgres {
-    pool: PgPool,
-    settings: Settings,
+    /// Sessions for stages' statements.
+    pool: Pool,
+    /// Sessions of the host; the same ones where stages have no role of their own.
+    own: Pool,
+    /// What the server has of functions, and which of them stages may call.
+    words: Arc<Words>,
+    /// Where stages have a role of their own: what the host writes its rows with in their sessions.
+    secret: Option<Arc<Secret>>,
     /// Known once it is known where the table is.
     progress: Arc<OnceLock<ledger::Statements>>,
 }
@@ -53,84 +67,120 @@ struct Settings {
 
 /// Why a URL can't be used, without any of it.
 pub(super) fn check_url(url: &str) -> Result<(), String> {
-    parse(url).map(drop)
+    server::parse(url).map(drop)
 }
 
-fn parse(url: &str) -> Result<PgConnectOptions, String> {
-    PgConnectOptions::from_str(url).map_err(|error| {
-        let mut why = error.to_string();
-        while let Some(rest) = why.strip_prefix("error with configuration: ") {
-            why = rest.to_owned();
-        }
-        // What it quotes is a part of the URL.
-        match (why.find('"'), why.rfind('"')) {
-            (Some(from), Some(to)) if from < to => format!("{}…{}", &why[..from], &why[to + 1..]),
-            _ => why,
-        }
-    })
-}
-
-/// Connects once to see that it can be done, runs the migrations, and makes the pool.
+/// Runs the migrations, connects once to see that it can be done, and makes the pools. `stage_url` is what stages log in with.
 pub(super) async fn open(
     url: &str,
+    stage_url: Option<&str>,
     migrations: Option<&Migrations>,
     max_connections: u32,
     pause: Option<Duration>,
 ) -> Result<Postgres, StoreError> {
-    let mut options = parse(url)
-        .map_err(|why| StoreError::Refused(format!("the PostgreSQL URL: {why}")))?
-        .statement_cache_capacity(STATEMENT_CACHE)
-        .disable_statement_logging();
-    if options.get_application_name().is_none() {
-        options = options.application_name("stagehost");
-    }
-    let place = place(&options);
-    let mut connection = tokio::time::timeout(ACQUIRE_TIMEOUT, options.connect())
-        .await
-        .map_err(|_| {
-            let waited = ACQUIRE_TIMEOUT.as_secs();
-            StoreError::Unavailable(format!("{place} did not answer within {waited} s"))
-        })?
-        .map_err(|error| open_error(&place, &error))?;
+    let server = Server::new(url)?;
+    let place = server.place();
     if let Some(migrations) = migrations {
-        let noticed = notice_departures(&mut connection).await;
-        noticed.map_err(|error| open_error(&place, &error))?;
-        migrations
-            .run_on_postgres(&mut connection)
-            .await
-            .map_err(|error| match error {
-                StoreError::Unavailable(why) => StoreError::Unavailable(format!("{place}: {why}")),
-                StoreError::Refused(why) => StoreError::Refused(format!("{place}: {why}")),
-            })?;
+        let ran = migrate(&server, &place, migrations).await;
+        ran.map_err(|error| at(&place, error))?;
     }
-    // It did its work; that it may not close in order changes nothing.
-    let _ = connection.close().await;
-
+    let mut client = connect(&server).await.map_err(|error| at(&place, error))?;
+    let words = words(&mut client).await;
+    let words = words.map_err(|failure| at(&place, failure.into_error().into()))?;
     let settings = Settings { pause };
-    let pool = PgPoolOptions::new()
-        .max_connections(max_connections)
-        .acquire_timeout(ACQUIRE_TIMEOUT)
-        .test_before_acquire(false)
-        .before_acquire(|connection, metadata| {
-            Box::pin(async move {
-                if metadata.idle_for > PING_AFTER_IDLE {
-                    connection.ping().await?;
-                }
-                Ok(true)
-            })
-        })
-        .after_connect(move |connection, _| Box::pin(settings.apply(connection)))
-        .connect_lazy_with(options);
+    let (pool, own, secret) = match stage_url {
+        None => {
+            let checked = guests::warn_of_host_role(&place, &mut client).await;
+            checked.map_err(|error| at(&place, error))?;
+            let pool = Pool::new(server, settings, max_connections);
+            (pool.clone(), pool, None)
+        }
+        Some(stage_url) => {
+            let stages = Server::new(stage_url)?;
+            let mut guest = connect(&stages).await;
+            let guest = guest.as_mut().map_err(|error| {
+                let place = format!("{}, stage-url", stages.place());
+                at(
+                    &place,
+                    std::mem::replace(error, StoreError::Refused(String::new())),
+                )
+            })?;
+            let role = guests::check(&place, &mut client, guest).await;
+            let role = role.map_err(|error| at(&place, error))?;
+            let pool = Pool::new(stages, settings, max_connections);
+            let own = Pool::new(server, settings, OWN_CONNECTIONS);
+            (pool, own, Some(Arc::new(Secret::new(role))))
+        }
+    };
+    client.close().await;
     Ok(Postgres {
         pool,
-        settings,
+        own,
+        words: Arc::new(words),
+        secret,
         progress: Arc::default(),
     })
+}
+
+async fn connect(server: &Server) -> Result<Client, StoreError> {
+    let connected = tokio::time::timeout(ACQUIRE_TIMEOUT, server.connect()).await;
+    let connected = connected.map_err(|_| unanswered())?;
+    connected.map_err(StoreError::from)
+}
+
+fn unanswered() -> StoreError {
+    let waited = ACQUIRE_TIMEOUT.as_secs();
+    StoreError::Unavailable(format!("it did not answer within {waited} s"))
+}
+
+/// On a connection of another driver, which lives as long as the migrations run.
+async fn migrate(server: &Server, place: &str, migrations: &Migrations) -> Result<(), StoreError> {
+    let mut connection = migrating(server, place).await?;
+    migrations.run_on_postgres(&mut connection).await?;
+    // It did its work; that it may not close in order changes nothing.
+    let _ = connection.close().await;
+    Ok(())
+}
+
+async fn migrating(server: &Server, place: &str) -> Result<PgConnection, StoreError> {
+    let connected = tokio::time::timeout(ACQUIRE_TIMEOUT, server.options().connect()).await;
+    let connected = connected.map_err(|_| unanswered())?;
+    let mut connection = connected.map_err(|error| open_error(place, &error))?;
+    let notice = limit("client_connection_check_interval", DEPARTURE_CHECK);
+    let noticed = sqlx::raw_sql(AssertSqlSafe(notice)).execute(&mut connection);
+    match noticed.await {
+        // There are servers that can't.
+        Ok(_) | Err(sqlx::Error::Database(_)) => Ok(connection),
+        Err(error) => Err(open_error(place, &error)),
+    }
+}
+
+/// The functions of the server, and its own tables.
+async fn words(client: &mut Client) -> Result<Words, Failure> {
+    const FUNCTIONS: &str = "SELECT proname::text, bool_or(provolatile = 'v') FROM pg_catalog.pg_proc \
+                             WHERE pronamespace = 'pg_catalog'::regnamespace GROUP BY proname";
+    const CATALOGS: &str = "SELECT relname::text FROM pg_catalog.pg_class \
+                            WHERE relnamespace = 'pg_catalog'::regnamespace AND relkind IN ('r', 'v')";
+    let mut words = Words::default();
+    for row in in_time(client.ask(CATALOGS, &Parameters::default())).await? {
+        if let [Value::Text(name)] = &row[..] {
+            words.add_catalog(name);
+        }
+    }
+    for row in in_time(client.ask(FUNCTIONS, &Parameters::default())).await? {
+        if let [Value::Text(name), Value::Boolean(volatile)] = &row[..] {
+            words.add(name, *volatile);
+        }
+    }
+    Ok(words)
 }
 
 impl Postgres {
     pub(super) async fn close(&self) {
         self.pool.close().await;
+        if self.secret.is_some() {
+            self.own.close().await;
+        }
     }
 
     /// Runs a statement on a connection of the pool, where it commits by itself.
@@ -140,17 +190,32 @@ impl Postgres {
         text: &str,
         work: Work<'_>,
     ) -> Result<Done, Error> {
-        let mut call = Call::new(access, text, work)?;
-        let mut connection = Lease::take(&self.pool).await?;
-        let answer = call.run_alone(&mut connection).await;
-        let answer = answer.map_err(Failure::into_error);
-        let traces = is_at_rest(&answer) && call.may_leave_traces();
-        if traces && self.settings.reset(&mut connection).await.is_err() {
-            // What can't be given back as it was is closed.
-            return answer;
-        }
-        connection.finish(answer)
+        let mut call = Call::new(self, access, text, work)?;
+        let mut lease = self.take(access).await?;
+        let answer = call.run_alone(&mut lease).await;
+        answer.map_err(Failure::into_error)
     }
+
+    /// A session whose transactions begin as the access says.
+    async fn take(&self, access: SqlAccess) -> Result<Lease, Error> {
+        let mut lease = self.pool.take().await?;
+        set_access(&mut lease, access)?;
+        Ok(lease)
+    }
+}
+
+/// Has the session's transactions begin as the access says.
+fn set_access(client: &mut Client, access: SqlAccess) -> Result<(), Error> {
+    let reads_only = access == SqlAccess::ReadOnly;
+    if client.reads_only != reads_only {
+        let set = match reads_only {
+            true => "SET default_transaction_read_only = on",
+            false => "RESET default_transaction_read_only",
+        };
+        client.queue_before(set).map_err(Failure::into_error)?;
+        client.reads_only = reads_only;
+    }
+    Ok(())
 }
 
 /// Not waiting for ever for a server that is gone without a word.
@@ -160,48 +225,25 @@ async fn in_time<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T,
         .unwrap_or_else(|_| Err(Failure::Lost(out_of_time())))
 }
 
-/// The database's address, without user and password.
-fn place(options: &PgConnectOptions) -> String {
-    let database = options.get_database().unwrap_or(options.get_username());
-    match options.get_socket() {
-        Some(socket) => format!("PostgreSQL at {}/{database}", socket.display()),
-        None => format!(
-            "PostgreSQL at {}:{}/{database}",
-            options.get_host(),
-            options.get_port()
-        ),
-    }
-}
-
 impl Settings {
-    /// Undoes what a statement may have left for the connection's next user. It is DISCARD ALL without the plans,
-    /// which stay good.
-    async fn reset(self, connection: &mut PgConnection) -> Result<(), Failure> {
-        const RESET: &str = "SET SESSION AUTHORIZATION DEFAULT; RESET ROLE; RESET ALL; UNLISTEN *; \
-                             SELECT pg_advisory_unlock_all(); DISCARD TEMP; DISCARD SEQUENCES";
-        call::command(connection, RESET).await?;
-        in_time(async {
-            let applied = self.apply(connection).await;
-            applied.map_err(|error| error::failure_of(&error))
-        })
-        .await
-    }
-
     /// Has the server give up on statements in time, unless the database, the role or the URL says otherwise, and when
     /// nobody waits for them; and on transactions whose host does nothing any more, so that their locks go. Not as
-    /// parameters of the connection: a pooler between may refuse those.
-    async fn apply(self, connection: &mut PgConnection) -> Result<(), sqlx::Error> {
-        let mut limits = limit("statement_timeout", STATEMENT_TIMEOUT);
+    /// parameters of the connection: a pooler between may refuse those. What a quote means is what the host reads in
+    /// statements, too.
+    async fn apply(self, client: &mut Client) -> Result<(), Failure> {
+        let mut settings = limit("statement_timeout", STATEMENT_TIMEOUT);
         if let Some(pause) = self.pause {
-            let longest = pause + PAUSE_MARGIN;
-            limits = format!(
-                "{limits}; {}",
-                limit("idle_in_transaction_session_timeout", longest)
-            );
+            let longest = limit("idle_in_transaction_session_timeout", pause + PAUSE_MARGIN);
+            settings = format!("{settings}; {longest}");
         }
-        let limited = sqlx::raw_sql(AssertSqlSafe(limits));
-        limited.execute(&mut *connection).await?;
-        notice_departures(connection).await
+        let settings = format!("SET standard_conforming_strings = on; {settings}");
+        call::command(client, &settings).await?;
+        let notice = limit("client_connection_check_interval", DEPARTURE_CHECK);
+        match call::command(client, &notice).await {
+            // There are systems on which PostgreSQL can't see it, before version 14 everywhere.
+            Ok(()) | Err(Failure::Statement(_)) => Ok(()),
+            Err(other) => Err(other),
+        }
     }
 }
 
@@ -211,17 +253,6 @@ fn limit(name: &str, time: Duration) -> String {
         "SELECT set_config('{name}', '{}ms', false) WHERE current_setting('{name}', true) = '0'",
         time.as_millis()
     )
-}
-
-/// Since PostgreSQL 14.
-async fn notice_departures(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
-    let notice = limit("client_connection_check_interval", DEPARTURE_CHECK);
-    let noticed = sqlx::raw_sql(AssertSqlSafe(notice));
-    match noticed.execute(connection).await {
-        // There are systems on which PostgreSQL can't see it.
-        Ok(_) | Err(sqlx::Error::Database(_)) => Ok(()),
-        Err(other) => Err(other),
-    }
 }
 
 #[cfg(test)]

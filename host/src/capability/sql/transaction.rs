@@ -43,7 +43,7 @@ struct Held {
 }
 
 enum Session {
-    Postgres(postgres::Session),
+    Postgres(Box<postgres::Session>),
     Sqlite(Box<sqlite::Session>),
 }
 
@@ -87,6 +87,10 @@ impl Outcome {
         }
     }
 
+    pub(super) fn is_lost(&self) -> bool {
+        self.fate == Fate::Lost
+    }
+
     /// Whatever was answered, the connection can't be used any more.
     pub(super) fn lost(self) -> Self {
         let fate = Fate::Lost;
@@ -103,7 +107,7 @@ impl Transaction {
                 let turn = turns.acquire_owned().await;
                 let turn = turn.map_err(|error| StoreError::Unavailable(error.to_string()))?;
                 let session = postgres::Session::begin(database, access).await?;
-                (Session::Postgres(session), Some(turn))
+                (Session::Postgres(Box::new(session)), Some(turn))
             }
             Kind::Sqlite(database) => {
                 let session = sqlite::Session::begin(database, access, mode, turns).await?;
@@ -240,28 +244,24 @@ impl progress::Transaction for Transaction {
     }
 
     async fn commit(self, commit: Commit<'_>) -> Result<(), CommitError> {
-        let mut held = self
+        let held = self
             .take()
             .map_err(|error| CommitError::Unanswered(words(error)))?;
-        let saved = match &mut held.session {
-            Session::Postgres(session) => session.save(commit).await,
-            Session::Sqlite(session) => session.save(commit).await,
+        let Held { session, _turn } = *held;
+        let mut session = match session {
+            Session::Postgres(session) => return session.commit(commit).await,
+            Session::Sqlite(session) => session,
         };
-        match saved {
-            Ok(true) => held.session.commit().await.map_err(commit_error),
+        match session.save(commit).await {
+            Ok(true) => session.commit().await.map_err(commit_error),
             Ok(false) => {
-                held.session.rollback().await;
+                session.rollback().await;
                 Err(CommitError::Fenced)
             }
-            // The row is the host's, and that it can't be written is no fault of the effects, unless the stage has
-            // changed what the session may do.
+            // The row is the host's, and that it can't be written is no fault of the effects.
             Err(Failure::Statement(error)) => {
-                let has_traces = held.session.has_traces();
-                held.session.rollback().await;
-                Err(match has_traces {
-                    true => CommitError::Refused(words(error)),
-                    false => CommitError::Unanswered(words(error)),
-                })
+                session.rollback().await;
+                Err(CommitError::Unanswered(words(error)))
             }
             Err(failure) => Err(unanswered(failure)),
         }
@@ -277,25 +277,10 @@ impl progress::Transaction for Transaction {
 }
 
 impl Session {
-    async fn commit(self) -> Result<(), Failure> {
-        match self {
-            Self::Postgres(session) => session.commit().await,
-            Self::Sqlite(session) => session.commit().await,
-        }
-    }
-
     async fn rollback(self) {
         match self {
             Self::Postgres(session) => session.rollback().await,
             Self::Sqlite(session) => session.rollback().await,
-        }
-    }
-
-    /// Whether what a statement has left behind may hinder the host's own.
-    fn has_traces(&self) -> bool {
-        match self {
-            Self::Postgres(session) => session.has_traces(),
-            Self::Sqlite(_) => false,
         }
     }
 }
@@ -307,11 +292,11 @@ fn commit_error(failure: Failure) -> CommitError {
     }
 }
 
-fn unanswered(failure: Failure) -> CommitError {
+pub(super) fn unanswered(failure: Failure) -> CommitError {
     CommitError::Unanswered(words(failure.into_error()))
 }
 
-fn words(error: Error) -> String {
+pub(super) fn words(error: Error) -> String {
     match error {
         Error::Unavailable(why) => why,
         Error::Database(error) => error.message,

@@ -2,126 +2,124 @@
 
 use std::sync::Arc;
 
-use futures::TryStreamExt;
-use sqlx::postgres::{PgArguments, PgConnection};
-use sqlx::{AssertSqlSafe, Connection, Executor, Row, SqlSafeStr, Statement as _};
+use postgres_protocol::message::backend::DataRowBody;
 
-use super::super::statement::{self, Dialect};
-use super::super::{Answer, Bracket, Done, Error, Failure, Rows, SqlAccess, Value, Work};
-use super::error::{STALE_PLAN, failure_of};
-use super::{in_time, value};
+use super::super::statement::Dialect;
+use super::super::{
+    Answer, Bracket, Done, Error, Failure, MAX_ANSWER_BYTES, MAX_ANSWER_ROWS, Rows, SqlAccess,
+    Value, Work,
+};
+use super::client::{Client, Whose};
+use super::error::STALE_PLAN;
+use super::plans::Plan;
+use super::value::{self, Parameters};
+use super::{Postgres, in_time};
+
+/// Lists of parameters, and their bytes, that are sent at once: never so much that the server would have to wait for its
+/// answers to be read, while the host waits for it to take more.
+const MAX_LISTS_AT_ONCE: usize = 256;
+const MAX_BYTES_AT_ONCE: usize = 32 * 1024;
 
 /// A statement that may be sent, and what for.
 pub(super) struct Call<'a> {
-    keyword: String,
-    statement: Statement<'a>,
+    text: &'a str,
     work: Work<'a>,
     /// What has been encoded before a connection was asked for.
-    first: Option<Prepared>,
+    first: Option<Parameters>,
 }
 
 impl<'a> Call<'a> {
-    pub(super) fn new(access: SqlAccess, text: &'a str, work: Work<'a>) -> Result<Self, Error> {
-        let keyword = work.check(Dialect::Postgres, access, text)?;
-        let mut statement = Statement::new(text);
+    pub(super) fn new(
+        database: &Postgres,
+        access: SqlAccess,
+        text: &'a str,
+        work: Work<'a>,
+    ) -> Result<Self, Error> {
+        work.check(Dialect::Postgres, access, text)?;
+        database.words.check(access, text)?;
         let first = match work {
-            Work::Query(params) | Work::Execute(params) => Some(statement.with(params)?),
+            Work::Query(params) | Work::Execute(params) => Some(Parameters::of(params)?),
             Work::ExecuteMany(_) => None,
         };
-        Ok(Self {
-            keyword,
-            statement,
-            work,
-            first,
-        })
-    }
-
-    /// Whether it may leave something in the session.
-    pub(super) fn may_leave_traces(&self) -> bool {
-        statement::may_leave_traces(&self.keyword, self.statement.text)
+        Ok(Self { text, work, first })
     }
 
     /// Runs it by itself, and once more if its plan was out of date.
-    pub(super) async fn run_alone(
-        &mut self,
-        connection: &mut PgConnection,
-    ) -> Result<Done, Failure> {
+    pub(super) async fn run_alone(&mut self, client: &mut Client) -> Result<Done, Failure> {
         const TRANSACTION: Bracket = Bracket {
             open: "BEGIN",
             keep: "COMMIT",
             undo: "ROLLBACK",
         };
         if !self.work.is_many() {
-            let done = self.run(connection).await;
+            let done = self.run(client).await;
             if !self.is_stale(&done) {
                 return done;
             }
-            forget_plans(connection).await?;
-            return self.run(connection).await;
+            forget_plans(client).await?;
+            return self.run(client).await;
         }
-        self.run_in(&TRANSACTION, connection).await
+        self.run_in(&TRANSACTION, client).await
     }
 
     /// All or nothing, and once more if its plan was out of date.
     pub(super) async fn run_in(
         &mut self,
         bracket: &Bracket,
-        connection: &mut PgConnection,
+        client: &mut Client,
     ) -> Result<Done, Failure> {
-        let done = self.run_once_in(bracket, connection).await;
+        let done = self.run_once_in(bracket, client).await;
         if !self.is_stale(&done) {
             return done;
         }
-        forget_plans(connection).await?;
-        self.run_once_in(bracket, connection).await
+        forget_plans(client).await?;
+        self.run_once_in(bracket, client).await
     }
 
     async fn run_once_in(
         &mut self,
         bracket: &Bracket,
-        connection: &mut PgConnection,
+        client: &mut Client,
     ) -> Result<Done, Failure> {
-        let opened = command(connection, bracket.open).await;
-        opened.map_err(Failure::lost)?;
-        let done = match self.run(connection).await {
+        client.queue_before(bracket.open)?;
+        let done = match self.run(client).await {
             // A deferred constraint speaks up only here.
-            Ok(done) => command(connection, bracket.keep).await.map(|()| done),
+            Ok(done) => command(client, bracket.keep).await.map(|()| done),
             Err(failure) => Err(failure),
         };
         if let Err(Failure::Statement(_)) = &done {
-            let undone = command(connection, bracket.undo).await;
+            let undone = command(client, bracket.undo).await;
             undone.map_err(Failure::lost)?;
         }
         done
     }
 
     /// Runs it as it is; what was done before a failure is not undone.
-    pub(super) async fn run(&mut self, connection: &mut PgConnection) -> Result<Done, Failure> {
+    pub(super) async fn run(&mut self, client: &mut Client) -> Result<Done, Failure> {
         match self.work {
             Work::Query(params) => {
-                let statement = self.prepared(params)?;
-                in_time(query(connection, statement)).await.map(Done::rows)
+                let first = self.encoded(params)?;
+                let rows = in_time(query(client, self.text, &first)).await;
+                self.first = Some(first);
+                rows.map(Done::rows)
             }
             Work::Execute(params) => {
-                let statement = self.prepared(params)?;
-                let affected = in_time(execute(connection, statement)).await?;
-                Ok(Done::affected(affected))
+                let first = self.encoded(params)?;
+                let affected = in_time(execute(client, self.text, &first)).await;
+                self.first = Some(first);
+                affected.map(Done::affected)
             }
             Work::ExecuteMany(lists) => {
-                let mut affected = 0;
-                for params in lists {
-                    let statement = self.statement.with(params)?;
-                    affected += in_time(execute(connection, statement)).await?;
-                }
+                let affected = execute_many(client, self.text, lists).await?;
                 Ok(Done::affected(affected))
             }
         }
     }
 
-    fn prepared(&mut self, params: &[Value]) -> Result<Prepared, Error> {
+    fn encoded(&mut self, params: &[Value]) -> Result<Parameters, Error> {
         match self.first.take() {
-            Some(prepared) => Ok(prepared),
-            None => self.statement.with(params),
+            Some(encoded) => Ok(encoded),
+            None => Parameters::of(params),
         }
     }
 
@@ -149,103 +147,103 @@ impl<'a> Call<'a> {
     }
 }
 
-/// A statement's text as it is sent.
-struct Statement<'a> {
-    text: &'a str,
-    signature: String,
-    signed: Arc<str>,
-}
-
-/// A statement with its parameters encoded.
-struct Prepared {
-    text: Arc<str>,
-    arguments: PgArguments,
-}
-
-impl<'a> Statement<'a> {
-    fn new(text: &'a str) -> Self {
-        Self {
-            text,
-            signature: String::new(),
-            signed: text.into(),
-        }
-    }
-
-    /// Lists of the same types share one text.
-    fn with(&mut self, params: &[Value]) -> Result<Prepared, Error> {
-        let mut arguments = PgArguments::default();
-        // The driver finds a prepared statement by its text, but what the server prepared depends on the
-        // parameters' types too: a NULL is inferred, and an int8 is no int4. So they become part of the text.
-        let mut signature = String::with_capacity(params.len());
-        for param in params {
-            signature.push(value::bind(&mut arguments, param)?);
-        }
-        if signature != self.signature {
-            // The new line ends a comment of the statement's own.
-            self.signed = format!("{}\n/* {signature} */", self.text).into();
-            self.signature = signature;
-        }
-        Ok(Prepared {
-            text: self.signed.clone(),
-            arguments,
+async fn query(client: &mut Client, text: &str, parameters: &Parameters) -> Result<Rows, Failure> {
+    let plan = client.plan(Whose::Guest, text, parameters.types()).await?;
+    let mut answer = Answer {
+        columns: value::names(&plan.columns),
+        ..Answer::default()
+    };
+    client
+        .run(&plan, parameters, &mut |row| {
+            answer.push(value::row(&plan.columns, row)?)
         })
-    }
-}
-
-/// A row arrives whole, whatever its size, before it can be counted: the protocol has no way to ask for less. So
-/// an answer takes at most `MAX_ANSWER_BYTES` and one row, which PostgreSQL keeps below a gigabyte.
-async fn query(connection: &mut PgConnection, statement: Prepared) -> Result<Rows, Failure> {
-    let Prepared { text, arguments } = statement;
-    let mut answer = Answer::default();
-    {
-        let query = sqlx::query_with(AssertSqlSafe(text.clone()), arguments);
-        let mut stream = query.fetch(&mut *connection);
-        while let Some(row) = stream
-            .try_next()
-            .await
-            .map_err(|error| failure_of(&error))?
-        {
-            if answer.columns.is_empty() {
-                answer.columns = value::names(row.columns());
-            }
-            answer.push(value::row(&row)?)?;
-        }
-    }
-    if answer.rows.is_empty() {
-        // The names come with the rows, so an empty answer asks for them; the driver has them at hand.
-        let text = AssertSqlSafe(text).into_sql_str();
-        let statement = (&mut *connection).prepare(text).await;
-        answer.columns = value::names(statement.map_err(|error| failure_of(&error))?.columns());
-    }
+        .await?;
     Ok(answer.finish())
 }
 
-async fn execute(connection: &mut PgConnection, statement: Prepared) -> Result<u64, Failure> {
-    let Prepared { text, arguments } = statement;
-    let query = sqlx::query_with(AssertSqlSafe(text), arguments);
-    match query.execute(connection).await {
-        Ok(done) => Ok(done.rows_affected()),
-        Err(error) => Err(failure_of(&error)),
+async fn execute(client: &mut Client, text: &str, parameters: &Parameters) -> Result<u64, Failure> {
+    let plan = client.plan(Whose::Guest, text, parameters.types()).await?;
+    let mut unasked = Unasked::default();
+    client
+        .run(&plan, parameters, &mut |row| unasked.count(row))
+        .await
+}
+
+/// Rows that nobody asked for: they are counted, and have the bounds of an answer all the same.
+#[derive(Default)]
+struct Unasked {
+    rows: usize,
+    bytes: usize,
+}
+
+impl Unasked {
+    fn count(&mut self, row: &DataRowBody) -> Result<(), Error> {
+        self.rows += 1;
+        self.bytes += row.buffer().len();
+        if self.rows > MAX_ANSWER_ROWS {
+            return Err(Error::TooLarge(MAX_ANSWER_ROWS as u64));
+        }
+        if self.bytes > MAX_ANSWER_BYTES {
+            return Err(Error::TooLarge(MAX_ANSWER_BYTES as u64));
+        }
+        Ok(())
     }
 }
 
+/// Lists of the same types share one plan, and one trip as far as there is room.
+async fn execute_many(
+    client: &mut Client,
+    text: &str,
+    lists: &[Vec<Value>],
+) -> Result<u64, Failure> {
+    let mut affected = 0;
+    let mut unasked = Unasked::default();
+    let mut lists = lists.iter().peekable();
+    let mut next = None;
+    while next.is_some() || lists.peek().is_some() {
+        let first = match next.take() {
+            Some(first) => first,
+            None => Parameters::of(lists.next().map_or(&[][..], Vec::as_slice))?,
+        };
+        let mut failed = None;
+        affected += in_time(async {
+            let plan: Arc<Plan> = client.plan(Whose::Guest, text, first.types()).await?;
+            client.queue(&plan, &first)?;
+            let mut count = 1;
+            while count < MAX_LISTS_AT_ONCE && client.queued() < MAX_BYTES_AT_ONCE {
+                let Some(list) = lists.next() else { break };
+                match Parameters::of(list) {
+                    Ok(same) if same.types() == first.types() && same.is_small() => {
+                        client.queue(&plan, &same)?;
+                        count += 1;
+                    }
+                    Ok(other) => {
+                        next = Some(other);
+                        break;
+                    }
+                    // It is looked at when it is its turn: those before may fail.
+                    Err(error) => {
+                        failed = Some(error);
+                        break;
+                    }
+                }
+            }
+            client.finish(&mut |row| unasked.count(row)).await
+        })
+        .await?;
+        if let Some(error) = failed {
+            return Err(error.into());
+        }
+    }
+    Ok(affected)
+}
+
 /// Runs a command of the host's own.
-pub(super) async fn command(
-    connection: &mut PgConnection,
-    text: &'static str,
-) -> Result<(), Failure> {
-    let done = in_time(async {
-        let done = sqlx::raw_sql(text).execute(connection).await;
-        done.map_err(|error| failure_of(&error))
-    });
-    done.await.map(drop)
+pub(super) async fn command(client: &mut Client, text: &str) -> Result<(), Failure> {
+    in_time(client.command(text)).await
 }
 
 /// Has the connection prepare its statements anew.
-pub(super) async fn forget_plans(connection: &mut PgConnection) -> Result<(), Failure> {
-    let forgotten = in_time(async {
-        let cleared = connection.clear_cached_statements().await;
-        cleared.map_err(|error| failure_of(&error))
-    });
-    forgotten.await.map_err(Failure::lost)
+pub(super) async fn forget_plans(client: &mut Client) -> Result<(), Failure> {
+    in_time(client.forget_plans()).await.map_err(Failure::lost)
 }

@@ -1,20 +1,28 @@
 //! A connection with an open transaction.
 
-use super::super::lease::Lease;
-use super::super::transaction::{Fate, Outcome};
+use super::super::transaction::{Fate, Outcome, unanswered};
 use super::super::{Done, Error, Failure, STATEMENT_SAVEPOINT, SqlAccess, Work};
-use super::Postgres;
 use super::call::{Call, command, forget_plans};
-use crate::delivery::progress::{Commit, Mode};
+use super::pool::Lease;
+use super::{Postgres, set_access};
+use crate::delivery::progress::{Commit, CommitError, Mode};
+
+/// Around the statements of a stage that only reads, in a transaction in which the host writes its row: what is read-only
+/// here is so until the savepoint is left, and no statement can undo it before.
+const BEGIN_READING: &str = "BEGIN; SAVEPOINT stagehost_reads; SET TRANSACTION READ ONLY";
+const END_READING: &str = "RELEASE SAVEPOINT stagehost_reads";
+
+/// How often a connection that was closed while nobody used it is replaced before a transaction begins.
+const MAX_RENEWALS: usize = 8;
 
 /// Dropped, it is closed, and with it the transaction is rolled back.
 pub(in super::super) struct Session {
-    lease: Lease<sqlx::Postgres>,
+    lease: Lease,
     database: Postgres,
-    /// A statement may have left something in the session.
-    traces: bool,
     has_savepoint: bool,
     access: SqlAccess,
+    /// What begins the transaction has gone out, with its first statement.
+    has_begun: bool,
 }
 
 impl Session {
@@ -22,16 +30,61 @@ impl Session {
         database: &Postgres,
         access: SqlAccess,
     ) -> Result<Self, Error> {
-        let mut lease = Lease::take(&database.pool).await?;
-        let begun = command(&mut lease, "BEGIN").await;
-        begun.map_err(Failure::into_error)?;
+        database.renew_secret().await?;
+        let lease = database.pool.take().await?;
         Ok(Self {
             lease,
             database: database.clone(),
-            traces: false,
             has_savepoint: false,
             access,
+            has_begun: false,
         })
+    }
+
+    fn opening(&self) -> &'static str {
+        match self.access {
+            SqlAccess::ReadOnly => BEGIN_READING,
+            SqlAccess::Data | SqlAccess::DataDefinition => "BEGIN",
+        }
+    }
+
+    /// Whether the transaction begins only with what is sent next.
+    fn queue_begin(&mut self) -> Result<bool, Error> {
+        if self.has_begun {
+            return Ok(false);
+        }
+        set_access(&mut self.lease, SqlAccess::Data)?;
+        let opening = self.opening();
+        let queued = self.lease.queue_before(opening);
+        queued.map_err(Failure::into_error)?;
+        self.has_begun = true;
+        Ok(true)
+    }
+
+    async fn begin_now(&mut self) -> Result<(), Error> {
+        if !self.queue_begin()? {
+            return Ok(());
+        }
+        match command(&mut self.lease, "").await {
+            Ok(()) => Ok(()),
+            Err(_) if !self.lease.is_in_transaction() => self.begin_anew().await,
+            Err(failure) => Err(failure.into_error()),
+        }
+    }
+
+    /// Begins on another connection, where the one at hand was closed while nobody used it: nothing was done on it.
+    async fn begin_anew(&mut self) -> Result<(), Error> {
+        let opening = self.opening();
+        let mut begun = Ok(());
+        for _ in 0..MAX_RENEWALS {
+            self.lease.renew().await?;
+            set_access(&mut self.lease, SqlAccess::Data)?;
+            begun = command(&mut self.lease, opening).await;
+            if !matches!(begun, Err(Failure::Lost(_))) {
+                break;
+            }
+        }
+        begun.map_err(Failure::into_error)
     }
 
     pub(in super::super) async fn call(
@@ -40,11 +93,25 @@ impl Session {
         text: &str,
         work: Work<'_>,
     ) -> Outcome {
-        let mut call = match Call::new(self.access, text, work) {
+        let mut call = match Call::new(&self.database, self.access, text, work) {
             Ok(call) => call,
             Err(error) => return Outcome::untouched(error),
         };
-        self.traces |= call.may_leave_traces();
+        let begins = match self.queue_begin() {
+            Ok(begins) => begins,
+            Err(error) => return Outcome::failed(error, Fate::Lost),
+        };
+        let outcome = self.run(mode, &mut call).await;
+        if !(begins && outcome.is_lost() && !self.lease.is_in_transaction()) {
+            return outcome;
+        }
+        match self.begin_anew().await {
+            Ok(()) => self.run(mode, &mut call).await,
+            Err(error) => Outcome::failed(error, Fate::Lost),
+        }
+    }
+
+    async fn run(&mut self, mode: Mode, call: &mut Call<'_>) -> Outcome {
         match mode {
             Mode::Careful | Mode::Exclusive => {
                 let done = call.run_in(&STATEMENT_SAVEPOINT, &mut self.lease).await;
@@ -83,6 +150,7 @@ impl Session {
             false => "SAVEPOINT stagehost_call",
             true => "RELEASE SAVEPOINT stagehost_call; SAVEPOINT stagehost_call",
         };
+        self.begin_now().await?;
         let set = command(&mut self.lease, set).await;
         self.has_savepoint = true;
         set.map_err(Failure::into_error)
@@ -93,43 +161,21 @@ impl Session {
         undone.map_err(Failure::into_error)
     }
 
-    /// Writes the progress; answers whether the epoch still is the commit's.
-    pub(in super::super) async fn save(&mut self, commit: Commit<'_>) -> Result<bool, Failure> {
-        if self.traces {
-            // Whoever the stage has made itself, the row is the host's.
-            command(
-                &mut self.lease,
-                "SET SESSION AUTHORIZATION DEFAULT; RESET ROLE",
-            )
-            .await?;
-        }
-        self.database.save_on(&mut self.lease, commit).await
-    }
-
-    /// Whether what a statement has left may be why the progress could not be saved.
-    pub(in super::super) fn has_traces(&self) -> bool {
-        self.traces
-    }
-
-    pub(in super::super) async fn commit(mut self) -> Result<(), Failure> {
-        // PostgreSQL rolls back what it refuses to commit.
-        let committed = command(&mut self.lease, "COMMIT").await;
-        if !matches!(committed, Err(Failure::Lost(_))) {
-            self.give_back().await;
-        }
-        committed
+    /// Writes the progress and commits, in one trip: where the row can't be written, the commit finds its transaction failed, and
+    /// rolls it back.
+    pub(in super::super) async fn commit(mut self, commit: Commit<'_>) -> Result<(), CommitError> {
+        self.queue_begin()
+            .map_err(|error| unanswered(error.into()))?;
+        let before = (self.access == SqlAccess::ReadOnly).then_some(END_READING);
+        let lease = &mut self.lease;
+        self.database.save_and_commit(lease, before, commit).await
     }
 
     pub(in super::super) async fn rollback(mut self) {
-        if command(&mut self.lease, "ROLLBACK").await.is_ok() {
-            self.give_back().await;
+        if !self.has_begun {
+            return;
         }
-    }
-
-    async fn give_back(mut self) {
-        let settings = self.database.settings;
-        if !self.traces || settings.reset(&mut self.lease).await.is_ok() {
-            self.lease.give_back();
-        }
+        // Whatever comes of it, only a connection that is at rest is used again.
+        let _ = command(&mut self.lease, "ROLLBACK").await;
     }
 }

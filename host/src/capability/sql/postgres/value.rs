@@ -1,203 +1,376 @@
 //! PostgreSQL's values and ours.
 
-use sqlx::encode::IsNull;
-use sqlx::error::BoxDynError;
-use sqlx::postgres::types::Oid;
-use sqlx::postgres::{
-    PgArgumentBuffer, PgArguments, PgColumn, PgRow, PgTypeInfo, PgTypeKind, PgValueRef, Postgres,
+use std::error::Error as StdError;
+
+use bytes::{BufMut, BytesMut};
+use fallible_iterator::FallibleIterator;
+use postgres_protocol::Oid;
+use postgres_protocol::message::backend::DataRowBody;
+use postgres_protocol::types::{
+    array_from_sql, array_to_sql, bool_from_sql, float4_from_sql, float8_from_sql, int2_from_sql,
+    int4_from_sql, int8_from_sql, oid_from_sql, text_from_sql, uuid_from_sql,
 };
-use sqlx::{Arguments, Column, Encode, Row, Type, TypeInfo, ValueRef};
+use postgres_protocol::{IsNull, types};
+use postgres_types::Type;
 use uuid::Uuid;
 
 use super::super::decimal;
 use super::super::{Error, Value};
 
-/// Adds a parameter; answers a letter that stands for the type that it was given.
-pub(super) fn bind(arguments: &mut PgArguments, value: &Value) -> Result<char, Error> {
-    let (letter, outcome) = match value {
-        Value::Null => ('n', arguments.add(Wire(UNKNOWN, None))),
-        Value::Boolean(value) => ('b', arguments.add(*value)),
-        Value::Int64(value) => ('i', arguments.add(*value)),
-        Value::Float64(value) => ('f', arguments.add(*value)),
-        Value::Text(value) => ('t', arguments.add(value.as_str())),
-        Value::Bytes(value) => ('x', arguments.add(value.as_slice())),
-        Value::Timestamp(value) => (
-            'm',
-            arguments.add(Wire(TIMESTAMPTZ, Some(timestamp(*value)?))),
-        ),
-        Value::Uuid(value) => ('u', arguments.add(uuid(value)?)),
-        Value::Decimal(value) => {
-            let bytes = decimal::encode(value).map_err(Error::Unsupported)?;
-            ('d', arguments.add(Wire(NUMERIC, Some(bytes))))
+type BoxedError = Box<dyn StdError + Send + Sync>;
+
+/// Bytes of parameters that may be sent beside others.
+const MAX_SMALL_BYTES: usize = 16 * 1024;
+
+/// A statement's parameters as they are sent.
+#[derive(Default)]
+pub(super) struct Parameters {
+    types: Vec<Oid>,
+    bytes: BytesMut,
+}
+
+impl Parameters {
+    pub(super) fn of(values: &[Value]) -> Result<Self, Error> {
+        let mut parameters = Self::default();
+        for value in values {
+            parameters.add(value)?;
         }
-        Value::Json(value) => ('j', arguments.add(Wire(JSONB, Some(jsonb(value))))),
-        Value::TextArray(value) => ('T', arguments.add(value.as_slice())),
-        Value::Int64Array(value) => ('I', arguments.add(value.as_slice())),
-        Value::Float64Array(value) => ('F', arguments.add(value.as_slice())),
-        Value::BytesArray(value) => ('X', arguments.add(value.as_slice())),
+        Ok(parameters)
+    }
+
+    pub(super) fn types(&self) -> &[Oid] {
+        &self.types
+    }
+
+    /// Whether they go beside others.
+    pub(super) fn is_small(&self) -> bool {
+        self.bytes.len() <= MAX_SMALL_BYTES
+    }
+
+    /// Their number, and each with its length before it.
+    pub(super) fn write(&self, output: &mut BytesMut) {
+        output.put_u16(u16::try_from(self.types.len()).unwrap_or(u16::MAX));
+        output.put_slice(&self.bytes);
+    }
+
+    fn add(&mut self, value: &Value) -> Result<(), Error> {
+        match value {
+            // The server infers the type, as it does for a literal NULL.
+            Value::Null => self.null(Type::UNKNOWN),
+            Value::Boolean(value) => self.put(Type::BOOL, &[u8::from(*value)])?,
+            Value::Int64(value) => self.put(Type::INT8, &value.to_be_bytes())?,
+            Value::Float64(value) => self.put(Type::FLOAT8, &value.to_be_bytes())?,
+            Value::Text(value) => self.put(Type::TEXT, value.as_bytes())?,
+            Value::Bytes(value) => self.put(Type::BYTEA, value)?,
+            Value::Timestamp(value) => {
+                self.put(Type::TIMESTAMPTZ, &timestamp(*value)?.to_be_bytes())?;
+            }
+            Value::Uuid(value) => self.put(Type::UUID, uuid(value)?.as_bytes())?,
+            Value::Decimal(value) => {
+                let bytes = decimal::encode(value).map_err(Error::Unsupported)?;
+                self.put(Type::NUMERIC, &bytes)?;
+            }
+            Value::Json(value) => {
+                // The version of the format, then the text.
+                self.with(Type::JSONB, |bytes| {
+                    bytes.put_u8(1);
+                    bytes.put_slice(value.as_bytes());
+                    Ok(())
+                })?;
+            }
+            Value::TextArray(items) => {
+                self.array(Type::TEXT_ARRAY, Type::TEXT, items, |item, bytes| {
+                    bytes.put_slice(item.as_bytes());
+                })?
+            }
+            Value::Int64Array(items) => {
+                self.array(Type::INT8_ARRAY, Type::INT8, items, |item, bytes| {
+                    bytes.put_i64(*item);
+                })?
+            }
+            Value::Float64Array(items) => {
+                self.array(Type::FLOAT8_ARRAY, Type::FLOAT8, items, |item, bytes| {
+                    bytes.put_f64(*item);
+                })?
+            }
+            Value::BytesArray(items) => {
+                self.array(Type::BYTEA_ARRAY, Type::BYTEA, items, |item, bytes| {
+                    bytes.put_slice(item);
+                })?
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn text(&mut self, value: &str) -> Result<(), Error> {
+        self.put(Type::TEXT, value.as_bytes())
+    }
+
+    pub(super) fn bytea(&mut self, value: &[u8]) -> Result<(), Error> {
+        self.put(Type::BYTEA, value)
+    }
+
+    pub(super) fn int4(&mut self, value: i32) {
+        self.types.push(Type::INT4.oid());
+        self.bytes.put_i32(4);
+        self.bytes.put_i32(value);
+    }
+
+    pub(super) fn int8(&mut self, value: i64) {
+        self.types.push(Type::INT8.oid());
+        self.bytes.put_i32(8);
+        self.bytes.put_i64(value);
+    }
+
+    pub(super) fn null(&mut self, of: Type) {
+        self.types.push(of.oid());
+        self.bytes.put_i32(-1);
+    }
+
+    fn put(&mut self, of: Type, value: &[u8]) -> Result<(), Error> {
+        self.with(of, |bytes| {
+            bytes.put_slice(value);
+            Ok(())
+        })
+    }
+
+    fn array<T>(
+        &mut self,
+        of: Type,
+        item: Type,
+        items: &[T],
+        put: fn(&T, &mut BytesMut),
+    ) -> Result<(), Error> {
+        self.with(of, |bytes| {
+            let dimension = types::ArrayDimension {
+                len: i32::try_from(items.len())?,
+                lower_bound: 1,
+            };
+            let dimensions = (!items.is_empty()).then_some(dimension);
+            let put = |item, bytes: &mut BytesMut| {
+                put(item, bytes);
+                Ok(IsNull::No)
+            };
+            array_to_sql(dimensions, item.oid(), items, put, bytes)
+        })
+    }
+
+    fn with(
+        &mut self,
+        of: Type,
+        put: impl FnOnce(&mut BytesMut) -> Result<(), BoxedError>,
+    ) -> Result<(), Error> {
+        let unsupported = |error: BoxedError| Error::Unsupported(error.to_string());
+        self.types.push(of.oid());
+        let begin = self.bytes.len();
+        self.bytes.put_i32(0);
+        put(&mut self.bytes).map_err(unsupported)?;
+        let length = i32::try_from(self.bytes.len() - begin - 4);
+        let length = length.map_err(|error| unsupported(error.into()))?;
+        self.bytes[begin..begin + 4].copy_from_slice(&length.to_be_bytes());
+        Ok(())
+    }
+}
+
+/// A column of an answer.
+pub(super) struct Column {
+    pub(super) name: String,
+    pub(super) kind: Kind,
+}
+
+/// A column's type.
+pub(super) struct Kind {
+    name: String,
+    shape: Shape,
+}
+
+/// How a type's values come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Shape {
+    Void,
+    Boolean,
+    Int2,
+    Int4,
+    Int8,
+    Oid,
+    Float4,
+    Float8,
+    Bytes,
+    Timestamp,
+    Uuid,
+    Numeric,
+    Json,
+    Jsonb,
+    Text,
+    Int2Array,
+    Int4Array,
+    Int8Array,
+    Float4Array,
+    Float8Array,
+    BytesArray,
+    TextArray,
+    /// It has no place in [`Value`].
+    Other,
+}
+
+/// A type that every server has; `None` for one that has to be looked up.
+pub(super) fn kind(oid: Oid) -> Option<Kind> {
+    let of = Type::from_oid(oid)?;
+    let shape = match of {
+        Type::VOID => Shape::Void,
+        Type::BOOL => Shape::Boolean,
+        Type::INT2 => Shape::Int2,
+        Type::INT4 => Shape::Int4,
+        Type::INT8 => Shape::Int8,
+        Type::OID => Shape::Oid,
+        Type::FLOAT4 => Shape::Float4,
+        Type::FLOAT8 => Shape::Float8,
+        Type::BYTEA => Shape::Bytes,
+        Type::TIMESTAMPTZ | Type::TIMESTAMP => Shape::Timestamp,
+        Type::UUID => Shape::Uuid,
+        Type::NUMERIC => Shape::Numeric,
+        Type::JSON => Shape::Json,
+        Type::JSONB => Shape::Jsonb,
+        Type::INT2_ARRAY => Shape::Int2Array,
+        Type::INT4_ARRAY => Shape::Int4Array,
+        Type::INT8_ARRAY => Shape::Int8Array,
+        Type::FLOAT4_ARRAY => Shape::Float4Array,
+        Type::FLOAT8_ARRAY => Shape::Float8Array,
+        Type::BYTEA_ARRAY => Shape::BytesArray,
+        Type::TEXT_ARRAY | Type::VARCHAR_ARRAY | Type::BPCHAR_ARRAY | Type::NAME_ARRAY => {
+            Shape::TextArray
+        }
+        Type::TEXT | Type::VARCHAR | Type::BPCHAR | Type::NAME | Type::UNKNOWN => Shape::Text,
+        _ => Shape::Other,
     };
-    outcome.map_err(|error| Error::Unsupported(error.to_string()))?;
-    Ok(letter)
+    let name = match of.name().strip_prefix('_') {
+        Some(item) => format!("{}[]", item.to_uppercase()),
+        None => of.name().to_uppercase(),
+    };
+    Some(Kind { name, shape })
+}
+
+/// A type that was looked up: its name, and whether its values come as their text.
+pub(super) fn kind_of_row(row: &[Value]) -> Kind {
+    match row {
+        [Value::Text(name), Value::Boolean(true)] => Kind {
+            name: name.clone(),
+            shape: Shape::Text,
+        },
+        [Value::Text(name), ..] => Kind::other(name),
+        _ => Kind::other("an unknown name"),
+    }
+}
+
+impl Kind {
+    pub(super) fn other(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            shape: Shape::Other,
+        }
+    }
 }
 
 /// The names of columns.
-pub(super) fn names(columns: &[PgColumn]) -> Vec<String> {
-    columns.iter().map(|c| c.name().to_owned()).collect()
+pub(super) fn names(columns: &[Column]) -> Vec<String> {
+    columns.iter().map(|column| column.name.clone()).collect()
 }
 
 /// A row's values.
-pub(super) fn row(row: &PgRow) -> Result<Vec<Value>, Error> {
-    (0..row.len()).map(|index| column(row, index)).collect()
+pub(super) fn row(columns: &[Column], row: &DataRowBody) -> Result<Vec<Value>, Error> {
+    let mut values = Vec::with_capacity(columns.len());
+    let mut ranges = row.ranges();
+    for column in columns {
+        let range = ranges.next();
+        let range = range.map_err(|error| Error::Unavailable(error.to_string()))?;
+        let bytes = range.flatten().map(|range| &row.buffer()[range]);
+        values.push(value(column, bytes)?);
+    }
+    Ok(values)
 }
 
-fn column(row: &PgRow, index: usize) -> Result<Value, Error> {
-    let column = &row.columns()[index];
+fn value(column: &Column, bytes: Option<&[u8]>) -> Result<Value, Error> {
     let unsupported = |why: String| {
-        let name = column.name();
-        let kind = column.type_info().name();
-        Error::Unsupported(format!("column {name:?} of type {kind}: {why}"))
+        let Column { name, kind } = column;
+        Error::Unsupported(format!("column {name:?} of type {}: {why}", kind.name))
     };
-    decode(row, index, column.type_info())
-        .map_err(|error| unsupported(error.to_string()))?
-        .ok_or_else(|| {
-            unsupported("cast it to a type that this interface has, such as text".into())
-        })
-}
-
-/// `None` for a type that has no place in [`Value`].
-fn decode(row: &PgRow, index: usize, kind: &PgTypeInfo) -> Result<Option<Value>, BoxDynError> {
-    let raw = row.try_get_raw(index)?;
-    let null = raw.is_null();
-    let value = match kind.name() {
-        "VOID" => Value::Null,
-        _ if null && is_known(kind) => Value::Null,
-        "BOOL" => Value::Boolean(row.try_get(index)?),
-        "INT2" => Value::Int64(row.try_get::<i16, _>(index)?.into()),
-        "INT4" => Value::Int64(row.try_get::<i32, _>(index)?.into()),
-        "INT8" => Value::Int64(row.try_get(index)?),
-        "OID" => Value::Int64(row.try_get::<Oid, _>(index)?.0.into()),
-        "FLOAT4" => Value::Float64(row.try_get::<f32, _>(index)?.into()),
-        "FLOAT8" => Value::Float64(row.try_get(index)?),
-        "BYTEA" => Value::Bytes(row.try_get(index)?),
-        "TIMESTAMPTZ" | "TIMESTAMP" => Value::Timestamp(unix_time(&raw)?),
-        "UUID" => Value::Uuid(row.try_get::<Uuid, _>(index)?.to_string()),
-        "NUMERIC" => Value::Decimal(decimal::decode(raw.as_bytes()?)?),
-        "JSON" => Value::Json(text(raw.as_bytes()?)?),
-        "JSONB" => Value::Json(text(raw.as_bytes()?.get(1..).ok_or("it is cut off")?)?),
-        "INT2[]" => Value::Int64Array(array::<i16, _>(row, index, i64::from)?),
-        "INT4[]" => Value::Int64Array(array::<i32, _>(row, index, i64::from)?),
-        "INT8[]" => Value::Int64Array(array::<i64, _>(row, index, |item| item)?),
-        "FLOAT4[]" => Value::Float64Array(array::<f32, _>(row, index, f64::from)?),
-        "FLOAT8[]" => Value::Float64Array(array::<f64, _>(row, index, |item| item)?),
-        "BYTEA[]" => Value::BytesArray(array::<Vec<u8>, _>(row, index, |item| item)?),
-        name if TEXT_ARRAYS.contains(&name) => {
-            Value::TextArray(array::<String, _>(row, index, |item| item)?)
-        }
-        _ if is_text(kind) => Value::Text(text(raw.as_bytes()?)?),
-        _ => return Ok(None),
-    };
-    Ok(Some(value))
-}
-
-const TEXT_ARRAYS: &[&str] = &["TEXT[]", "VARCHAR[]", "CHAR[]", "NAME[]"];
-const OTHERS: &[&str] = &[
-    "BOOL",
-    "INT2",
-    "INT4",
-    "INT8",
-    "OID",
-    "FLOAT4",
-    "FLOAT8",
-    "BYTEA",
-    "TIMESTAMPTZ",
-    "TIMESTAMP",
-    "UUID",
-    "NUMERIC",
-    "JSON",
-    "JSONB",
-    "INT2[]",
-    "INT4[]",
-    "INT8[]",
-    "FLOAT4[]",
-    "FLOAT8[]",
-    "BYTEA[]",
-];
-
-fn is_known(kind: &PgTypeInfo) -> bool {
-    OTHERS.contains(&kind.name()) || TEXT_ARRAYS.contains(&kind.name()) || is_text(kind)
-}
-
-/// Types whose binary form is their text.
-fn is_text(kind: &PgTypeInfo) -> bool {
-    matches!(
-        kind.name(),
-        "TEXT" | "VARCHAR" | "CHAR" | "NAME" | "UNKNOWN" | "citext"
-    ) || matches!(kind.kind(), PgTypeKind::Enum(_))
-}
-
-fn text(bytes: &[u8]) -> Result<String, BoxDynError> {
-    Ok(std::str::from_utf8(bytes)?.to_owned())
-}
-
-fn array<T, U>(row: &PgRow, index: usize, item: fn(T) -> U) -> Result<Vec<U>, BoxDynError>
-where
-    for<'r> Vec<Option<T>>: sqlx::Decode<'r, Postgres> + Type<Postgres>,
-{
-    row.try_get::<Vec<Option<T>>, _>(index)?
-        .into_iter()
-        .map(|value| {
-            value
-                .map(item)
-                .ok_or_else(|| "the array has a NULL in it".into())
-        })
-        .collect()
-}
-
-/// A parameter in PostgreSQL's own binary form; `None` is NULL.
-struct Wire(Oid, Option<Vec<u8>>);
-
-/// The server infers the type, as it does for a literal NULL.
-const UNKNOWN: Oid = Oid(705);
-const TIMESTAMPTZ: Oid = Oid(1184);
-const NUMERIC: Oid = Oid(1700);
-const JSONB: Oid = Oid(3802);
-
-impl Type<Postgres> for Wire {
-    fn type_info() -> PgTypeInfo {
-        PgTypeInfo::with_oid(UNKNOWN)
-    }
-}
-
-impl Encode<'_, Postgres> for Wire {
-    fn encode_by_ref(&self, buffer: &mut PgArgumentBuffer) -> Result<IsNull, BoxDynError> {
-        match &self.1 {
-            Some(bytes) => {
-                buffer.extend_from_slice(bytes);
-                Ok(IsNull::No)
-            }
-            None => Ok(IsNull::Yes),
+    match (column.kind.shape, bytes) {
+        (Shape::Other, _) => Err(unsupported(
+            "cast it to a type that this interface has, such as text".into(),
+        )),
+        (_, None) => Ok(Value::Null),
+        (shape, Some(bytes)) => {
+            decode(shape, bytes).map_err(|error| unsupported(error.to_string()))
         }
     }
+}
 
-    fn produces(&self) -> Option<PgTypeInfo> {
-        Some(PgTypeInfo::with_oid(self.0))
+fn decode(shape: Shape, bytes: &[u8]) -> Result<Value, BoxedError> {
+    Ok(match shape {
+        Shape::Void | Shape::Other => Value::Null,
+        Shape::Boolean => Value::Boolean(bool_from_sql(bytes)?),
+        Shape::Int2 => Value::Int64(int2_from_sql(bytes)?.into()),
+        Shape::Int4 => Value::Int64(int4_from_sql(bytes)?.into()),
+        Shape::Int8 => Value::Int64(int8_from_sql(bytes)?),
+        Shape::Oid => Value::Int64(oid_from_sql(bytes)?.into()),
+        Shape::Float4 => Value::Float64(float4_from_sql(bytes)?.into()),
+        Shape::Float8 => Value::Float64(float8_from_sql(bytes)?),
+        Shape::Bytes => Value::Bytes(bytes.to_vec()),
+        Shape::Timestamp => Value::Timestamp(unix_time(bytes)?),
+        Shape::Uuid => Value::Uuid(Uuid::from_bytes(uuid_from_sql(bytes)?).to_string()),
+        Shape::Numeric => Value::Decimal(decimal::decode(bytes)?),
+        Shape::Json => Value::Json(text(bytes)?),
+        Shape::Jsonb => Value::Json(text(bytes.get(1..).ok_or("it is cut off")?)?),
+        Shape::Text => Value::Text(text(bytes)?),
+        Shape::Int2Array => {
+            Value::Int64Array(array(bytes, |item| Ok(int2_from_sql(item)?.into()))?)
+        }
+        Shape::Int4Array => {
+            Value::Int64Array(array(bytes, |item| Ok(int4_from_sql(item)?.into()))?)
+        }
+        Shape::Int8Array => Value::Int64Array(array(bytes, int8_from_sql)?),
+        Shape::Float4Array => {
+            Value::Float64Array(array(bytes, |item| Ok(float4_from_sql(item)?.into()))?)
+        }
+        Shape::Float8Array => Value::Float64Array(array(bytes, float8_from_sql)?),
+        Shape::BytesArray => Value::BytesArray(array(bytes, |item| Ok(item.to_vec()))?),
+        Shape::TextArray => Value::TextArray(array(bytes, text)?),
+    })
+}
+
+fn text(bytes: &[u8]) -> Result<String, BoxedError> {
+    Ok(text_from_sql(bytes)?.to_owned())
+}
+
+fn array<T>(
+    bytes: &[u8],
+    item: impl Fn(&[u8]) -> Result<T, BoxedError>,
+) -> Result<Vec<T>, BoxedError> {
+    let array = array_from_sql(bytes)?;
+    let dimensions = array.dimensions().count()?;
+    if dimensions > 1 {
+        return Err(format!("the array has {dimensions} dimensions").into());
     }
+    let mut items = Vec::new();
+    let mut values = array.values();
+    while let Some(value) = values.next()? {
+        items.push(item(value.ok_or("the array has a NULL in it")?)?);
+    }
+    Ok(items)
 }
 
 /// Microseconds from the Unix epoch to PostgreSQL's, which is the year 2000.
 const EPOCH: i64 = 946_684_800_000_000;
 
-fn timestamp(unix: i64) -> Result<Vec<u8>, Error> {
-    let since = unix
-        .checked_sub(EPOCH)
+fn timestamp(unix: i64) -> Result<i64, Error> {
+    unix.checked_sub(EPOCH)
         // The least one is PostgreSQL's -infinity.
         .filter(|since| *since != i64::MIN)
-        .ok_or_else(|| Error::Unsupported("the timestamp is out of PostgreSQL's range".into()))?;
-    Ok(since.to_be_bytes().to_vec())
+        .ok_or_else(|| Error::Unsupported("the timestamp is out of PostgreSQL's range".into()))
 }
 
-fn unix_time(raw: &PgValueRef<'_>) -> Result<i64, BoxDynError> {
-    let since = i64::from_be_bytes(raw.as_bytes()?.try_into()?);
+fn unix_time(bytes: &[u8]) -> Result<i64, BoxedError> {
+    let since = i64::from_be_bytes(bytes.try_into()?);
     if since == i64::MAX || since == i64::MIN {
         return Err("it is infinite".into());
     }
@@ -207,12 +380,4 @@ fn unix_time(raw: &PgValueRef<'_>) -> Result<i64, BoxDynError> {
 fn uuid(text: &str) -> Result<Uuid, Error> {
     Uuid::parse_str(text)
         .map_err(|error| Error::Unsupported(format!("{text:?} is no UUID: {error}")))
-}
-
-/// The version of the format, then the text.
-fn jsonb(text: &str) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(text.len() + 1);
-    bytes.push(1);
-    bytes.extend_from_slice(text.as_bytes());
-    bytes
 }

@@ -9,7 +9,7 @@ use sqlx::{ConnectOptions, Executor};
 
 use super::Value::Int64;
 use super::transactions::{INSERT, MODES, Owner, insert, is_violation};
-use super::{Kind, Place, execute, on, on_each, query};
+use super::{Kind, Place, admin, execute, on, on_each, query};
 
 #[track_caller]
 fn is_lost(transaction: &Transaction) {
@@ -95,18 +95,22 @@ async fn a_session_that_the_server_ends_is_lost() {
     on(Kind::Postgres, async |_, database| {
         let mut owner = Owner::new(&database).await;
         const PID: &str = "SELECT pg_backend_pid()::bigint";
-        const END: &str = "SELECT pg_terminate_backend($1::bigint::int)";
+        let end = async |transaction: &Transaction| {
+            let pid = transaction.query(PID, &[]).await.expect("a session").rows;
+            let [Int64(pid)] = pid[0][..] else {
+                panic!("{pid:?}")
+            };
+            admin(&format!("SELECT pg_terminate_backend({pid})")).await;
+        };
         for mode in MODES {
             let transaction = owner.begin(mode).await;
-            let pid = transaction.query(PID, &[]).await.expect("a session").rows;
-            query(&database, END, &pid[0]).await;
+            end(&transaction).await;
             let answer = insert(&transaction, 1).await;
             assert!(matches!(answer, Err(Error::Unavailable(_))), "{answer:?}");
             is_lost(&transaction);
         }
         let transaction = owner.begin(Mode::Optimistic).await;
-        let pid = transaction.query(PID, &[]).await.expect("a session").rows;
-        query(&database, END, &pid[0]).await;
+        end(&transaction).await;
         let commit = owner.commit(transaction).await;
         assert!(
             matches!(commit, Err(CommitError::Unanswered(_))),
@@ -121,37 +125,33 @@ async fn a_session_that_the_server_ends_is_lost() {
 /// The guest learns of it only where it costs nothing but the statement.
 #[tokio::test]
 async fn timeouts_and_deadlocks_of_the_server_cost_a_statement() {
-    on(Kind::Postgres, async |_, database| {
-        let owner = Owner::new(&database).await;
-        execute(&database, INSERT, &[Int64(0)]).await;
+    let place = Place::new(Kind::Postgres).await;
+    let database = place.open(None).await.expect("a new database");
+    let owner = Owner::new(&database).await;
+    execute(&database, INSERT, &[Int64(0)]).await;
+    for limit in ["lock_timeout", "statement_timeout"] {
+        let limited = place.with_option(&format!("-c {limit}=50ms")).await;
         for mode in MODES {
             let holding = owner.begin(Mode::Optimistic).await;
             let delete = "DELETE FROM t WHERE id = 0";
             assert_eq!(holding.execute(delete, &[]).await, Ok(1));
-            let transaction = owner.begin(mode).await;
-            for limit in ["lock_timeout", "statement_timeout"] {
-                let set = format!("SELECT set_config('{limit}', '50ms', true)");
-                assert!(transaction.query(&set, &[]).await.is_ok());
-                let answer = transaction.execute(delete, &[]).await;
-                assert!(matches!(answer, Err(Error::Unavailable(_))), "{answer:?}");
-                if mode == Mode::Optimistic {
-                    assert_eq!(transaction.broken(), Some(Broken::Statement));
-                    break;
+            let transaction = limited.begin(mode).await.expect("a transaction");
+            let answer = transaction.execute(delete, &[]).await;
+            assert!(matches!(answer, Err(Error::Unavailable(_))), "{answer:?}");
+            match mode {
+                Mode::Optimistic => assert_eq!(transaction.broken(), Some(Broken::Statement)),
+                Mode::Careful | Mode::Exclusive => {
+                    assert_eq!(transaction.broken(), None);
+                    assert_eq!(insert(&transaction, 1).await, Ok(1));
                 }
-                assert_eq!(transaction.broken(), None);
-                assert_eq!(insert(&transaction, 1).await, Ok(1));
-                assert!(
-                    transaction
-                        .execute("DELETE FROM t WHERE id = 1", &[])
-                        .await
-                        .is_ok()
-                );
             }
             transaction.rollback().await;
             holding.rollback().await;
         }
-    })
-    .await;
+        limited.close().await;
+    }
+    database.close().await;
+    place.remove().await;
 }
 
 /// A plan that is out of date is no fault of the message's.

@@ -4,11 +4,13 @@ use std::path::Path;
 
 use host::capability::StoreError;
 use host::capability::sql::{Database, Error};
+use host::delivery::progress::{Mode, Transaction as _};
 use host::pipeline::SqlUrl;
 use tempfile::TempDir;
 
 use super::super::free_port;
 use super::Value::Int64;
+use super::transactions::{MODES, Owner, insert};
 use super::{CONNECTIONS, Kind, Place, admin, on, query};
 use crate::support::server;
 
@@ -41,6 +43,36 @@ async fn terminated_connections_are_replaced() {
         matches!(closed, Err(StoreError::Unavailable(_))),
         "{closed:?}"
     );
+    place.remove().await;
+}
+
+/// What was closed while nobody used it costs no message anything: the transaction begins elsewhere.
+#[tokio::test]
+async fn transactions_begin_on_connections_that_are_alive() {
+    let place = Place::new(Kind::Postgres).await;
+    let database = place.open(None).await.expect("a new database");
+    let mut owner = Owner::new(&database).await;
+    let mut id = 0;
+    for mode in MODES {
+        let all = (0..CONNECTIONS).map(|_| database.query("SELECT pg_sleep(0.01)", &[]));
+        futures::future::join_all(all).await;
+        admin(&format!(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{}'",
+            place.name
+        ))
+        .await;
+        id += 1;
+        let transaction = owner.begin(mode).await;
+        if mode == Mode::Careful {
+            let set = transaction.savepoint().await;
+            assert!(set.is_ok(), "{set:?}");
+        }
+        assert_eq!(insert(&transaction, id).await, Ok(1), "{mode:?}");
+        let committed = owner.commit(transaction).await;
+        assert!(committed.is_ok(), "{committed:?}");
+    }
+    assert_eq!(owner.numbers().await, [1, 2]);
+    database.close().await;
     place.remove().await;
 }
 

@@ -15,6 +15,8 @@ use crate::support::server;
 
 mod commits;
 mod failures;
+mod grants;
+mod hunger;
 mod lifecycle;
 mod progress;
 mod proxy;
@@ -65,6 +67,37 @@ impl Place {
 
     async fn open(&self, migrations: Option<&Path>) -> Result<Database, StoreError> {
         Database::connect(&self.url, migrations, CONNECTIONS, None).await
+    }
+
+    /// The database in sessions of PostgreSQL that have an option of the server's.
+    async fn with_option(&self, option: &str) -> Database {
+        let SqlUrl::Postgres(url) = &self.url else {
+            panic!("not PostgreSQL");
+        };
+        let mut url = url::Url::parse(url).expect("a URL");
+        url.query_pairs_mut().append_pair("options", option);
+        let url = SqlUrl::Postgres(url.into());
+        let database = Database::connect(&url, None, CONNECTIONS, None).await;
+        database.expect("a database")
+    }
+
+    /// Runs statements as whoever runs the database: what the host refuses stages is done so.
+    async fn run(&self, statements: &str) {
+        let done = match &self.url {
+            SqlUrl::Postgres(url) => {
+                let options: sqlx::postgres::PgConnectOptions = url.parse().expect("a URL");
+                let mut owner = options.connect().await.expect("the owner's connection");
+                let done = sqlx::raw_sql(AssertSqlSafe(statements)).execute(&mut owner);
+                done.await.map(drop)
+            }
+            SqlUrl::Sqlite(file) => {
+                let options = sqlx::sqlite::SqliteConnectOptions::new().filename(file);
+                let mut owner = options.connect().await.expect("the file");
+                let done = sqlx::raw_sql(AssertSqlSafe(statements)).execute(&mut owner);
+                done.await.map(drop)
+            }
+        };
+        done.unwrap_or_else(|error| panic!("{statements}: {error}"));
     }
 
     async fn remove(self) {

@@ -8,10 +8,8 @@ use host::delivery::progress::{
     Checkpoint, Commit, CommitError, LaneId, Ledger, Mode, Transaction,
 };
 use host::pipeline::SqlUrl;
-use sqlx::{AssertSqlSafe, ConnectOptions};
 
-use super::sqlite_grants::raw;
-use super::{CONNECTIONS, Kind, Place, admin, execute, on, on_each, query};
+use super::{CONNECTIONS, Kind, Place, admin, on_each};
 
 pub(super) fn lane() -> LaneId {
     LaneId {
@@ -129,25 +127,14 @@ async fn hosts_that_start_at_once_make_one_table() {
     }
 }
 
-/// Runs statements on a new database, as the server's owner.
-async fn as_owner(place: &Place, statements: &str) {
-    let SqlUrl::Postgres(url) = &place.url else {
-        panic!("not PostgreSQL");
-    };
-    let options: sqlx::postgres::PgConnectOptions = url.parse().expect("a URL");
-    let mut owner = options.connect().await.expect("the owner's connection");
-    let done = sqlx::raw_sql(AssertSqlSafe(statements))
-        .execute(&mut owner)
-        .await;
-    done.unwrap_or_else(|error| panic!("{statements}: {error}"));
-}
-
 /// A role without any right but to connect.
 async fn stranger(place: &Place) -> (String, Database) {
     let role = format!("{}_role", place.name);
     admin(&format!("CREATE ROLE {role} LOGIN PASSWORD 'geheim'")).await;
     // Up to PostgreSQL 14, everybody may.
-    as_owner(place, "REVOKE CREATE ON SCHEMA public FROM public").await;
+    place
+        .run("REVOKE CREATE ON SCHEMA public FROM public")
+        .await;
     let SqlUrl::Postgres(url) = &place.url else {
         panic!("not PostgreSQL");
     };
@@ -179,17 +166,15 @@ async fn missing_rights_are_named_with_what_to_do() {
     assert!(!why.contains("geheim"), "{why}");
 
     // As it says, a role that may make the table does.
-    as_owner(&place, statements).await;
+    place.run(statements).await;
     database.prepare_progress().await.expect("a table");
     database.claim(&lane()).await.expect("a claim");
     let saved = database.save(commit(&lane(), 1, 1, &checkpoint(1))).await;
     assert!(saved.is_ok(), "{saved:?}");
 
-    as_owner(
-        &place,
-        &format!("REVOKE UPDATE ON stagehost_progress FROM {role}"),
-    )
-    .await;
+    place
+        .run(&format!("REVOKE UPDATE ON stagehost_progress FROM {role}"))
+        .await;
     let why = refused().await;
     let grant = format!("GRANT SELECT, INSERT, UPDATE ON public.stagehost_progress TO {role}");
     assert!(why.contains(&grant), "{why}");
@@ -197,11 +182,11 @@ async fn missing_rights_are_named_with_what_to_do() {
     assert!(matches!(claim, Err(StoreError::Refused(_))), "{claim:?}");
 
     // The other way.
-    as_owner(
-        &place,
-        &format!("DROP TABLE stagehost_progress; GRANT CREATE ON SCHEMA public TO {role}"),
-    )
-    .await;
+    place
+        .run(&format!(
+            "DROP TABLE stagehost_progress; GRANT CREATE ON SCHEMA public TO {role}"
+        ))
+        .await;
     database.prepare_progress().await.expect("a new table");
     assert_eq!(database.claim(&lane()).await.expect("a claim").epoch, 1);
     database.close().await;
@@ -211,14 +196,12 @@ async fn missing_rights_are_named_with_what_to_do() {
 
 #[tokio::test]
 async fn a_table_that_is_something_else_is_refused() {
-    const OTHER: &str = "CREATE TABLE stagehost_progress (epoch BIGINT)";
     for kind in [Kind::Sqlite, Kind::Postgres] {
         let place = Place::new(kind).await;
         let database = place.open(None).await.expect("a new database");
-        match kind {
-            Kind::Postgres => drop(execute(&database, OTHER, &[]).await),
-            Kind::Sqlite => raw(&place).execute_batch(OTHER).expect("a table"),
-        }
+        place
+            .run("CREATE TABLE stagehost_progress (epoch BIGINT)")
+            .await;
         let prepared = database.prepare_progress().await;
         match prepared {
             Err(StoreError::Refused(why)) => {
@@ -226,10 +209,18 @@ async fn a_table_that_is_something_else_is_refused() {
             }
             other => panic!("{kind:?}: {other:?}"),
         }
+        // Nothing was done to it.
+        place
+            .run("INSERT INTO stagehost_progress (epoch) VALUES (1)")
+            .await;
         database.close().await;
         place.remove().await;
     }
 }
+
+/// What whoever runs the database may do, and no stage by itself.
+const TOUCH: &str = "CREATE FUNCTION touch() RETURNS void LANGUAGE sql \
+                     AS 'UPDATE public.stagehost_progress SET attempts = attempts'";
 
 /// A host that stopped half-way through a commit holds its row until the server loses patience with it.
 #[tokio::test]
@@ -248,8 +239,8 @@ async fn a_host_that_hangs_loses_its_lane() {
         .begin(Mode::Optimistic)
         .await
         .expect("a transaction");
-    let lock = "SELECT epoch FROM stagehost_progress FOR UPDATE";
-    let locked = transaction.query(lock, &[]).await;
+    place.run(TOUCH).await;
+    let locked = transaction.query("SELECT touch()", &[]).await;
     assert!(locked.is_ok(), "{locked:?}");
     let claim = next.claim(&lane).await.expect("a claim");
     assert_eq!(claim.epoch, epoch + 1);
@@ -265,19 +256,22 @@ async fn a_host_that_hangs_loses_its_lane() {
 
 #[tokio::test]
 async fn a_claim_waits_for_what_is_being_committed() {
-    on_each(async |kind, database| {
+    for kind in [Kind::Sqlite, Kind::Postgres] {
+        let place = Place::new(kind).await;
+        let database = place.open(None).await.expect("a new database");
         database.prepare_progress().await.expect("a new table");
-        let lane = lane();
-        let epoch = database.claim(&lane).await.expect("a claim").epoch;
-        let transaction = database
-            .begin(Mode::Optimistic)
-            .await
-            .expect("a transaction");
-        // On SQLite any write keeps others from theirs.
+        // On SQLite any write keeps others from theirs; on PostgreSQL one of the row does.
         let touch = match kind {
-            Kind::Postgres => "UPDATE stagehost_progress SET attempts = attempts",
+            Kind::Postgres => {
+                place.run(TOUCH).await;
+                "SELECT touch()"
+            }
             Kind::Sqlite => "CREATE TABLE touched (id INTEGER)",
         };
+        let lane = lane();
+        let epoch = database.claim(&lane).await.expect("a claim").epoch;
+        let transaction = database.begin(Mode::Optimistic).await;
+        let transaction = transaction.expect("a transaction");
         let touched = transaction.execute(touch, &[]).await;
         assert!(touched.is_ok(), "{kind:?}: {touched:?}");
         let claim = database.claim(&lane);
@@ -290,45 +284,31 @@ async fn a_claim_waits_for_what_is_being_committed() {
         let claim = claim.await.expect("a claim");
         assert_eq!((claim.epoch, claim.commits), (epoch + 1, 1), "{kind:?}");
         assert_eq!(claim.checkpoint, state, "{kind:?}");
-    })
-    .await;
+        database.close().await;
+        place.remove().await;
+    }
 }
 
-/// However the stage has changed its session, the row is the host's.
+/// Whatever a function of the database's own does to the search path, the row is where it is.
 #[tokio::test]
-async fn a_stages_role_and_search_path_are_not_the_hosts() {
-    on(Kind::Postgres, async |_, database| {
-        database.prepare_progress().await.expect("a new table");
-        let lane = lane();
-        let epoch = database.claim(&lane).await.expect("a claim").epoch;
-        let role = "pg_read_all_stats";
-        for (commits, change) in [
-            (1, format!("SELECT set_config('role', '{role}', true)")),
-            (2, format!("SELECT set_config('role', '{role}', false)")),
-            (3, "SELECT set_config('search_path', 'nowhere', false)".to_owned()),
-        ] {
-            let transaction = database.begin(Mode::Optimistic).await.expect("a transaction");
-            let changed = transaction.query(&change, &[]).await;
-            assert!(changed.is_ok(), "{changed:?}");
-            let state = checkpoint(commits);
-            let committed = transaction.commit(commit(&lane, epoch, commits, &state)).await;
-            assert!(committed.is_ok(), "{change}: {committed:?}");
-            let all = (0..CONNECTIONS).map(|_| {
-                let own = "SELECT current_user = session_user AND to_regclass('stagehost_progress') IS NOT NULL";
-                query(&database, own, &[])
-            });
-            for rows in futures::future::join_all(all).await {
-                assert_eq!(rows, [[super::Value::Boolean(true)]], "{change}");
-            }
-        }
-        // What can't be undone is the stage's own fault.
-        let transaction = database.begin(Mode::Optimistic).await.expect("a transaction");
-        let change = "SELECT set_config('transaction_read_only', 'on', true)";
-        let changed = transaction.query(change, &[]).await;
-        assert!(changed.is_ok(), "{changed:?}");
-        let state = checkpoint(4);
-        let refused = transaction.commit(commit(&lane, epoch, 4, &state)).await;
-        assert!(matches!(refused, Err(CommitError::Refused(_))), "{refused:?}");
-    })
-    .await;
+async fn a_search_path_hides_no_row() {
+    const WANDER: &str = "CREATE FUNCTION wander() RETURNS text LANGUAGE sql \
+                          AS $$SELECT set_config('search_path', 'elsewhere', true)$$; \
+                          CREATE SCHEMA elsewhere; CREATE TABLE elsewhere.stagehost_progress (epoch int)";
+    let place = Place::new(Kind::Postgres).await;
+    let database = place.open(None).await.expect("a new database");
+    database.prepare_progress().await.expect("a new table");
+    place.run(WANDER).await;
+    let lane = lane();
+    let epoch = database.claim(&lane).await.expect("a claim").epoch;
+    let transaction = database.begin(Mode::Optimistic).await;
+    let transaction = transaction.expect("a transaction");
+    let wandered = transaction.query("SELECT wander()", &[]).await;
+    assert!(wandered.is_ok(), "{wandered:?}");
+    let state = checkpoint(1);
+    let committed = transaction.commit(commit(&lane, epoch, 1, &state)).await;
+    assert!(committed.is_ok(), "{committed:?}");
+    assert_eq!(database.claim(&lane).await.expect("a claim").commits, 1);
+    database.close().await;
+    place.remove().await;
 }

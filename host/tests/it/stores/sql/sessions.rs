@@ -3,32 +3,53 @@
 use std::time::Duration;
 
 use host::capability::sql::{Database, Error, MAX_ANSWER_BYTES};
+use host::delivery::progress::{Mode, Transaction as _};
 
 use super::Value::{Boolean, Int64};
+use super::grants::is_refused;
+use super::transactions::Owner;
 use super::{CONNECTIONS, Kind, execute, on, on_each, query, text};
 
+/// Whatever would outlive a call is refused, however it is written.
 #[tokio::test]
-async fn postgresql_sessions_start_anew() {
+async fn nothing_is_left_in_a_session_of_postgresql() {
     const LEAVING: &[&str] = &[
         "SELECT set_config('stagehost.test', 'mine', false)",
-        "SELECT set_config('statement_timeout', '12s', false)",
+        "SELECT pg_catalog.\"set_config\" ('statement_timeout', '12s', false)",
         "WITH it AS (SELECT pg_advisory_lock(7)) SELECT 1 FROM it",
         "SELECT 1 AS id INTO TEMP mine",
+        "CREATE TEMP TABLE mine (id int)",
+        "CREATE TABLE pg_temp.mine (id int)",
         "EXPLAIN ANALYZE SELECT set_config('search_path', 'mine', false)",
+        "UPDATE pg_settings SET setting = 'mine' WHERE name = 'search_path'",
+        "SELECT U&\"set\\005fconfig\"('search_path', 'mine', false)",
+        "SELECT E'\\'', set_config('search_path', 'mine', false) --'",
+        "SELECT query_to_xml('SELECT set_config(''search_path'', ''mine'', false)', true, true, '')",
+        "CREATE FUNCTION leave() RETURNS text LANGUAGE sql AS $$SELECT set_config('search_path', 'mine', false)$$",
+        "DO $$ BEGIN PERFORM set_config('search_path', 'mine', false); END $$",
+        "SET search_path = mine",
+        "LISTEN mine",
+        "PREPARE mine AS SELECT 1",
+        "DEALLOCATE ALL",
+        "DECLARE mine CURSOR WITH HOLD FOR SELECT 1",
     ];
     const CLEAN: &str = "SELECT coalesce(current_setting('stagehost.test', true), '') = '' \
                          AND current_setting('statement_timeout') = '30s' \
                          AND current_setting('search_path') <> 'mine' \
-                         AND to_regclass('pg_temp.mine') IS NULL \
+                         AND to_regclass('mine') IS NULL \
                          AND NOT EXISTS (SELECT FROM pg_locks \
                                          WHERE locktype = 'advisory' AND pid = pg_backend_pid())";
     on(Kind::Postgres, async |_, database| {
+        let owner = Owner::new(&database).await;
         for statement in LEAVING {
-            execute(&database, statement, &[]).await;
-            database
-                .execute_many(statement, &[vec![]])
-                .await
-                .expect("what has just worked");
+            is_refused(&database.execute(statement, &[]).await, statement);
+            let many = database.execute_many(statement, &[vec![]]).await;
+            is_refused(&many, statement);
+            let transaction = owner.begin(Mode::Optimistic).await;
+            let within = transaction.execute(statement, &[]).await;
+            is_refused(&within, statement);
+            assert_eq!(transaction.broken(), None, "it was not begun: {statement}");
+            transaction.rollback().await;
             let all = (0..CONNECTIONS).map(|_| query(&database, CLEAN, &[]));
             for rows in futures::future::join_all(all).await {
                 assert_eq!(rows, [[Boolean(true)]], "{statement}");

@@ -7,7 +7,7 @@ use host::delivery::progress::{CommitError, LaneId, Ledger, Mode, Transaction as
 
 use super::Value::{Int64, Text};
 use super::progress::{checkpoint, commit, lane};
-use super::{CONNECTIONS, Kind, Place, Value, execute, on, on_each, query, text};
+use super::{CONNECTIONS, Kind, Place, Value, execute, on_each, query, text};
 
 pub(super) const INSERT: &str = "INSERT INTO t VALUES ($1)";
 pub(super) const MODES: [Mode; 2] = [Mode::Optimistic, Mode::Careful];
@@ -260,41 +260,6 @@ async fn tables_change_in_a_transaction() {
         assert!(committed.is_ok(), "{kind:?}: {committed:?}");
         let rows = query(&database, "SELECT * FROM new", &[]).await;
         assert_eq!(rows, [row.to_vec()], "{kind:?}");
-    })
-    .await;
-}
-
-#[tokio::test]
-async fn what_a_stage_leaves_in_its_session_ends_with_the_transaction() {
-    const LEAVING: &[&str] = &[
-        "SELECT set_config('stagehost.test', 'mine', false)",
-        "WITH it AS (SELECT pg_advisory_lock(7)) SELECT 1 FROM it",
-        "SELECT 1 AS id INTO TEMP mine",
-    ];
-    const CLEAN: &str = "SELECT coalesce(current_setting('stagehost.test', true), '') = '' \
-                         AND current_setting('statement_timeout') = '30s' \
-                         AND to_regclass('pg_temp.mine') IS NULL \
-                         AND NOT EXISTS (SELECT FROM pg_locks \
-                                         WHERE locktype = 'advisory' AND pid = pg_backend_pid())";
-    on(Kind::Postgres, async |_, database| {
-        let mut owner = Owner::new(&database).await;
-        for statement in LEAVING {
-            for commits in [true, false] {
-                let transaction = owner.begin(Mode::Optimistic).await;
-                let left = transaction.execute(statement, &[]).await;
-                assert!(left.is_ok(), "{left:?}");
-                if commits {
-                    let committed = owner.commit(transaction).await;
-                    assert!(committed.is_ok(), "{committed:?}");
-                } else {
-                    transaction.rollback().await;
-                }
-                let all = (0..CONNECTIONS).map(|_| query(&database, CLEAN, &[]));
-                for rows in futures::future::join_all(all).await {
-                    assert_eq!(rows, [[Value::Boolean(true)]], "{statement}");
-                }
-            }
-        }
     })
     .await;
 }

@@ -1,0 +1,160 @@
+//! Sessions on loan.
+
+use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::super::{ACQUIRE_TIMEOUT, Error, StoreError};
+use super::client::Client;
+use super::server::Server;
+use super::{Settings, in_time};
+
+/// A connection that was unused for longer is asked whether it is alive before it is used again.
+const PING_AFTER_IDLE: Duration = Duration::from_secs(5);
+/// One that is older is made anew, so that none outlives what was changed about its server or its role for long.
+const MAX_AGE: Duration = Duration::from_secs(30 * 60);
+
+/// A bounded number of sessions of one role.
+#[derive(Clone)]
+pub(super) struct Pool(Arc<Inner>);
+
+struct Inner {
+    server: Server,
+    settings: Settings,
+    size: u32,
+    places: Arc<Semaphore>,
+    idle: Mutex<Vec<Session>>,
+}
+
+struct Session {
+    client: Client,
+    made: Instant,
+}
+
+/// Goes back into the pool when it is dropped, if it is at rest, and is closed otherwise: a call that was given up, by its
+/// deadline or by a limit, leaves a statement running and an answer half read, and neither may reach the next user. Its place
+/// in the pool is free at once, and the server soon sees that nobody waits for the statement.
+pub(super) struct Lease {
+    session: Option<Session>,
+    pool: Pool,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Pool {
+    pub(super) fn new(server: Server, settings: Settings, size: u32) -> Self {
+        Self(Arc::new(Inner {
+            server,
+            settings,
+            size,
+            places: Arc::new(Semaphore::new(size as usize)),
+            idle: Mutex::default(),
+        }))
+    }
+
+    pub(super) fn server(&self) -> &Server {
+        &self.0.server
+    }
+
+    pub(super) async fn take(&self) -> Result<Lease, Error> {
+        tokio::time::timeout(ACQUIRE_TIMEOUT, self.acquire())
+            .await
+            .unwrap_or_else(|_| {
+                let waited = ACQUIRE_TIMEOUT.as_secs();
+                let why = format!("no connection became free within {waited} s");
+                Err(Error::Unavailable(why))
+            })
+    }
+
+    async fn acquire(&self) -> Result<Lease, Error> {
+        let place = self.0.places.clone().acquire_owned().await;
+        let place = place.map_err(|_| Error::Unavailable("the database was closed".to_owned()))?;
+        let session = self.session().await?;
+        Ok(Lease {
+            session: Some(session),
+            pool: self.clone(),
+            _place: place,
+        })
+    }
+
+    /// One that is idle, or a new one.
+    async fn session(&self) -> Result<Session, Error> {
+        loop {
+            let idle = self.idle().pop();
+            let Some(mut session) = idle else { break };
+            if session.made.elapsed() > MAX_AGE {
+                session.client.close().await;
+                continue;
+            }
+            let rested = session.client.idle_since.elapsed() > PING_AFTER_IDLE;
+            if !rested || in_time(session.client.command("")).await.is_ok() {
+                return Ok(session);
+            }
+        }
+        let connected = self.0.server.connect().await;
+        let mut client = connected.map_err(|error| match StoreError::from(error) {
+            StoreError::Unavailable(why) | StoreError::Refused(why) => Error::Unavailable(why),
+        })?;
+        let applied = self.0.settings.apply(&mut client).await;
+        applied.map_err(super::Failure::into_error)?;
+        let made = Instant::now();
+        Ok(Session { client, made })
+    }
+
+    fn idle(&self) -> std::sync::MutexGuard<'_, Vec<Session>> {
+        let idle = self.0.idle.lock();
+        idle.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for what is on loan, and closes all.
+    pub(super) async fn close(&self) {
+        let all = self.0.places.acquire_many(self.0.size).await;
+        self.0.places.close();
+        drop(all);
+        let idle = std::mem::take(&mut *self.idle());
+        for session in idle {
+            session.client.close().await;
+        }
+    }
+}
+
+impl Lease {
+    /// Closes the session, and goes on with another.
+    pub(super) async fn renew(&mut self) -> Result<(), Error> {
+        let session = tokio::time::timeout(ACQUIRE_TIMEOUT, self.pool.session()).await;
+        let session = session.unwrap_or_else(|_| Err(super::out_of_time()));
+        self.session = Some(session?);
+        Ok(())
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let session = self.session.take();
+        if let Some(mut session) = session.filter(|session| session.client.is_at_rest()) {
+            session.client.idle_since = Instant::now();
+            self.pool.idle().push(session);
+        }
+    }
+}
+
+impl Deref for Lease {
+    type Target = Client;
+
+    fn deref(&self) -> &Self::Target {
+        let session = self.session.as_ref();
+        &session
+            .expect("a lease holds its session until it ends")
+            .client
+    }
+}
+
+impl DerefMut for Lease {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        let session = self.session.as_mut();
+        &mut session
+            .expect("a lease holds its session until it ends")
+            .client
+    }
+}

@@ -1,0 +1,342 @@
+//! A server, and how to log in there.
+
+use std::io;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use bytes::BytesMut;
+use fallible_iterator::FallibleIterator;
+use postgres_protocol::authentication::md5_hash;
+use postgres_protocol::authentication::sasl::{
+    ChannelBinding, SCRAM_SHA_256, SCRAM_SHA_256_PLUS, ScramSha256,
+};
+use postgres_protocol::message::backend::{AuthenticationSaslBody, Message};
+use postgres_protocol::message::frontend;
+use sqlx::ConnectOptions;
+use sqlx::postgres::{PgConnectOptions, PgSslMode};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpStream, UnixStream};
+
+use super::super::StoreError;
+use super::client::Client;
+use super::error::Spoken;
+use super::wire::{Incoming, Stream, Wire};
+
+/// What the host calls itself, unless the URL does.
+const APPLICATION_NAME: &str = "stagehost";
+/// Bytes of the largest message before a session has begun.
+const MAX_GREETING_BYTES: usize = 64 * 1024;
+
+/// Where a database is, and who logs in there.
+pub(super) struct Server {
+    /// As the URL, the environment and the password file say it.
+    options: PgConnectOptions,
+    password: Option<String>,
+    root_certificate: Option<String>,
+    certificate: Option<String>,
+    key: Option<String>,
+}
+
+/// Why there is no session.
+pub(super) enum LoginError {
+    /// There may be one later.
+    Away(String),
+    /// The server said so.
+    Spoken(Spoken),
+    /// There will be none.
+    Refused(String),
+}
+
+impl From<io::Error> for LoginError {
+    fn from(error: io::Error) -> Self {
+        Self::Away(error.to_string())
+    }
+}
+
+/// Reads a URL; the error has no part of it.
+pub(super) fn parse(url: &str) -> Result<PgConnectOptions, String> {
+    PgConnectOptions::from_str(url).map_err(|error| {
+        let mut why = error.to_string();
+        while let Some(rest) = why.strip_prefix("error with configuration: ") {
+            why = rest.to_owned();
+        }
+        // What it quotes is a part of the URL.
+        match (why.find('"'), why.rfind('"')) {
+            (Some(from), Some(to)) if from < to => format!("{}…{}", &why[..from], &why[to + 1..]),
+            _ => why,
+        }
+    })
+}
+
+impl Server {
+    pub(super) fn new(url: &str) -> Result<Self, StoreError> {
+        let options = parse(url);
+        let mut options =
+            options.map_err(|why| StoreError::Refused(format!("the PostgreSQL URL: {why}")))?;
+        if options.get_application_name().is_none() {
+            options = options.application_name(APPLICATION_NAME);
+        }
+        // What the driver of the migrations has gathered, and shows in no other way.
+        let whole = options.to_url_lossy();
+        let find = |name: &str| {
+            let mut pairs = whole.query_pairs();
+            let value = pairs.find_map(|(key, value)| (key == name).then_some(value))?;
+            // It says so of what it would read.
+            Some(value.strip_prefix("file: ").unwrap_or(&value).to_owned())
+        };
+        let password = whole.password().map(|password| {
+            let decoded = percent_encoding::percent_decode_str(password);
+            decoded.decode_utf8_lossy().into_owned()
+        });
+        Ok(Self {
+            password,
+            root_certificate: find("sslrootcert"),
+            certificate: find("sslcert"),
+            key: find("sslkey"),
+            options: options.disable_statement_logging(),
+        })
+    }
+
+    /// For the driver of the migrations.
+    pub(super) fn options(&self) -> &PgConnectOptions {
+        &self.options
+    }
+
+    /// The database's address, without user and password.
+    pub(super) fn place(&self) -> String {
+        let options = &self.options;
+        let database = options.get_database().unwrap_or(options.get_username());
+        match self.socket() {
+            Some(socket) => format!("PostgreSQL at {}/{database}", socket.display()),
+            None => format!(
+                "PostgreSQL at {}:{}/{database}",
+                options.get_host(),
+                options.get_port()
+            ),
+        }
+    }
+
+    /// The folder of a Unix socket.
+    fn socket(&self) -> Option<PathBuf> {
+        let host = self.options.get_host();
+        match self.options.get_socket() {
+            Some(socket) => Some(socket.clone()),
+            None => host.starts_with('/').then(|| PathBuf::from(host)),
+        }
+    }
+
+    /// Connects and logs in.
+    pub(super) async fn connect(&self) -> Result<Client, LoginError> {
+        let (stream, end_point) = match self.socket() {
+            Some(folder) => {
+                let file = folder.join(format!(".s.PGSQL.{}", self.options.get_port()));
+                let stream = UnixStream::connect(file).await?;
+                self.encrypted(stream).await?
+            }
+            None => {
+                let address = (self.options.get_host(), self.options.get_port());
+                let stream = TcpStream::connect(address).await?;
+                stream.set_nodelay(true)?;
+                self.encrypted(stream).await?
+            }
+        };
+        let mut wire = Wire::new(stream, MAX_GREETING_BYTES, MAX_GREETING_BYTES);
+        self.greet(&mut wire)?;
+        wire.flush().await?;
+        let mut login = Login {
+            server: self,
+            end_point,
+            scram: None,
+        };
+        loop {
+            let message = match wire.next().await? {
+                Incoming::Message(message) => message,
+                Incoming::TooLarge(_) => return Err(unexpected()),
+            };
+            match message {
+                Message::ReadyForQuery(_) => return Ok(Client::new(wire)),
+                Message::ErrorResponse(body) => {
+                    return Err(LoginError::Spoken(Spoken::read(&body)));
+                }
+                other => {
+                    if login.answer(other, &mut wire.output)? {
+                        wire.flush().await?;
+                    }
+                }
+            }
+        }
+    }
+
+    fn greet(&self, wire: &mut Wire) -> io::Result<()> {
+        let options = &self.options;
+        let mut parameters = vec![
+            ("user", options.get_username()),
+            ("client_encoding", "UTF8"),
+            ("DateStyle", "ISO, MDY"),
+            ("TimeZone", "UTC"),
+            ("extra_float_digits", "2"),
+        ];
+        parameters.extend(options.get_database().map(|name| ("database", name)));
+        let name = options.get_application_name();
+        parameters.extend(name.map(|name| ("application_name", name)));
+        parameters.extend(options.get_options().map(|options| ("options", options)));
+        frontend::startup_message(parameters, &mut wire.output)
+    }
+
+    /// Asks for encryption as far as `sslmode` wants it.
+    async fn encrypted<S: Stream + 'static>(
+        &self,
+        mut stream: S,
+    ) -> Result<(Box<dyn Stream>, Option<Vec<u8>>), LoginError> {
+        let mode = self.options.get_ssl_mode();
+        let plain = |stream| -> (Box<dyn Stream>, _) { (Box::new(stream), None) };
+        if matches!(mode, PgSslMode::Disable | PgSslMode::Allow) {
+            return Ok(plain(stream));
+        }
+        let mut request = BytesMut::new();
+        frontend::ssl_request(&mut request);
+        stream.write_all(&request).await?;
+        match stream.read_u8().await? {
+            b'S' => {}
+            _ if matches!(mode, PgSslMode::Prefer) => return Ok(plain(stream)),
+            _ => {
+                let why = "the server does not support TLS, which sslmode asks for";
+                return Err(LoginError::Refused(why.to_owned()));
+            }
+        }
+        let connector = self.connector().await.map_err(LoginError::Refused)?;
+        let host = self.options.get_host();
+        let stream = connector.connect(host, stream).await;
+        let stream = stream.map_err(|error| LoginError::Refused(format!("TLS: {error}")))?;
+        // A certificate with an unknown signature has none.
+        let end_point = stream.get_ref().tls_server_end_point();
+        let end_point = end_point.unwrap_or_default();
+        Ok((Box::new(stream), end_point))
+    }
+
+    async fn connector(&self) -> Result<tokio_native_tls::TlsConnector, String> {
+        let mode = self.options.get_ssl_mode();
+        let mut builder = native_tls::TlsConnector::builder();
+        let verifies = matches!(mode, PgSslMode::VerifyCa | PgSslMode::VerifyFull);
+        builder
+            .danger_accept_invalid_certs(!verifies)
+            .danger_accept_invalid_hostnames(!matches!(mode, PgSslMode::VerifyFull));
+        if let Some(root) = &self.root_certificate {
+            let pem = pem("sslrootcert", root).await?;
+            let root = native_tls::Certificate::from_pem(&pem);
+            builder.add_root_certificate(root.map_err(|error| format!("sslrootcert: {error}"))?);
+        }
+        if let (Some(certificate), Some(key)) = (&self.certificate, &self.key) {
+            let (certificate, key) = (
+                pem("sslcert", certificate).await?,
+                pem("sslkey", key).await?,
+            );
+            let identity = native_tls::Identity::from_pkcs8(&certificate, &key);
+            builder.identity(identity.map_err(|error| format!("sslcert and sslkey: {error}"))?);
+        }
+        // It reads the system's certificates from files.
+        let built = tokio::task::spawn_blocking(move || builder.build()).await;
+        let built = built.map_err(|error| error.to_string())?;
+        built
+            .map(Into::into)
+            .map_err(|error| format!("TLS: {error}"))
+    }
+}
+
+/// The content of a certificate or key, which may be the parameter itself.
+async fn pem(name: &str, value: &str) -> Result<Vec<u8>, String> {
+    if value.contains("-----BEGIN") {
+        return Ok(value.as_bytes().to_vec());
+    }
+    let read = tokio::fs::read(value).await;
+    read.map_err(|error| format!("{name}: {error}"))
+}
+
+fn unexpected() -> LoginError {
+    LoginError::Refused("the server does not speak PostgreSQL's protocol as expected".to_owned())
+}
+
+/// The server's questions and our answers.
+struct Login<'a> {
+    server: &'a Server,
+    /// What the login is bound to, where the connection is encrypted.
+    end_point: Option<Vec<u8>>,
+    scram: Option<ScramSha256>,
+}
+
+impl Login<'_> {
+    /// Whether there is an answer.
+    fn answer(&mut self, message: Message, output: &mut BytesMut) -> Result<bool, LoginError> {
+        match message {
+            Message::AuthenticationCleartextPassword => {
+                frontend::password_message(self.password()?, output)?;
+            }
+            Message::AuthenticationMd5Password(body) => {
+                let user = self.server.options.get_username().as_bytes();
+                let hash = md5_hash(user, self.password()?, body.salt());
+                frontend::password_message(hash.as_bytes(), output)?;
+            }
+            Message::AuthenticationSasl(body) => self.begin_scram(&body, output)?,
+            Message::AuthenticationSaslContinue(body) => {
+                let scram = self.scram.as_mut().ok_or_else(unexpected)?;
+                scram.update(body.data()).map_err(refused)?;
+                frontend::sasl_response(scram.message(), output)?;
+            }
+            Message::AuthenticationSaslFinal(body) => {
+                let scram = self.scram.as_mut().ok_or_else(unexpected)?;
+                scram.finish(body.data()).map_err(refused)?;
+                return Ok(false);
+            }
+            Message::AuthenticationOk
+            | Message::BackendKeyData(_)
+            | Message::ParameterStatus(_)
+            | Message::NoticeResponse(_) => return Ok(false),
+            Message::AuthenticationGss
+            | Message::AuthenticationKerberosV5
+            | Message::AuthenticationScmCredential
+            | Message::AuthenticationSspi => {
+                let why = "the server asks for a kind of authentication that the host does not have: use a password \
+                           (scram-sha-256) or a certificate";
+                return Err(LoginError::Refused(why.to_owned()));
+            }
+            _ => return Err(unexpected()),
+        }
+        Ok(true)
+    }
+
+    fn begin_scram(
+        &mut self,
+        body: &AuthenticationSaslBody,
+        output: &mut BytesMut,
+    ) -> Result<(), LoginError> {
+        let mechanisms: Vec<_> = body.mechanisms().map(|m| Ok(m.to_owned())).collect()?;
+        let offers = |name: &str| mechanisms.iter().any(|mechanism| mechanism == name);
+        let (mechanism, binding) = match self.end_point.take() {
+            Some(end_point) if offers(SCRAM_SHA_256_PLUS) => {
+                let binding = ChannelBinding::tls_server_end_point(end_point);
+                (SCRAM_SHA_256_PLUS, binding)
+            }
+            Some(_) => (SCRAM_SHA_256, ChannelBinding::unrequested()),
+            None => (SCRAM_SHA_256, ChannelBinding::unsupported()),
+        };
+        if !offers(mechanism) {
+            return Err(unexpected());
+        }
+        let scram = ScramSha256::new(self.password()?, binding);
+        frontend::sasl_initial_response(mechanism, scram.message(), output)?;
+        self.scram = Some(scram);
+        Ok(())
+    }
+
+    fn password(&self) -> Result<&[u8], LoginError> {
+        let password = self.server.password.as_deref();
+        let missing = || {
+            LoginError::Refused("the server asks for a password, and the URL has none".to_owned())
+        };
+        password.map(str::as_bytes).ok_or_else(missing)
+    }
+}
+
+fn refused(error: io::Error) -> LoginError {
+    LoginError::Refused(error.to_string())
+}
