@@ -122,10 +122,6 @@ impl Host {
         }
     }
 
-    pub(crate) fn id(&self) -> u32 {
-        self.process.id()
-    }
-
     pub(crate) fn folder(&self) -> Arc<TempDir> {
         self.folder.clone()
     }
@@ -175,15 +171,6 @@ impl Host {
             );
             ask()
         })
-    }
-
-    /// Kilobytes of memory that it has had at most.
-    pub(crate) fn peak_memory(&self) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.process.id()));
-        let status = status.expect("a system with /proc");
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-        let kilobytes = line.and_then(|line| line.split_whitespace().next());
-        kilobytes.and_then(|n| n.parse().ok()).expect("a number")
     }
 
     pub(crate) fn signal(&self, signal: i32) {

@@ -125,13 +125,9 @@ impl Fixture {
         }
     }
 
-    /// The most memory that it has had.
+    /// The most memory that it has had, in bytes.
     fn peak(&self) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.host.id()));
-        let status = status.expect("a process");
-        let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"));
-        let kib = line.and_then(|l| l.trim().strip_suffix(" kB")?.parse::<u64>().ok());
-        kib.expect("a number") << 10
+        self.host.peak_mib() << 20
     }
 }
 
