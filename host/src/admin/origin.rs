@@ -25,7 +25,8 @@ fn is_loopback_name(host: &str) -> bool {
     }
     let (name, port) = host.split_at(host.find(':').unwrap_or(host.len()));
     let address = name.parse::<Ipv4Addr>();
-    let is_local = name.eq_ignore_ascii_case("localhost");
+    // With the dot that ends a whole name, it is one that nobody else resolves either.
+    let is_local = (name.strip_suffix('.').unwrap_or(name)).eq_ignore_ascii_case("localhost");
     is_port(port) && (is_local || address.is_ok_and(|address| address.is_loopback()))
 }
 

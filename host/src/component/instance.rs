@@ -259,21 +259,25 @@ impl StageComponent {
         transaction: Option<&Transaction>,
         state: &CallState,
     ) -> Invocation {
+        // What is seldom done is in a box: a call's future is moved with all that it may come to.
         let again = transaction.is_some() && self.take_wants_new(deliveries);
         if again {
-            return self.call_on_new(deliveries, transaction, state).await;
+            return Box::pin(self.call_on_new(deliveries, transaction, state)).await;
         }
-        let Some(instance) = self.take_idle() else {
-            return match self.instantiate(state).await {
-                Ok(instance) => self.call_on(instance, deliveries, transaction).await,
-                Err((_, fault)) => failed(fault),
-            };
+        let idle = self.take_idle();
+        let is_used = idle.is_some();
+        let instance = match idle {
+            Some(instance) => instance,
+            None => match Box::pin(self.instantiate(state)).await {
+                Ok(instance) => instance,
+                Err((_, fault)) => return failed(fault),
+            },
         };
         state.waits_of(&instance.store);
         let before = transaction.map(|t| t.statements());
         let mut invocation = self.call_on(instance, deliveries, transaction).await;
         let (fault, first) = match (&invocation.outcomes, deliveries.first()) {
-            (Err(fault), Some(first)) if fault.cause.may_be_of_use() => (fault, first),
+            (Err(fault), Some(first)) if is_used && fault.cause.may_be_of_use() => (fault, first),
             _ => return invocation,
         };
         if transaction.map(|t| t.statements()) != before {
@@ -282,7 +286,7 @@ impl StageComponent {
             return invocation;
         }
         debug!("once more on a new instance: {}", fault.message);
-        self.call_on_new(deliveries, transaction, state).await
+        Box::pin(self.call_on_new(deliveries, transaction, state)).await
     }
 
     /// The call again, on a new instance. Where that helps, it was the instance's age, and those that have served as long are

@@ -114,7 +114,8 @@ impl Share {
             let polled = match self.is_in_turns() {
                 true => {
                     let turn = self.turns.take(self.stage).await;
-                    poll_fn(|cx| Poll::Ready(self.poll_apart(call.as_mut(), cx, &turn))).await
+                    poll_fn(|cx| Poll::Ready(self.poll_apart(call.as_mut(), cx, turn.as_ref())))
+                        .await
                 }
                 false => poll_fn(|cx| Poll::Ready(self.poll(call.as_mut(), cx))).await,
             };
@@ -139,7 +140,7 @@ impl Share {
         &self,
         call: Pin<&mut (impl Future<Output = T> + Send)>,
         cx: &mut Context<'_>,
-        _: &Turn,
+        _: Option<&Turn>,
     ) -> Poll<T> {
         let runtime = Handle::current();
         // A runtime of one thread, as tests have it, has none to give its tasks to.
@@ -156,28 +157,25 @@ impl Share {
     }
 
     fn is_in_turns(&self) -> bool {
+        self.left(self.clock.now()) > 0
+    }
+
+    /// Ticks until calls do not begin in turns any more. Ticks wrap, so what is further off than it may be is long over.
+    fn left(&self, now: u32) -> u32 {
         let until = self.in_turns_until.load(Ordering::Relaxed);
-        is_before(self.clock.now(), until)
+        let left = until.wrapping_sub(now);
+        if left <= ticks(MAX_PENALTY) { left } else { 0 }
     }
 
     fn penalize(&self) {
         let now = self.clock.now();
-        let until = self.in_turns_until.load(Ordering::Relaxed);
-        let from = if is_before(now, until) { until } else { now };
-        let until = from.wrapping_add(ticks(PENALTY));
-        let most = now.wrapping_add(ticks(MAX_PENALTY));
-        let until = if is_before(until, most) { until } else { most };
-        self.in_turns_until.store(until, Ordering::Relaxed);
+        let left = (self.left(now) + ticks(PENALTY)).min(ticks(MAX_PENALTY));
+        (self.in_turns_until).store(now.wrapping_add(left), Ordering::Relaxed);
     }
 }
 
-/// Of two ticks that are not far apart.
-fn is_before(tick: u32, other: u32) -> bool {
-    other.wrapping_sub(tick).wrapping_sub(1) < u32::MAX / 2
-}
-
-fn ticks(time: Duration) -> u32 {
-    u32::try_from(time.div_duration_f64(TICK) as u64).unwrap_or(u32::MAX / 4)
+const fn ticks(time: Duration) -> u32 {
+    (time.as_millis() / TICK.as_millis()) as u32
 }
 
 /// Lets the task rest until somebody wakes it, as the call that was just polled has arranged.

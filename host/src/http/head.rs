@@ -37,7 +37,7 @@ pub(super) struct Scanner {
 impl Scanner {
     /// The head's length, once it is all there. `bytes` begin with the head; more may have come since the last time.
     pub(super) fn find(&mut self, bytes: &[u8]) -> Result<Option<usize>, Refusal> {
-        while let Some(at) = bytes[self.seen..].iter().position(|b| b"\r\n".contains(b)) {
+        while let Some(at) = memchr::memchr2(b'\r', b'\n', &bytes[self.seen..]) {
             let at = self.seen + at;
             if bytes[at] == b'\n' {
                 return refused("a line of the head ends with a bare LF");

@@ -212,7 +212,9 @@ async fn connection<H: Handler>(
                     served.as_mut().graceful_shutdown();
                 }
                 // Its answer's room is another's.
-                () = link.gives_way() => return,
+                () = link.gives_way() => if link.holds_an_answer() {
+                    return;
+                },
             }
         }
     };

@@ -69,6 +69,11 @@ impl Link {
         self.gives_way.notified().await;
     }
 
+    /// Whether there is an answer that holds room: the news that it is given to another may be of one that was taken meanwhile.
+    pub(super) fn holds_an_answer(&self) -> bool {
+        self.answer().is_some()
+    }
+
     /// The client has taken its answer.
     fn taken(&self) {
         self.answer().take();

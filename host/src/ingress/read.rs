@@ -48,7 +48,7 @@ impl Read {
     pub(super) async fn value(&self, key: &str) -> Result<Answer, Answer> {
         let json = HeaderValue::from_static("application/json");
         match self.store.get(key).await {
-            Ok(Some(value)) => Ok(content(StatusCode::OK, json, Bytes::from_owner(value))),
+            Ok(Some(value)) => Ok(content(StatusCode::OK, json, Bytes::from(value))),
             Ok(None) => Err(not_found()),
             Err(error) => {
                 tracing::warn!(%error, "a request's read failed");

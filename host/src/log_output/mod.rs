@@ -85,13 +85,22 @@ impl LogOutput {
 
     /// Waits a moment for what is not written yet.
     pub fn flush(&self) {
-        self.0.0.flush(FLUSH_TIME);
+        self.0.flush();
+    }
+}
+
+impl Output {
+    fn flush(&self) {
+        if let Some(budgets) = BUDGETS.get() {
+            budgets.say();
+        }
+        self.0.flush(FLUSH_TIME);
     }
 }
 
 impl Drop for Output {
     fn drop(&mut self) {
-        self.0.flush(FLUSH_TIME);
+        self.flush();
     }
 }
 

@@ -104,20 +104,19 @@ impl Queue {
             let count = lines.iter().filter(|byte| **byte == b'\n').count();
             self.lose(count as u64);
         }
-        let mut state = self.state();
-        state.writing = false;
         let lost = match written {
-            Ok(()) => std::mem::take(&mut state.lost),
+            Ok(()) => std::mem::take(&mut self.state().lost),
             Err(_) => 0,
         };
-        drop(state);
-        self.changed.notify_all();
+        // Before it is said that all is written, for then the process may end.
         if lost > 0 {
             warn!(
                 lines = lost,
                 "stderr was not read fast enough: {lost} lines were dropped"
             );
         }
+        self.state().writing = false;
+        self.changed.notify_all();
     }
 
     fn lose(&self, lines: u64) {

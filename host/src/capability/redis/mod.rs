@@ -14,7 +14,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 
 pub use guest::bindings::{Condition, Error, Reply, SetOptions};
 pub use guest::{RedisCtx, RedisGrants, RedisView, add_to_linker};
@@ -67,18 +67,6 @@ pub struct Store {
     large: Arc<Semaphore>,
 }
 
-/// A value, and the room that it takes.
-pub struct Value {
-    bytes: Vec<u8>,
-    _room: Option<OwnedSemaphorePermit>,
-}
-
-impl AsRef<[u8]> for Value {
-    fn as_ref(&self) -> &[u8] {
-        &self.bytes
-    }
-}
-
 #[derive(Clone)]
 enum Kind {
     Remote(remote::Remote),
@@ -121,20 +109,20 @@ impl Store {
         }
     }
 
-    /// The value at a key, for a client who may be slow to take it. However many there are, large ones wait for each other.
-    pub async fn get(&self, key: &str) -> Result<Option<Value>, StoreError> {
+    /// The value at a key, for a client. However many ask, few large ones are read at one time; what becomes of them then is
+    /// seen to by whoever sends them.
+    pub async fn get(&self, key: &str) -> Result<Option<Vec<u8>>, StoreError> {
         let key = key.as_bytes();
         let small = self.fetch_up_to(key, SMALL_VALUE_BYTES).await;
-        let (value, room) = match small {
+        let value = match small {
             Err(Error::TooLarge(_)) => {
                 // It is never closed.
-                let room = self.large.clone().acquire_owned().await.ok();
-                (self.fetch(key).await, room)
+                let _reading = self.large.acquire().await.ok();
+                self.fetch(key).await
             }
-            small => (small, None),
+            small => small,
         };
-        let value = value.map_err(StoreError::from)?;
-        Ok(value.map(|bytes| Value { bytes, _room: room }))
+        value.map_err(StoreError::from)
     }
 
     /// The value at a key.

@@ -158,7 +158,8 @@ async fn migrating(server: &Server, place: &str) -> Result<PgConnection, StoreEr
 /// The functions of the server, and its own tables.
 async fn words(client: &mut Client) -> Result<Words, Failure> {
     const FUNCTIONS: &str = "SELECT proname::text, bool_or(provolatile = 'v') FROM pg_catalog.pg_proc \
-                             WHERE pronamespace = 'pg_catalog'::regnamespace GROUP BY proname";
+                             WHERE pronamespace = 'pg_catalog'::regnamespace \
+                             AND 'internal'::regtype::oid <> ALL (proargtypes::oid[]) GROUP BY proname";
     const CATALOGS: &str = "SELECT relname::text FROM pg_catalog.pg_class \
                             WHERE relnamespace = 'pg_catalog'::regnamespace AND relkind IN ('r', 'v')";
     let mut words = Words::default();

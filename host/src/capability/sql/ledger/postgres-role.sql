@@ -10,6 +10,9 @@ WITH me AS (
 )
 SELECT true, 'it is the role of url', '-- name another role in stage-url' FROM me WHERE rolname = $1
 UNION ALL
+SELECT true, 'its login is ' || session_user || ', which sets it as its role and can take that back',
+    format('ALTER ROLE %I RESET role', session_user) FROM me WHERE session_user <> current_user
+UNION ALL
 SELECT true, 'it is a superuser', format('ALTER ROLE %I NOSUPERUSER', rolname) FROM me WHERE rolsuper
 UNION ALL
 SELECT true, 'it makes roles', format('ALTER ROLE %I NOCREATEROLE', rolname) FROM me WHERE rolcreaterole
@@ -21,7 +24,7 @@ UNION ALL
 SELECT true, 'it is a member of ' || r.rolname, format('REVOKE %I FROM %I', r.rolname, me.rolname)
 FROM me, pg_catalog.pg_roles AS r
 WHERE NOT me.rolsuper AND r.oid <> me.oid AND pg_has_role(me.oid, r.oid, 'MEMBER') AND (
-    r.rolname = $1 OR r.rolsuper OR r.rolname IN (
+    r.rolname = $1 OR r.rolsuper OR r.oid IN (SELECT relowner FROM tables) OR r.rolname IN (
         'pg_read_server_files', 'pg_write_server_files', 'pg_execute_server_program', 'pg_signal_backend',
         'pg_write_all_data', 'pg_read_all_data', 'pg_maintain', 'pg_create_subscription'
     )

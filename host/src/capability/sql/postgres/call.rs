@@ -81,7 +81,7 @@ impl<'a> Call<'a> {
         bracket: &Bracket,
         client: &mut Client,
     ) -> Result<Done, Failure> {
-        client.queue_before(bracket.open)?;
+        client.queue_opening(&[bracket.open])?;
         let done = match self.run(client).await {
             // A deferred constraint speaks up only here.
             Ok(done) => command(client, bracket.keep).await.map(|()| done),

@@ -27,6 +27,8 @@ const MAX_MESSAGE_BYTES: usize = MAX_ANSWER_BYTES / 2 * 3 + 64 * 1024;
 const MAX_UNWANTED_BYTES: usize = 4 * MAX_ANSWER_BYTES;
 /// Bytes of the largest message that the host's own statements may be answered, a lane's row.
 const MAX_ROW_BYTES: usize = 1024 * 1024 * 1024;
+/// A setting that the server tells of whenever it changes.
+const QUOTES: &str = "standard_conforming_strings";
 /// Messages after which others get their turn, however much there is to read.
 const MESSAGES_A_TURN: u32 = 32;
 
@@ -38,8 +40,13 @@ pub(super) struct Client {
     own_plans: Plans,
     /// Exchanges that are not over.
     open: u32,
-    /// Commands that go out with what is sent next, and must not fail.
+    /// Exchanges that go out before what is sent next, and must not fail.
     before: u32,
+    /// Commands at the beginning of an exchange, which must not fail either: the server does nothing of what is behind
+    /// one that did.
+    opening: u32,
+    /// There are such commands in what is queued last.
+    opens: bool,
     in_transaction: bool,
     /// Whether transactions of this session begin read-only.
     pub(super) reads_only: bool,
@@ -73,6 +80,8 @@ impl Client {
             own_plans: Plans::new('h'),
             open: 0,
             before: 0,
+            opening: 0,
+            opens: false,
             in_transaction: false,
             reads_only: false,
             idle_since: Instant::now(),
@@ -99,14 +108,36 @@ impl Client {
         self.in_transaction
     }
 
-    /// A command of the host's own that goes out with what is sent next. If it fails, the connection is lost to that.
+    /// A command of the host's own that goes out before what is sent next. If it fails, the connection is lost to that.
     pub(super) fn queue_before(&mut self, text: &str) -> Result<(), Failure> {
         self.queue_command(text)?;
         self.before += 1;
         Ok(())
     }
 
+    /// Commands of the host's own that go out with what is sent next, which is done only if they are. If one fails, the
+    /// connection is lost to that.
+    pub(super) fn queue_opening(&mut self, commands: &[&str]) -> Result<(), Failure> {
+        let plan = Plan {
+            name: String::new(),
+            columns: Vec::new(),
+        };
+        for command in commands {
+            let no_types: [Oid; 0] = [];
+            frontend::parse("", command, no_types, &mut self.wire.output).map_err(lost)?;
+            self.queue(&plan, &Parameters::default())?;
+            self.opening += 1;
+            self.opens = true;
+        }
+        Ok(())
+    }
+
     fn queue_command(&mut self, text: &str) -> Result<(), Failure> {
+        if self.opens {
+            // A command of this kind is an exchange of its own.
+            self.sync();
+            self.before += 1;
+        }
         frontend::query(text, &mut self.wire.output).map_err(lost)?;
         self.open += 1;
         Ok(())
@@ -269,9 +300,10 @@ impl Client {
         Ok(answer.affected)
     }
 
-    /// Has guests' statements prepared anew.
+    /// Has all statements prepared anew.
     pub(super) async fn forget_plans(&mut self) -> Result<(), Failure> {
-        for name in self.plans.take_names() {
+        let own = self.own_plans.take_names();
+        for name in self.plans.take_names().into_iter().chain(own) {
             frontend::close(b'S', &name, &mut self.wire.output).map_err(lost)?;
         }
         self.finish(&mut |_| Ok(())).await.map(drop)
@@ -285,6 +317,7 @@ impl Client {
     }
 
     fn sync(&mut self) {
+        self.opens = false;
         frontend::sync(&mut self.wire.output);
         self.open += 1;
     }
@@ -344,13 +377,22 @@ impl Client {
                     is_bearable(unwanted)?;
                 }
                 Message::RowDescription(body) => answer.columns = columns(&body).map_err(lost)?,
+                Message::CommandComplete(_) if self.opening > 0 => self.opening -= 1,
                 Message::CommandComplete(body) => {
                     answer.affected += affected(body.tag().map_err(lost)?);
                 }
                 Message::ErrorResponse(body) => match Spoken::read(&body).failure() {
                     failure @ Failure::Lost(_) => return Err(failure),
+                    failure if self.opening > 0 => return Err(failure.lost()),
                     failure => failed = Some(failed.unwrap_or(failure)),
                 },
+                // What it means by a quote is what the host means when it reads a statement.
+                Message::ParameterStatus(body) if body.name().is_ok_and(|name| name == QUOTES) => {
+                    if !body.value().is_ok_and(|value| value == "on") {
+                        let why = format!("{QUOTES} was changed in the session");
+                        return Err(lost(io::Error::other(why)));
+                    }
+                }
                 Message::ReadyForQuery(body) => {
                     self.in_transaction = body.status() != b'I';
                     self.open = self.open.saturating_sub(1);

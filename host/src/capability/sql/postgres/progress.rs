@@ -8,8 +8,9 @@ use super::super::ledger::{self, POSTGRES, Statements, TABLE};
 use super::super::migrate::{self, TIMEOUT};
 use super::super::transaction::{unanswered, words};
 use super::super::{Error, Failure, StoreError, Value};
+use super::call::forget_plans;
 use super::client::Client;
-use super::error::error_of;
+use super::error::{STALE_PLAN, error_of};
 use super::guests::{self, FENCED, Secret, UNKNOWN_SECRET};
 use super::value::Parameters;
 use super::{Postgres, in_time, migrating};
@@ -64,8 +65,17 @@ impl Postgres {
             }
         };
         let mut lease = self.own.take().await?;
-        let rows = in_time(lease.ask(text, &parameters)).await;
-        let rows = rows.map_err(Failure::into_error)?;
+        let rows = match in_time(lease.ask(text, &parameters)).await {
+            Ok(rows) => rows,
+            Err(failure) => {
+                let error = failure.into_error();
+                if matches!(&error, Error::Unavailable(why) if why == STALE_PLAN) {
+                    // The next claim may meet this connection again; one that can't forget is closed.
+                    let _ = forget_plans(&mut lease).await;
+                }
+                return Err(error);
+            }
+        };
         rows.into_iter().next().map(read_claim).transpose()
     }
 

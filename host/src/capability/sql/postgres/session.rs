@@ -9,7 +9,11 @@ use crate::delivery::progress::{Commit, CommitError, Mode};
 
 /// Around the statements of a stage that only reads, in a transaction in which the host writes its row: what is read-only
 /// here is so until the savepoint is left, and no statement can undo it before.
-const BEGIN_READING: &str = "BEGIN; SAVEPOINT stagehost_reads; SET TRANSACTION READ ONLY";
+const BEGIN_READING: &[&str] = &[
+    "BEGIN",
+    "SAVEPOINT stagehost_reads",
+    "SET TRANSACTION READ ONLY",
+];
 const END_READING: &str = "RELEASE SAVEPOINT stagehost_reads";
 
 /// How often a connection that was closed while nobody used it is replaced before a transaction begins.
@@ -41,10 +45,10 @@ impl Session {
         })
     }
 
-    fn opening(&self) -> &'static str {
+    fn opening(&self) -> &'static [&'static str] {
         match self.access {
             SqlAccess::ReadOnly => BEGIN_READING,
-            SqlAccess::Data | SqlAccess::DataDefinition => "BEGIN",
+            SqlAccess::Data | SqlAccess::DataDefinition => &["BEGIN"],
         }
     }
 
@@ -55,7 +59,7 @@ impl Session {
         }
         set_access(&mut self.lease, SqlAccess::Data)?;
         let opening = self.opening();
-        let queued = self.lease.queue_before(opening);
+        let queued = self.lease.queue_opening(opening);
         queued.map_err(Failure::into_error)?;
         self.has_begun = true;
         Ok(true)
@@ -79,7 +83,10 @@ impl Session {
         for _ in 0..MAX_RENEWALS {
             self.lease.renew().await?;
             set_access(&mut self.lease, SqlAccess::Data)?;
-            begun = command(&mut self.lease, opening).await;
+            begun = self.lease.queue_opening(opening);
+            if begun.is_ok() {
+                begun = command(&mut self.lease, "").await;
+            }
             if !matches!(begun, Err(Failure::Lost(_))) {
                 break;
             }

@@ -38,8 +38,10 @@ pub(in super::super) struct Session {
 /// A transaction that has begun.
 struct Open {
     lease: Lease,
-    /// It has the file's lock; else it has only read.
+    /// It has its turn to write; else it has only read.
     writes: bool,
+    /// It has the file's lock: it began with it, or a statement has written.
+    is_locked: bool,
     _turn: OwnedSemaphorePermit,
 }
 
@@ -78,6 +80,7 @@ impl Session {
             session.open = Some(Open {
                 lease,
                 writes: true,
+                is_locked: true,
                 _turn: turn,
             });
         }
@@ -136,6 +139,7 @@ impl Session {
                 self.open = Some(Open {
                     lease,
                     writes: to_write,
+                    is_locked: to_write,
                     _turn: turn,
                 });
                 Ok(())
@@ -161,7 +165,10 @@ impl Session {
         });
         match done.await {
             Err(error) => Outcome::failed(error, Fate::Lost),
-            Ok((Ok(done), false)) => Outcome::done(done),
+            Ok((Ok(done), false)) => {
+                open.is_locked |= !only_reads;
+                Outcome::done(done)
+            }
             // SQLite ends a transaction by itself when a constraint or a trigger says so, or the disk or memory is
             // full. A statement would commit by itself then.
             Ok((Ok(done), true)) => Outcome::done(done).lost(),
@@ -214,11 +221,14 @@ impl Session {
     /// The transaction, with the file's lock, however long that takes.
     async fn open_to_commit(&mut self) -> Result<&mut Open, Error> {
         let mut open = match self.open.take() {
-            Some(open) if open.writes => return Ok(self.open.insert(open)),
+            Some(open) if open.is_locked => return Ok(self.open.insert(open)),
+            // Nothing was written, and what was read may be of long ago.
             Some(mut open) => {
                 let end = |connection: &mut Connection| command(connection, "ROLLBACK");
                 open.lease.run(end).await?.map_err(Failure::into_error)?;
-                open.lease.writing = Some(self.database.write_in_turn().await);
+                if open.lease.writing.is_none() {
+                    open.lease.writing = Some(self.database.write_in_turn().await);
+                }
                 open
             }
             None => {
@@ -227,11 +237,12 @@ impl Session {
                 Open {
                     lease: self.database.writing().await?,
                     writes: true,
+                    is_locked: true,
                     _turn: turn,
                 }
             }
         };
-        open.writes = true;
+        (open.writes, open.is_locked) = (true, true);
         let begun = open.lease.run(Connection::begin_immediate).await?;
         if let Err(error) = begun {
             open.lease.give_back();

@@ -47,7 +47,9 @@ const ALLOWED: &[&str] = &[
 /// Functions that change nothing, and may not be called all the same: they read tables whose names are data.
 const REFUSED_ENDINGS: &[&str] = &["_to_xml", "_to_xmlschema", "_to_xml_and_xmlschema"];
 /// Functions of extensions that run a statement somewhere else.
-const REFUSED_BEGINNINGS: &[&str] = &["dblink"];
+const REFUSED_BEGINNINGS: &[&str] = &["connectby", "crosstab", "dblink", "xpath_table"];
+/// Schemas of extensions that run statements later.
+const REFUSED_SCHEMAS: &[&str] = &["cron"];
 /// What data definition makes, alters and drops.
 const KINDS: &[&str] = &[
     "table",
@@ -58,6 +60,7 @@ const KINDS: &[&str] = &[
     "domain",
     "statistics",
 ];
+const READING: &[&str] = &["select", "with", "values", "table"];
 const WRITING: &[&str] = &["insert", "update", "delete", "merge"];
 
 /// The functions of a server.
@@ -147,7 +150,13 @@ impl Statement<'_> {
             if begins(TEMPORARY) || name == "pg_settings" {
                 return Err(refusal(name, super::SESSION));
             }
-            if self.is(at + 1, b'(') && !self.may_call(at, name) {
+            // `(x).f` and `t.f` call a function of one argument too.
+            let is_attribute = at > 0 && self.is(at - 1, b'.') && !self.is(at + 1, b'(');
+            let refused = match is_attribute {
+                true => !self.may_be_attribute(name),
+                false => self.is(at + 1, b'(') && !self.may_call(at, name),
+            };
+            if refused {
                 let why = "stages call functions that migrations made, and those of PostgreSQL that only compute";
                 return Err(refusal(name, why));
             }
@@ -155,12 +164,26 @@ impl Statement<'_> {
         Ok(())
     }
 
+    fn may_be_attribute(&self, name: &str) -> bool {
+        let is_refused = REFUSED_BEGINNINGS.iter().any(|with| name.starts_with(with));
+        !is_refused
+            && self
+                .words
+                .functions
+                .get(name)
+                .is_none_or(|allowed| *allowed)
+    }
+
     fn may_call(&self, at: usize, name: &str) -> bool {
         if REFUSED_BEGINNINGS.iter().any(|with| name.starts_with(with)) {
             return false;
         }
         let schema = (at >= 2 && self.is(at - 1, b'.')).then(|| self.name(at - 2));
-        let is_catalogs = schema.flatten().is_none_or(|schema| schema == "pg_catalog");
+        let schema = schema.flatten();
+        if schema.is_some_and(|schema| REFUSED_SCHEMAS.contains(&schema)) {
+            return false;
+        }
+        let is_catalogs = schema.is_none_or(|schema| schema == "pg_catalog");
         match self.words.functions.get(name) {
             Some(allowed) => *allowed || !is_catalogs,
             None => !name.starts_with("pg_") || !is_catalogs,
@@ -189,10 +212,10 @@ impl Statement<'_> {
         let mut at = first.unwrap_or_default();
         if self.word(at) == Some("explain") {
             at = self.explained(at + 1);
-            let main = self.word(at).unwrap_or_default().to_ascii_uppercase();
-            if !self.is(at, b'(') && needed(&main).is_none_or(|needed| needed > SqlAccess::Data) {
+            let main = self.word(at).unwrap_or_default();
+            if !self.is(at, b'(') && !READING.contains(&main) && !WRITING.contains(&main) {
                 return Err(refusal(
-                    &format!("EXPLAIN {main}"),
+                    &format!("EXPLAIN {}", main.to_ascii_uppercase()),
                     "it explains statements that read and change rows",
                 ));
             }
@@ -226,14 +249,14 @@ impl Statement<'_> {
         while matches!(self.word(at), Some("analyze" | "analyse" | "verbose")) {
             at += 1;
         }
-        // A parenthesis is a SELECT's where a word for one follows.
-        let opens_options = self.is(at, b'(')
-            && needed(&self.word(at + 1).unwrap_or_default().to_ascii_uppercase())
-                .is_none_or(|needed| needed > SqlAccess::Data);
-        if !opens_options || self.is(at + 1, b'(') {
-            return at;
+        // A parenthesis is a SELECT's where a word for one follows, or another; else it is that of options, however their names
+        // are written.
+        let is_query = self.is(at + 1, b'(')
+            || (self.word(at + 1)).is_some_and(|word| READING.contains(&word));
+        match self.is(at, b'(') && !is_query {
+            true => self.closing(at) + 1,
+            false => at,
         }
-        self.closing(at) + 1
     }
 
     /// The place of the parenthesis that closes the one at a place.
@@ -250,7 +273,11 @@ impl Statement<'_> {
 
     /// The place of the INTO of a SELECT INTO, which is no INSERT's or MERGE's.
     fn made_table(&self, begin: usize) -> Option<usize> {
-        let main = self.main(begin);
+        let main = match self.searches() {
+            // Where the statement begins behind such a clause is not looked for.
+            true => usize::MAX,
+            false => self.main(begin),
+        };
         (0..self.tokens.len()).find(|at| {
             let at = *at;
             let inserts = |at: usize| {
@@ -259,6 +286,12 @@ impl Statement<'_> {
             };
             self.word(at) == Some("into") && !(at > 0 && inserts(at - 1))
         })
+    }
+
+    /// Whether a query of a WITH has SEARCH or CYCLE behind it.
+    fn searches(&self) -> bool {
+        (1..self.tokens.len())
+            .any(|at| self.is(at - 1, b')') && matches!(self.word(at), Some("search" | "cycle")))
     }
 
     /// The place of the word that says what the statement is: behind the queries of a WITH.
@@ -313,7 +346,7 @@ impl Statement<'_> {
             (_, "temp" | "temporary") => return refused("TEMP", super::SESSION),
             ("TRUNCATE" | "ANALYZE", _) => return Ok(()),
             // Its options are first.
-            ("REINDEX", _) if self.is(kind_at, b'(') || matches!(kind, "table" | "index") => {}
+            ("REINDEX", _) if self.reindexes(kind_at) => {}
             ("COMMENT", "column" | "constraint") => {}
             ("REINDEX", _) => return refused(kind, "a stage sees to its tables and their indexes"),
             (_, kind) if KINDS.contains(&kind) => {}
@@ -346,6 +379,15 @@ impl Statement<'_> {
             return refused("TYPE", "a stage makes types AS ENUM and AS (…)");
         }
         Ok(())
+    }
+
+    /// Whether it is about a table or an index; options may be before the word that says so.
+    fn reindexes(&self, at: usize) -> bool {
+        let at = match self.is(at, b'(') {
+            true => self.closing(at) + 1,
+            false => at,
+        };
+        matches!(self.word(at), Some("table" | "index"))
     }
 
     fn is_composite(&self, from: usize) -> bool {
@@ -443,6 +485,18 @@ mod tests {
                 Data,
             ),
             ("select 1 into t", DataDefinition),
+            ("explain (\"analyze\") delete from t", Data),
+            ("explain ((select 1))", ReadOnly),
+            ("select t.random, (t).lower from t", ReadOnly),
+            ("reindex (verbose) table t", DataDefinition),
+            (
+                "with recursive t (n) as (select 1) search depth first by n set o select * from t",
+                ReadOnly,
+            ),
+            (
+                "with recursive t (n) as (select 1) cycle n set c using p select (1) insert into posts from t",
+                DataDefinition,
+            ),
             ("select 1 as insert into t", DataDefinition),
             ("select (1) insert into t", DataDefinition),
             (
@@ -536,6 +590,29 @@ mod tests {
                 "EXPLAIN CREATE",
             ),
             ("create type t (input = f, output = g)", "TYPE"),
+            ("explain (\"analyze\") execute h1(1)", "EXPLAIN EXECUTE"),
+            (
+                "explain (\"analyze\", costs off) create temp table t as select 1",
+                "EXPLAIN CREATE",
+            ),
+            ("explain analyze (\"verbose\") execute h1", "EXPLAIN"),
+            ("select ($1::text).query_to_xml", "query_to_xml"),
+            ("select ('a').\"set_config\"", "set_config"),
+            (
+                "select x.pg_advisory_lock from generate_series(3::bigint, 3) x",
+                "pg_advisory_lock",
+            ),
+            (
+                "select (7::bigint) /* a */ . pg_advisory_lock",
+                "pg_advisory_lock",
+            ),
+            ("select * from crosstab($1) as (a text, b text)", "crosstab"),
+            ("select cron.schedule('* * * * *', $1)", "schedule"),
+            ("reindex (verbose) schema public", "REINDEX"),
+            (
+                "with recursive t (n) as (select 1) search depth first by n set o select (1) insert into temp posts from t",
+                "INTO TEMP",
+            ),
         ] {
             check(text, Err(why));
         }
