@@ -121,7 +121,31 @@ fn path(checks: &Checks<'_>, text: &Text) -> Option<String> {
         );
         return None;
     }
-    Some(text.value.clone())
+    names_are_written(checks, text).then(|| text.value.clone())
+}
+
+/// Whether no `{name}` comes from an environment variable: messages show names, and what a variable holds may be a secret.
+fn names_are_written(checks: &Checks<'_>, text: &Text) -> bool {
+    let shown = text.shown().replace("${", "");
+    let mut names = text.value.split('{').skip(1);
+    let written = names.all(|from| {
+        let name = from.split('}').next().unwrap_or_default();
+        shown.contains(&format!("{{{name}}}"))
+    });
+    if text.shown() == text.value || written {
+        return true;
+    }
+    checks.report(
+        Problem::at(
+            &text.span,
+            format!(
+                "a `{{name}}` of `{}` comes from an environment variable",
+                text.shown()
+            ),
+        )
+        .help("write each `{name}` itself; what is between them may come from a variable"),
+    );
+    false
 }
 
 fn path_fault(path: &str) -> Option<&'static str> {
@@ -378,6 +402,9 @@ fn check_key(checks: &Checks<'_>, key: &Text, parameters: Option<&[&str]>) -> bo
             )
             .help("take a shorter one"),
         );
+        return false;
+    }
+    if !names_are_written(checks, key) {
         return false;
     }
     let mut rest = key.value.as_str();

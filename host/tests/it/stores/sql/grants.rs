@@ -102,6 +102,16 @@ async fn who_reads_only_writes_nothing_through_a_function() {
 
 /// What a stage could hurt others with, in its words.
 const ATTACKS: &[&str] = &[
+    // What looks like something else: options in quotes, functions as attributes, labels as words, SQL in a value.
+    "EXPLAIN (\"analyze\") EXECUTE h1('g', 't', 0, 1, 1, 1, 0, '', '')",
+    "EXPLAIN (\"analyze\") CREATE TEMP TABLE posts AS SELECT 1 AS a WHERE false",
+    "SELECT ('SELECT to_tsvector(''simple'', set_config(''search_path'', ''x'', false))'::text).ts_stat",
+    "SELECT x.pg_advisory_lock FROM generate_series(3::bigint, 3) AS x",
+    "SELECT ((SELECT pid FROM pg_stat_activity LIMIT 1)).pg_terminate_backend",
+    "WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM t WHERE n < 2) SEARCH DEPTH FIRST BY n SET o \
+     SELECT (1) insert INTO TEMP posts FROM t",
+    "SELECT * FROM crosstab('SELECT epoch::text, ''a'', ''b'' FROM stagehost_progress') AS (a text, b text)",
+    "REINDEX (VERBOSE) SCHEMA public",
     "UPDATE stagehost_progress SET epoch = epoch + 1",
     "UPDATE public.\"stagehost_progress\" SET next_offset = next_offset + 100",
     "UPDATE U&\"stagehost!005fprogress\" UESCAPE '!' SET epoch = 1",
