@@ -3,7 +3,6 @@
 //! A key must be of its own route only. So a value may not contain what separates the parts of its template, and two
 //! templates of one store may not be able to make the same key.
 
-use std::collections::{BTreeSet, VecDeque};
 use std::fmt;
 
 /// A text with `{name}`s.
@@ -107,40 +106,32 @@ impl Template {
         self.steps() == other.steps()
     }
 
-    /// Whether there is a key that both make: walks through both at once, a character of the key at a time.
+    /// Whether there is a key that both make: walks through both at once, a character of the key at a time. A row is about a step
+    /// of this one, and says at which steps of the other one may be then.
     pub fn overlaps(&self, other: &Self) -> bool {
         let (a, b) = (self.steps(), other.steps());
-        let mut seen = BTreeSet::from([(0, 0)]);
-        let mut next = VecDeque::from([(0, 0)]);
-        while let Some((i, j)) = next.pop_front() {
-            let (Some(&x), Some(&y)) = (a.get(i), b.get(j)) else {
-                if i == a.len() && j == b.len() {
-                    return true;
-                }
-                continue;
-            };
-            let is_both = match (x, y) {
-                (Step::Char(x), Step::Char(y)) => x == y,
-                (Step::Char(c), Step::Value) => other.takes(c),
-                (Step::Value, Step::Char(c)) => self.takes(c),
-                (Step::Value, Step::Value) => true,
-            };
-            if !is_both {
-                continue;
+        let mut row = vec![false; b.len() + 1];
+        row[0] = true;
+        for &x in &a {
+            let mut next = vec![false; b.len() + 1];
+            for (j, &y) in b.iter().enumerate() {
+                let is_both = row[j]
+                    && match (x, y) {
+                        (Step::Char(x), Step::Char(y)) => x == y,
+                        (Step::Char(c), Step::Value) => other.takes(c),
+                        (Step::Value, Step::Char(c)) => self.takes(c),
+                        (Step::Value, Step::Value) => true,
+                    };
+                next[j + 1] |= is_both;
+                next[j] |= is_both && y == Step::Value;
+                row[j + 1] |= is_both && x == Step::Value;
             }
-            let stays = |step, at| if step == Step::Value { at } else { at + 1 };
-            for state in [
-                (i + 1, j + 1),
-                (stays(x, i), j + 1),
-                (i + 1, stays(y, j)),
-                (stays(x, i), stays(y, j)),
-            ] {
-                if seen.insert(state) {
-                    next.push_back(state);
-                }
+            if !next.contains(&true) {
+                return false;
             }
+            row = next;
         }
-        false
+        row[b.len()]
     }
 
     fn takes(&self, c: char) -> bool {
