@@ -86,7 +86,7 @@ impl Runtime {
             pooling,
             room: Arc::new(Semaphore::new(pool::MAX_INSTANCES as usize)),
             clock,
-            turns: Turns::new()?,
+            turns: Turns::new(),
         })
     }
 

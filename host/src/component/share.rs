@@ -2,8 +2,8 @@
 //!
 //! Most calls are over within microseconds and run where their lane does. One that computes for longer than a slice would
 //! keep that thread from everybody else, and a few of them all threads, the I/O driver with them. So from then on it is
-//! run in turns with those of other stages, by threads that the system prefers all others to: they have what nobody else
-//! wants, which is everything on a machine that has nothing else to do. A stage whose calls did so lately begins its next ones there.
+//! run in turns with those of other stages, on threads that the runtime replaces meanwhile. A stage whose calls did so lately
+//! begins its next ones there.
 
 use std::cell::Cell;
 use std::future::poll_fn;
@@ -81,10 +81,10 @@ impl Share {
     }
 
     /// The call's answer; `None`, and the call dropped, when it has had its time.
-    pub(super) async fn within<T: Send>(
+    pub(super) async fn within<T>(
         &self,
         limit: Duration,
-        call: impl Future<Output = T> + Send,
+        call: impl Future<Output = T>,
     ) -> Option<T> {
         let mut call = pin!(call);
         // Most calls wait for nothing, and need no timer; and many of them in a row are no reason to keep the thread.
@@ -109,7 +109,7 @@ impl Share {
     }
 
     /// Runs a call, in turns where it must. Dropping it drops a turn with it.
-    async fn run<T: Send>(&self, mut call: Pin<&mut (impl Future<Output = T> + Send)>) -> T {
+    async fn run<T>(&self, mut call: Pin<&mut impl Future<Output = T>>) -> T {
         loop {
             let polled = match self.is_in_turns() {
                 true => {
@@ -135,25 +135,18 @@ impl Share {
         polled
     }
 
-    /// On a thread for those that compute for long. This one is given to others meanwhile.
-    fn poll_apart<T: Send>(
+    /// The runtime gives what else this thread had to do to another one.
+    fn poll_apart<T>(
         &self,
-        call: Pin<&mut (impl Future<Output = T> + Send)>,
+        call: Pin<&mut impl Future<Output = T>>,
         cx: &mut Context<'_>,
         _: Option<&Turn>,
     ) -> Poll<T> {
-        let runtime = Handle::current();
-        // A runtime of one thread, as tests have it, has none to give its tasks to.
-        if runtime.runtime_flavor() == RuntimeFlavor::CurrentThread {
-            return self.poll(call, cx);
+        // A runtime of one thread, as tests have it, has none to give it to.
+        match Handle::current().runtime_flavor() {
+            RuntimeFlavor::CurrentThread => self.poll(call, cx),
+            _ => block_in_place(|| self.poll(call, cx)),
         }
-        let waker = cx.waker().clone();
-        block_in_place(|| {
-            self.turns.apart(|| {
-                let _entered = runtime.enter();
-                self.poll(call, &mut Context::from_waker(&waker))
-            })
-        })
     }
 
     fn is_in_turns(&self) -> bool {
@@ -204,7 +197,7 @@ mod tests {
                 ticking.tick();
             }
         });
-        let answer = Share::new(clock, Turns::new().expect("threads"))
+        let answer = Share::new(clock, Turns::new())
             .within(LIMIT, tokio::time::sleep(call))
             .await;
         assert_eq!(answer, expected, "{call:?}, a tick in {tick:?}");

@@ -5,24 +5,16 @@ use std::collections::{HashSet, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use anyhow::Context;
-use rayon::{ThreadPool, ThreadPoolBuilder};
 use tokio::sync::oneshot;
 use tokio::task::{self, Id};
-use tracing::debug;
-
-/// The system runs these threads where no other thread wants a processor, or a small part of the time.
-const NICE: i32 = 10;
-/// Bytes of such a thread's stack: a guest's calls have stacks of their own.
-const STACK: usize = 2 << 20;
 
 /// Who takes turns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct StageId(u64);
 
-/// Turns, as many at one time as there are processors.
+/// Turns, as many at one time as there are processors, but for one, which is left to everybody else. Threads of low priority for all
+/// of them would leave no processor idle, and stand in the way of others all the same: who is not run may hold a lock.
 pub(super) struct Turns {
-    threads: ThreadPool,
     stages: AtomicU64,
     queue: Mutex<Queue>,
 }
@@ -48,34 +40,21 @@ pub(super) struct Turn {
 }
 
 impl Turns {
-    pub(super) fn new() -> anyhow::Result<Arc<Self>> {
-        let free = std::thread::available_parallelism().map_or(1, usize::from);
-        let threads = ThreadPoolBuilder::new()
-            .num_threads(free)
-            .stack_size(STACK)
-            .thread_name(|n| format!("guests-{n}"))
-            .start_handler(|_| step_back())
-            .build()
-            .context("cannot start the threads for guests that compute for long")?;
-        Ok(Arc::new(Self {
-            threads,
+    pub(super) fn new() -> Arc<Self> {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        Arc::new(Self {
             stages: AtomicU64::default(),
             queue: Mutex::new(Queue {
-                free,
+                free: processors.saturating_sub(1).max(1),
                 stages: VecDeque::new(),
                 busy: HashSet::new(),
             }),
-        }))
+        })
     }
 
     /// One more stage.
     pub(super) fn stage(&self) -> StageId {
         StageId(self.stages.fetch_add(1, Ordering::Relaxed))
-    }
-
-    /// Does something on one of the threads, and waits for it.
-    pub(super) fn apart<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
-        self.threads.install(work)
     }
 
     /// Waits for a turn. Cancel-safe: one that was given and not taken is the next one's.
@@ -151,13 +130,6 @@ impl Drop for Turn {
     }
 }
 
-fn step_back() {
-    // Of this thread alone, as Linux has it. Where it is not allowed, they are threads like others.
-    if let Err(error) = rustix::process::setpriority_process(None, NICE) {
-        debug!("the threads of guests that compute for long keep their priority: {error}");
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::pin::Pin;
@@ -185,7 +157,7 @@ mod tests {
 
     #[tokio::test]
     async fn stages_take_turns_however_many_calls_they_have() {
-        let turns = Turns::new().expect("threads");
+        let turns = Turns::new();
         let (greedy, modest) = (turns.stage(), turns.stage());
         let mut held = take_all(&turns);
         let mut waiting = Vec::new();
@@ -212,7 +184,7 @@ mod tests {
     /// Calls of a concurrent lane are polled by one task: while one of them runs, a turn of another would lie idle.
     #[tokio::test]
     async fn a_task_has_one_turn_at_a_time() {
-        let turns = Turns::new().expect("threads");
+        let turns = Turns::new();
         let all = turns.queue().free;
         let mine = turns.clone();
         let task = tokio::spawn(async move {
