@@ -20,7 +20,7 @@ use tokio::time::timeout;
 use wasmtime::UpdateDeadline;
 
 use super::clock::{Clock, TICK};
-use super::turns::{StageId, Turn, Turns};
+use super::turns::{StageId, Turns};
 
 /// Processor time that a guest may take before others get their turn.
 const SLICE: Duration = Duration::from_millis(4);
@@ -113,9 +113,8 @@ impl Share {
         loop {
             let polled = match self.is_in_turns() {
                 true => {
-                    let turn = self.turns.take(self.stage).await;
-                    poll_fn(|cx| Poll::Ready(self.poll_apart(call.as_mut(), cx, turn.as_ref())))
-                        .await
+                    let _turn = self.turns.take(self.stage).await;
+                    poll_fn(|cx| Poll::Ready(self.poll_apart(call.as_mut(), cx))).await
                 }
                 false => poll_fn(|cx| Poll::Ready(self.poll(call.as_mut(), cx))).await,
             };
@@ -140,7 +139,6 @@ impl Share {
         &self,
         call: Pin<&mut impl Future<Output = T>>,
         cx: &mut Context<'_>,
-        _: Option<&Turn>,
     ) -> Poll<T> {
         // A runtime of one thread, as tests have it, has none to give it to.
         match Handle::current().runtime_flavor() {
