@@ -20,7 +20,7 @@ use tokio::net::{TcpStream, UnixStream};
 use super::super::StoreError;
 use super::client::Client;
 use super::error::Spoken;
-use super::wire::{Incoming, Stream, Wire};
+use super::wire::{Eager, Incoming, Stream, Wire};
 
 /// What the host calls itself, unless the URL does.
 const APPLICATION_NAME: &str = "stagehost";
@@ -137,7 +137,7 @@ impl Server {
                 let address = (self.options.get_host(), self.options.get_port());
                 let stream = TcpStream::connect(address).await?;
                 stream.set_nodelay(true)?;
-                self.encrypted(stream).await?
+                self.encrypted(Eager(stream)).await?
             }
         };
         let mut wire = Wire::new(stream, MAX_GREETING_BYTES, MAX_GREETING_BYTES);

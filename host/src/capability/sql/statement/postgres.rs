@@ -4,6 +4,7 @@
 //! are a first fence: what a role of their own may do is the second.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::super::{Error, SqlAccess};
 use super::{needed, refusal, refusal_of_access};
@@ -60,6 +61,9 @@ const KINDS: &[&str] = &[
     "domain",
     "statistics",
 ];
+/// Statements that are remembered, and bytes of the longest.
+const MAX_KNOWN: usize = 256;
+const MAX_KNOWN_TEXT: usize = 16 * 1024;
 const READING: &[&str] = &["select", "with", "values", "table"];
 const WRITING: &[&str] = &["insert", "update", "delete", "merge"];
 
@@ -71,6 +75,8 @@ pub(in super::super) struct Words {
     functions: HashMap<String, bool>,
     /// The system's own tables and views.
     catalogs: HashSet<String>,
+    /// What statements need that may be sent, so that one that comes again is not taken apart again.
+    known: Mutex<HashMap<Box<str>, SqlAccess>>,
 }
 
 impl Words {
@@ -88,6 +94,33 @@ impl Words {
 
     /// Whether a statement may be sent, of which the length and the first word have been looked at.
     pub(in super::super) fn check(&self, access: SqlAccess, text: &str) -> Result<(), Error> {
+        let known = self.known().get(text).copied();
+        if known.is_some_and(|needed| needed <= access) {
+            return Ok(());
+        }
+        let needed = self.needed(access, text)?;
+        self.remember(text, needed);
+        Ok(())
+    }
+
+    fn known(&self) -> MutexGuard<'_, HashMap<Box<str>, SqlAccess>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn remember(&self, text: &str, needed: SqlAccess) {
+        if text.len() > MAX_KNOWN_TEXT {
+            return;
+        }
+        let mut known = self.known();
+        if known.len() >= MAX_KNOWN {
+            // Of a stage that makes its texts anew each time; those of the others are soon known again.
+            known.clear();
+        }
+        known.insert(text.into(), needed);
+    }
+
+    /// What a statement needs, unless it may not be sent with this access.
+    fn needed(&self, access: SqlAccess, text: &str) -> Result<SqlAccess, Error> {
         let tokens = scan(text).map_err(|why| refusal("this", why))?;
         let statement = Statement {
             tokens: &tokens,
@@ -102,7 +135,7 @@ impl Words {
         if needed > SqlAccess::ReadOnly {
             statement.check_catalogs()?;
         }
-        Ok(())
+        Ok(needed)
     }
 }
 
@@ -520,6 +553,22 @@ mod tests {
         ] {
             check(text, Ok(needed));
         }
+    }
+
+    #[test]
+    fn what_is_remembered_of_one_stage_is_not_granted_to_another() {
+        let (words, text) = (words(), "delete from posts");
+        let granted = |access| words.check(access, text).is_ok();
+        for _ in 0..2 {
+            assert!(granted(SqlAccess::Data));
+            assert!(!granted(SqlAccess::ReadOnly));
+        }
+        assert!(granted(SqlAccess::DataDefinition));
+        for n in 0..2 * MAX_KNOWN {
+            let text = format!("select {n}");
+            assert!(words.check(SqlAccess::ReadOnly, &text).is_ok());
+        }
+        assert!(words.known().len() <= MAX_KNOWN);
     }
 
     #[test]
