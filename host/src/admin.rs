@@ -2,9 +2,8 @@
 
 mod origin;
 
-use std::collections::BTreeMap;
 use std::fmt::Write;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use hyper::body::Incoming;
@@ -15,9 +14,9 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::http::{self, Answer, Handler, content, method_not_allowed, not_found, text};
-use crate::log_output::escaped;
 use crate::metrics::{self, Metrics};
 use crate::pipeline::Secret;
+pub use crate::readiness::Readiness;
 
 /// What log and metrics call the listener.
 const LISTENER: &str = "admin";
@@ -49,41 +48,6 @@ pub async fn serve(
     };
     let metrics = Arc::clone(&admin.metrics);
     http::serve(listener, admin, limits, metrics, shutdown).await;
-}
-
-/// What must be so before the host is ready, each condition by name (`log`, `stage publisher`). Ready
-/// when all are, so a condition should be named before the first question, with the reason `starting`.
-#[derive(Debug, Default)]
-pub struct Readiness {
-    /// The reason why not, where it is not.
-    conditions: Mutex<BTreeMap<String, Option<String>>>,
-}
-
-impl Readiness {
-    /// The condition holds.
-    pub fn ready(&self, name: &str) {
-        self.conditions().insert(name.to_owned(), None);
-    }
-
-    /// The condition does not hold, and why, in a line.
-    pub fn not_ready(&self, name: &str, reason: impl Into<String>) {
-        self.conditions()
-            .insert(name.to_owned(), Some(reason.into()));
-    }
-
-    /// Why the host is not ready, `name: reason` each; empty when it is.
-    pub fn reasons(&self) -> Vec<String> {
-        self.conditions()
-            .iter()
-            .filter_map(|(name, reason)| Some(format!("{name}: {}", one_line(reason.as_deref()?))))
-            .collect()
-    }
-
-    fn conditions(&self) -> MutexGuard<'_, BTreeMap<String, Option<String>>> {
-        self.conditions
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 struct Admin {
@@ -169,6 +133,7 @@ impl Admin {
     }
 
     fn metrics(&self) -> Answer {
+        self.metrics.set_lanes(&self.readiness.lanes().waits());
         match self.metrics.encode() {
             Ok(text) => content(
                 StatusCode::OK,
@@ -199,9 +164,4 @@ fn unauthorized() -> Answer {
 
 fn digest(bytes: &[u8]) -> [u8; 32] {
     Sha256::digest(bytes).into()
-}
-
-/// Reasons come from libraries, and some of those write over several lines.
-fn one_line(reason: &str) -> String {
-    escaped(&reason.split_whitespace().collect::<Vec<_>>().join(" "))
 }

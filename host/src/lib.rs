@@ -16,5 +16,6 @@ pub mod log_output;
 pub mod manifest;
 pub mod metrics;
 pub mod pipeline;
+pub mod readiness;
 pub mod record;
 pub mod run;

@@ -2,8 +2,9 @@
 //!
 //! Labels come from the pipeline and from fixed sets, never from clients, so their number is bounded.
 
+use std::collections::BTreeSet;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use hyper::{Method, StatusCode};
@@ -14,6 +15,8 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
+
+use crate::readiness::{LaneWait, Wait};
 
 /// The media type of [`Metrics::encode`].
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -39,6 +42,8 @@ type Histograms<L> = Family<L, Histogram, fn() -> Histogram>;
 /// All that is counted. Handles on one series each are got once and recorded on cheaply.
 pub struct Metrics {
     registry: Registry,
+    /// Those that have series.
+    stages: Mutex<BTreeSet<Arc<str>>>,
     messages: Family<MessageLabels, Counter>,
     invocation_seconds: Histograms<StageLabels>,
     end_to_end_seconds: Histograms<StageLabels>,
@@ -53,6 +58,8 @@ pub struct Metrics {
     log_available: Gauge,
     gap_records: Family<StageLabels, Counter>,
     lanes_stopped: Family<StageLabels, Gauge>,
+    lanes_waiting: Family<WaitingLabels, Gauge>,
+    dead_letters_cut: Family<StageLabels, Counter>,
     calls_repeated: Family<StageLabels, Counter>,
     log_lines_dropped: DroppedLines,
 }
@@ -67,6 +74,7 @@ impl Default for Metrics {
     fn default() -> Self {
         let mut metrics = Self {
             registry: Registry::default(),
+            stages: Mutex::default(),
             messages: Family::default(),
             invocation_seconds: Family::new_with_constructor(|| Histogram::new(INVOCATION_SECONDS)),
             end_to_end_seconds: Family::new_with_constructor(|| Histogram::new(END_TO_END_SECONDS)),
@@ -83,6 +91,8 @@ impl Default for Metrics {
             log_available: Gauge::default(),
             gap_records: Family::default(),
             lanes_stopped: Family::default(),
+            lanes_waiting: Family::default(),
+            dead_letters_cut: Family::default(),
             calls_repeated: Family::default(),
             log_lines_dropped: DroppedLines::default(),
         };
@@ -126,6 +136,11 @@ impl Metrics {
             self.dead_letters.clone(),
         );
         registry.register(
+            "stagehost_dead_letters_cut",
+            "Changes of dead letters that the log had refused as they were",
+            self.dead_letters_cut.clone(),
+        );
+        registry.register(
             "stagehost_http_requests",
             "HTTP requests answered",
             self.http_requests.clone(),
@@ -166,6 +181,11 @@ impl Metrics {
             self.lanes_stopped.clone(),
         );
         registry.register(
+            "stagehost_lanes_waiting",
+            "Partitions that do not get on, by what they wait for",
+            self.lanes_waiting.clone(),
+        );
+        registry.register(
             "stagehost_calls_repeated",
             "Calls made again on a new instance, since they trapped on one that had served others",
             self.calls_repeated.clone(),
@@ -180,6 +200,10 @@ impl Metrics {
     /// The handles of one stage. Its series are there from now on, at 0.
     pub fn stage(&self, name: &str) -> StageMetrics {
         let stage: Arc<str> = name.into();
+        self.stages
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(Arc::clone(&stage));
         let labels = StageLabels {
             stage: Arc::clone(&stage),
         };
@@ -196,8 +220,8 @@ impl Metrics {
             batch_messages: self.batch_messages.get_or_create_owned(&labels),
             retries: self.retries.get_or_create_owned(&labels),
             gap_records: self.gap_records.get_or_create_owned(&labels),
-            lanes_stopped: self.lanes_stopped.get_or_create_owned(&labels),
             calls_repeated: self.calls_repeated.get_or_create_owned(&labels),
+            dead_letters_cut: self.dead_letters_cut.get_or_create_owned(&labels),
             stage,
         }
     }
@@ -250,6 +274,30 @@ impl Metrics {
                 store: store.into(),
             })
             .set(i64::from(open));
+    }
+
+    /// What the lanes of all stages wait for, as of now.
+    pub fn set_lanes(&self, waits: &[LaneWait]) {
+        let stages = self.stages.lock().unwrap_or_else(PoisonError::into_inner);
+        for stage in stages.iter() {
+            let lanes = || waits.iter().filter(|lane| lane.stage == *stage);
+            for label in Wait::LABELS {
+                let labels = WaitingLabels {
+                    stage: Arc::clone(stage),
+                    r#for: label,
+                };
+                let waiting = |lane: &&LaneWait| lane.wait.label() == label && !lane.is_brief();
+                let waiting = lanes().filter(waiting).count();
+                self.lanes_waiting
+                    .get_or_create(&labels)
+                    .set(waiting.cast_signed() as i64);
+            }
+            let stage = Arc::clone(stage);
+            let stopped = lanes().filter(|lane| lane.wait.is_standstill()).count();
+            self.lanes_stopped
+                .get_or_create(&StageLabels { stage })
+                .set(stopped.cast_signed() as i64);
+        }
     }
 
     /// Whether the log answers.
@@ -309,8 +357,8 @@ pub struct StageMetrics {
     batch_messages: Histogram,
     retries: Counter,
     gap_records: Counter,
-    lanes_stopped: Gauge,
     calls_repeated: Counter,
+    dead_letters_cut: Counter,
 }
 
 impl StageMetrics {
@@ -348,15 +396,6 @@ impl StageMetrics {
         self.gap_records.inc_by(records);
     }
 
-    /// A lane stopped until somebody looks at it, or has ended after it had.
-    pub fn lane_stopped(&self, stopped: bool) {
-        if stopped {
-            self.lanes_stopped.inc();
-        } else {
-            self.lanes_stopped.dec();
-        }
-    }
-
     /// A message is tried again.
     pub fn retry(&self) {
         self.retries.inc();
@@ -365,6 +404,11 @@ impl StageMetrics {
     /// A call was made again on a new instance.
     pub fn call_repeated(&self) {
         self.calls_repeated.inc();
+    }
+
+    /// A dead letter was changed, since the log had refused it.
+    pub fn dead_letter_cut(&self) {
+        self.dead_letters_cut.inc();
     }
 
     /// A record goes to the dead-letter topic. `cause` is what its header `stagehost-cause` says.
@@ -381,6 +425,12 @@ impl StageMetrics {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct StageLabels {
     stage: Arc<str>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct WaitingLabels {
+    stage: Arc<str>,
+    r#for: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -520,7 +570,15 @@ mod tests {
         metrics.set_circuit_open("posts", true);
         metrics.set_log_available(true);
         stage.gap(7);
-        stage.lane_stopped(true);
+        let stopped = LaneWait {
+            stage: "publisher".into(),
+            topic: "app.newPosts".into(),
+            partition: 7,
+            wait: Wait::Stopped("a gap".into()),
+            age: Duration::ZERO,
+        };
+        metrics.set_lanes(&[stopped]);
+        stage.dead_letter_cut();
         stage.call_repeated();
         metrics.log_lines_dropped().over_budget("publisher", 12_345);
 
@@ -542,6 +600,9 @@ mod tests {
             "stagehost_log_available 1",
             r#"stagehost_gap_records_total{stage="publisher"} 7"#,
             r#"stagehost_lanes_stopped{stage="publisher"} 1"#,
+            r#"stagehost_lanes_waiting{stage="publisher",for="operator"} 1"#,
+            r#"stagehost_lanes_waiting{stage="publisher",for="store"} 0"#,
+            r#"stagehost_dead_letters_cut_total{stage="publisher"} 1"#,
             r#"stagehost_calls_repeated_total{stage="publisher"} 1"#,
             r#"stagehost_log_lines_dropped_total{stage="publisher",reason="budget"} 12345"#,
         ] {

@@ -62,24 +62,27 @@ pub(crate) fn run(kind: Kind, messages: u64) {
 async fn lane(kind: Kind, log: Log, equipment: Equipment<Sent, Stage>) {
     match kind {
         Kind::Ordered => {
-            let lane = ordered::Lane::new(log, equipment, SEED);
-            lane.run(TOPIC, PARTITION).await;
-        }
-        Kind::ByKey => {
-            let lane = concurrent::Lane::new(log, equipment, SEED);
-            lane.run(TOPIC, PARTITION).await;
-        }
-        Kind::Transactional => {
-            let id = LaneId {
-                group: Arc::from("group"),
-                topic: Arc::from(TOPIC),
-                partition: PARTITION,
-            };
-            let ledger = Arc::<Database>::default();
-            let store = StoreName::Sql(Arc::from("posts"));
-            let lane = transactional::Lane::new(log, equipment, ledger, store, id, SEED);
+            let lane = ordered::Lane::new(log, equipment, id(), SEED);
             lane.run().await;
         }
+        Kind::ByKey => {
+            let lane = concurrent::Lane::new(log, equipment, id(), SEED);
+            lane.run().await;
+        }
+        Kind::Transactional => {
+            let ledger = Arc::<Database>::default();
+            let store = StoreName::Sql(Arc::from("posts"));
+            let lane = transactional::Lane::new(log, equipment, ledger, store, id(), SEED);
+            lane.run().await;
+        }
+    }
+}
+
+fn id() -> LaneId {
+    LaneId {
+        group: Arc::from("group"),
+        topic: Arc::from(TOPIC),
+        partition: PARTITION,
     }
 }
 

@@ -79,6 +79,11 @@ impl LogCtx {
         };
     }
 
+    /// The record of the call at hand, or of the one before.
+    pub fn place(&self) -> Option<Place> {
+        self.call().place.clone()
+    }
+
     /// The call has ended: what it left without a line's end is a line.
     pub fn end_call(&self) {
         let mut call = self.call();

@@ -7,8 +7,10 @@ pub mod sql;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
+use self::logging::{LogCtx, Place};
 use crate::pipeline;
 
 /// Why a store did not do what it was asked.
@@ -51,13 +53,24 @@ impl fmt::Display for StoreName {
 
 /// The store that an instance waits for, so that a call whose time is up while it does is put down to the store
 /// and not to the guest.
-#[derive(Default)]
-pub struct Pending(Mutex<Option<StoreName>>);
+pub struct Pending {
+    store: Mutex<Option<(StoreName, Instant)>>,
+    /// It knows which record the call is about.
+    log: LogCtx,
+}
 
 impl Pending {
+    /// For an instance that writes into this log.
+    pub fn new(log: LogCtx) -> Self {
+        Self {
+            store: Mutex::default(),
+            log,
+        }
+    }
+
     /// Awaits a call to the store. A call that is dropped half-way leaves the store's name behind.
     pub async fn during<T>(&self, store: StoreName, call: impl Future<Output = T>) -> T {
-        self.replace(Some(store));
+        self.replace(Some((store, Instant::now())));
         let answer = call.await;
         self.replace(None);
         answer
@@ -65,13 +78,72 @@ impl Pending {
 
     /// The store that was waited for since this was last asked.
     pub fn take(&self) -> Option<StoreName> {
-        self.replace(None)
+        self.replace(None).map(|(store, _)| store)
     }
 
-    fn replace(&self, store: Option<StoreName>) -> Option<StoreName> {
-        let mut pending = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        std::mem::replace(&mut *pending, store)
+    fn replace(&self, store: Option<(StoreName, Instant)>) -> Option<(StoreName, Instant)> {
+        std::mem::replace(&mut *lock(&self.store), store)
     }
+
+    fn call(&self) -> Option<UnansweredCall> {
+        let (store, since) = lock(&self.store).clone()?;
+        let Place {
+            topic, partition, ..
+        } = self.log.place()?;
+        Some(UnansweredCall {
+            topic,
+            partition,
+            store,
+            age: since.elapsed(),
+        })
+    }
+}
+
+/// A call of a stage that waits for a store.
+#[derive(Clone, Debug)]
+pub struct UnansweredCall {
+    /// The topic of the record that it is about.
+    pub topic: Arc<str>,
+    /// And its partition.
+    pub partition: i32,
+    /// What it waits for.
+    pub store: StoreName,
+    /// For how long.
+    pub age: Duration,
+}
+
+/// What the instances of a stage wait for.
+#[derive(Default)]
+pub struct Unanswered(Mutex<Vec<Weak<Pending>>>);
+
+impl fmt::Debug for Unanswered {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Unanswered").finish_non_exhaustive()
+    }
+}
+
+impl Unanswered {
+    /// For one more instance.
+    pub fn pending(&self, log: &LogCtx) -> Arc<Pending> {
+        let pending = Arc::new(Pending::new(log.clone()));
+        let mut all = lock(&self.0);
+        // Only where it would grow, so that an instance costs little however many there are.
+        if all.len() == all.capacity() {
+            all.retain(|pending| pending.strong_count() > 0);
+        }
+        all.push(Arc::downgrade(&pending));
+        pending
+    }
+
+    /// Calls that wait for a store.
+    pub fn calls(&self) -> Vec<UnansweredCall> {
+        let all: Vec<_> = lock(&self.0).iter().filter_map(Weak::upgrade).collect();
+        all.iter().filter_map(|pending| pending.call()).collect()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// All stores of a pipeline, open, by their names.
@@ -109,11 +181,12 @@ mod tests {
 
     use futures::FutureExt;
 
-    use super::{Pending, StoreName};
+    use super::logging::{LogCtx, Place};
+    use super::{StoreName, Unanswered};
 
     #[tokio::test]
     async fn only_a_call_that_is_given_up_leaves_its_store() {
-        let waiting = Pending::default();
+        let waiting = Unanswered::default().pending(&LogCtx::new("stage".into()));
         let posts = || StoreName::Sql("posts".into());
         assert_eq!(waiting.during(posts(), ready(1)).await, 1);
         assert_eq!(waiting.take(), None);
@@ -121,5 +194,24 @@ mod tests {
         assert_eq!(given_up.now_or_never(), None);
         assert_eq!(waiting.take(), Some(posts()));
         assert_eq!(waiting.take(), None);
+    }
+
+    #[tokio::test]
+    async fn a_call_that_waits_is_known_by_its_record() {
+        let (all, log) = (Unanswered::default(), LogCtx::new("stage".into()));
+        let waiting = all.pending(&log);
+        log.set_place(Place {
+            topic: "in".into(),
+            partition: 3,
+            offset: 7,
+        });
+        assert!(all.calls().is_empty());
+        let mut call = Box::pin(waiting.during(StoreName::Redis("cache".into()), pending::<()>()));
+        assert_eq!(call.as_mut().now_or_never(), None);
+        let calls = all.calls();
+        assert_eq!((&*calls[0].topic, calls[0].partition), ("in", 3));
+        drop(call);
+        drop(waiting);
+        assert!(all.calls().is_empty());
     }
 }

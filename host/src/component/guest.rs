@@ -11,7 +11,7 @@ use crate::capability::logging::{LogCtx, Stream};
 use crate::capability::producer::{ProducerCtx, ProducerGrant};
 use crate::capability::redis::{RedisCtx, RedisGrants};
 use crate::capability::sql::{SqlCtx, SqlGrants};
-use crate::capability::{Pending, StoreName};
+use crate::capability::{Pending, StoreName, Unanswered};
 
 /// Elements of all of an instance's tables together.
 pub(super) const MAX_TABLE_ELEMENTS: usize = 100_000;
@@ -29,6 +29,8 @@ pub(super) struct Grants {
     pub(super) sql: Arc<SqlGrants>,
     pub(super) redis: Arc<RedisGrants>,
     pub(super) config: Arc<WasiConfigVariables>,
+    /// Calls that wait for a store.
+    pub(super) unanswered: Arc<Unanswered>,
     /// Bytes of linear memory.
     pub(super) memory: usize,
 }
@@ -52,7 +54,7 @@ impl Guest {
         let log = LogCtx::new(grants.stage.clone());
         let mut table = ResourceTable::new();
         table.set_max_capacity(MAX_RESOURCES);
-        let pending = Arc::<Pending>::default();
+        let pending = grants.unanswered.pending(&log);
         Self {
             wasi: sandbox(&log),
             table,

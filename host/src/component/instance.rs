@@ -18,7 +18,7 @@ use super::share::{self, Share, TICKS_PER_LOOK};
 use crate::capability::logging::Place;
 use crate::capability::producer::ProducerGrant;
 use crate::capability::sql::Transaction;
-use crate::capability::{Pending, StoreError, StoreName, Stores};
+use crate::capability::{Pending, StoreError, StoreName, Stores, Unanswered};
 use crate::delivery::progress::Transaction as _;
 use crate::delivery::{Cause, Delivery, Fault, Handler, Invocation};
 use crate::pipeline::{self, Instances};
@@ -112,6 +112,7 @@ impl StageComponent {
             sql: Arc::new(stores.sql_grants(stage)),
             redis: Arc::new(stores.redis_grants(stage)),
             config: Arc::new(stage.config.clone().into_iter().collect()),
+            unanswered: Arc::default(),
             memory: stage.limits.memory,
         };
         Ok(Self {
@@ -124,6 +125,11 @@ impl StageComponent {
             idle: Mutex::default(),
             worn: Mutex::default(),
         })
+    }
+
+    /// Its calls that wait for stores.
+    pub fn unanswered(&self) -> Arc<Unanswered> {
+        self.grants.unanswered.clone()
     }
 
     fn late(&self) -> String {

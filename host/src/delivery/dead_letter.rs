@@ -2,14 +2,29 @@
 
 use std::sync::Arc;
 
+use sha2::{Digest, Sha256};
+
 use super::Fault;
 use super::seen::{self, OutputId};
+use crate::log::LogError;
 use crate::record::{Header, Outgoing, Record};
 
 /// Bytes of the fault's words where the letter is too large for its topic.
 const SHORT_MESSAGE: usize = 200;
+/// Bytes of its value then, at first, and where that is too much too.
+const KEPT_VALUE: usize = 64 << 10;
+const SHORT_VALUE: usize = 256;
+/// A key of more bytes may be why.
+const SHORT_KEY: usize = 64;
 /// The header that has them.
 const ERROR_MESSAGE: &str = "__dlq.errors.message";
+const ERROR_TOPIC: &str = "__dlq.errors.topic";
+const ERROR_PARTITION: &str = "__dlq.errors.partition";
+const ERROR_OFFSET: &str = "__dlq.errors.offset";
+/// The headers that say what of a letter is not the record's, since the log refused it: `<part>: <what it was>`.
+pub const CUT: &str = "stagehost-cut";
+/// The header that has the record's timestamp, in milliseconds, where the log does not take it.
+pub const TIMESTAMP: &str = "stagehost-timestamp";
 /// The header that has the fault's cause; a stage can't set it.
 pub const CAUSE: &str = "stagehost-cause";
 
@@ -81,9 +96,9 @@ impl DeadLetters {
         fault: &Fault,
     ) -> impl Iterator<Item = Header> {
         let why = [
-            ("__dlq.errors.topic", topic.to_string()),
-            ("__dlq.errors.partition", partition.to_string()),
-            ("__dlq.errors.offset", offset.to_string()),
+            (ERROR_TOPIC, topic.to_string()),
+            (ERROR_PARTITION, partition.to_string()),
+            (ERROR_OFFSET, offset.to_string()),
             ("__dlq.errors.group", self.group.to_string()),
             ("__dlq.errors.delivery.count", attempts.to_string()),
             (ERROR_MESSAGE, fault.message.clone()),
@@ -109,19 +124,119 @@ pub fn is_one(output: &Outgoing) -> bool {
     output.headers.iter().any(|h| h.name == CAUSE)
 }
 
-/// Cuts the fault's words of a dead letter that is too large for its topic.
-pub fn shorten(letter: &mut Outgoing) {
-    for header in &mut letter.headers {
-        if header.name == ERROR_MESSAGE
-            && let Some(words) = &mut header.value
-        {
-            words.truncate(SHORT_MESSAGE);
-            // It was UTF-8 before it was cut.
-            while std::str::from_utf8(words).is_err() {
-                words.pop();
-            }
+/// Changes a dead letter that the log has refused so that it may take it, a step each time, and answers what was changed, in
+/// words; `None` where nothing is left that could help. A bad message must not stop its partition: what is cut has its size and
+/// its hash in a header [`CUT`], and the letter says where the original is.
+pub fn mend(letter: &mut Outgoing, error: &LogError) -> Option<&'static str> {
+    match error {
+        LogError::TooLarge(_) => shrink(letter),
+        LogError::InvalidTime(_) => {
+            let timestamp = letter.timestamp.take()?;
+            let original = Header::new(TIMESTAMP, timestamp.to_string());
+            letter.headers.push(original);
+            Some("its time is in a header")
         }
+        // A compacted topic takes nothing without a key.
+        LogError::Refused(_) if letter.key.is_none() => {
+            letter.key = Some(place(letter).into_bytes());
+            say_cut(letter, "key", "none, where the topic takes none without");
+            Some("its place is its key")
+        }
+        LogError::Refused(_) | LogError::Unavailable(_) => None,
     }
+}
+
+fn shrink(letter: &mut Outgoing) -> Option<&'static str> {
+    if shorten(letter) {
+        return Some("the fault's words are cut");
+    }
+    if cut_value(letter, KEPT_VALUE) {
+        return Some("its value is cut");
+    }
+    if cut_headers(letter) {
+        return Some("the record's headers are cut");
+    }
+    if cut_value(letter, SHORT_VALUE) || cut_value(letter, 0) {
+        return Some("its value is cut");
+    }
+    let key = letter.key.as_ref().filter(|key| key.len() > SHORT_KEY)?;
+    let (of, hash) = (digest(key), Sha256::digest(key).to_vec());
+    letter.key = Some(hash);
+    say_cut(letter, "key", &of);
+    Some("its key is its hash")
+}
+
+/// Cuts the fault's words.
+fn shorten(letter: &mut Outgoing) -> bool {
+    let words = (letter.headers.iter_mut()).find(|header| header.name == ERROR_MESSAGE);
+    let words = words.and_then(|header| header.value.as_mut());
+    let Some(words) = words.filter(|words| words.len() > SHORT_MESSAGE) else {
+        return false;
+    };
+    words.truncate(SHORT_MESSAGE);
+    // It was UTF-8 before it was cut.
+    while std::str::from_utf8(words).is_err() {
+        words.pop();
+    }
+    true
+}
+
+fn cut_value(letter: &mut Outgoing, kept: usize) -> bool {
+    let Some(value) = letter.value.take_if(|value| value.len() > kept) else {
+        return false;
+    };
+    letter.value = Some(value[..kept].to_vec());
+    // What is cut once more was cut of the same.
+    if !letter.headers.iter().any(|h| is_cut(h, "value")) {
+        say_cut(letter, "value", &digest(&value));
+    }
+    true
+}
+
+/// Leaves out what is not the host's.
+fn cut_headers(letter: &mut Outgoing) -> bool {
+    let (all, bytes) = (letter.headers.len(), letter.size());
+    letter.headers.retain(|header| is_ours(&header.name));
+    let (left, bytes) = (letter.headers.len(), bytes - letter.size());
+    if left < all {
+        let left_out = format!("{} of {bytes} bytes left out", all - left);
+        say_cut(letter, "headers", &left_out);
+    }
+    left < all
+}
+
+fn is_ours(header: &str) -> bool {
+    header.starts_with("__dlq.errors.") || header.starts_with("stagehost-")
+}
+
+fn say_cut(letter: &mut Outgoing, part: &str, of: &str) {
+    let header = Header::new(CUT, format!("{part}: {of}"));
+    letter.headers.push(header);
+}
+
+fn is_cut(header: &Header, part: &str) -> bool {
+    let says = header.value.as_deref().unwrap_or_default();
+    header.name == CUT && says.starts_with(part.as_bytes())
+}
+
+fn digest(bytes: &[u8]) -> String {
+    let hash = Sha256::digest(bytes);
+    format!("{} bytes, sha256 {hash:x}", bytes.len())
+}
+
+/// Where the original of a dead letter is: `topic/partition/offset`.
+pub fn place(letter: &Outgoing) -> String {
+    let of = |name| {
+        let header = letter.headers.iter().rfind(|h| h.name == name);
+        let value = header.and_then(|h| h.value.as_deref()).unwrap_or_default();
+        String::from_utf8_lossy(value)
+    };
+    format!(
+        "{}/{}/{}",
+        of(ERROR_TOPIC),
+        of(ERROR_PARTITION),
+        of(ERROR_OFFSET)
+    )
 }
 
 /// Where the dead letters of an input topic go unless the stage says otherwise.

@@ -15,6 +15,7 @@ use crate::admin::Readiness;
 use crate::capability::{StoreError, StoreName};
 use crate::delivery::breaker::Breaker;
 use crate::delivery::dead_letter::{self, DeadLetters};
+use crate::delivery::progress::LaneId;
 use crate::delivery::{Cause, Delivery, Fault, Handler, Invocation};
 use crate::log::{BatchLimits, Gap, LogError, Sink, Source, Unsent};
 use crate::metrics::Metrics;
@@ -300,12 +301,12 @@ impl Bench {
         let log = log.expect("the first run");
         let ended = match self.policy.order {
             Order::Partition => {
-                let lane = ordered::Lane::new(log, equipment, 7);
-                timeout(LONG, lane.run("in", 0)).await
+                let lane = ordered::Lane::new(log, equipment, id(), 7);
+                timeout(LONG, lane.run()).await
             }
             Order::Key | Order::None => {
-                let lane = concurrent::Lane::new(log, equipment, 7);
-                timeout(LONG, lane.run("in", 0)).await
+                let lane = concurrent::Lane::new(log, equipment, id(), 7);
+                timeout(LONG, lane.run()).await
             }
         };
         ended.expect("the lane has ended");
@@ -406,4 +407,12 @@ fn number(text: Option<&[u8]>) -> i64 {
 
 pub(super) fn random(offset: i64) -> Duration {
     millis(StdRng::seed_from_u64(offset.unsigned_abs()).random_range(0..=5))
+}
+
+fn id() -> LaneId {
+    LaneId {
+        group: "group".into(),
+        topic: "in".into(),
+        partition: 0,
+    }
 }

@@ -1,11 +1,17 @@
 //! Outputs that an at-least-once lane holds until the log has them.
 
-use tracing::error;
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tracing::{error, warn};
 
 use super::transactional::warn_of;
+use super::{Common, Stopped};
 use crate::delivery::dead_letter;
 use crate::delivery::{Cause, Fault};
 use crate::log::{LogError, Sink, Unsent};
+use crate::metrics::StageMetrics;
+use crate::readiness::{LaneStatus, Wait, Waiting};
 use crate::record::Outgoing;
 
 /// Outputs in their order, each with what it came of.
@@ -14,6 +20,8 @@ pub(super) struct Held<O> {
     /// As long as `outputs`.
     origins: Vec<O>,
     bytes: usize,
+    /// Why the log did not take them before, and since when.
+    unsent: Option<(Instant, String)>,
 }
 
 impl<O> Default for Held<O> {
@@ -22,6 +30,7 @@ impl<O> Default for Held<O> {
             outputs: Vec::new(),
             origins: Vec::new(),
             bytes: 0,
+            unsent: None,
         }
     }
 }
@@ -46,6 +55,7 @@ impl<O> Held<O> {
         self.outputs.append(&mut other.outputs);
         self.origins.append(&mut other.origins);
         self.bytes += std::mem::take(&mut other.bytes);
+        self.unsent = self.unsent.take().or(other.unsent.take());
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -60,9 +70,29 @@ impl<O> Held<O> {
         self.origins.iter()
     }
 
+    /// Waits before what the log did not take is sent again.
+    pub(super) async fn wait<K, H>(
+        &self,
+        common: &Common<K, H>,
+        time: Duration,
+    ) -> Result<(), Stopped> {
+        let _waiting = self.waiting(&common.status);
+        common.wait(time).await
+    }
+
+    fn waiting(&self, status: &LaneStatus) -> Waiting {
+        let topic = self.outputs.first().map(|output| output.topic.clone());
+        let (since, why) = match &self.unsent {
+            Some((since, why)) => (*since, Some(why.clone())),
+            None => (Instant::now(), None),
+        };
+        let topic = topic.unwrap_or_default();
+        status.begin_since(since, Wait::Log { topic, why })
+    }
+
     /// Has the outputs appended, once. A dead letter has nowhere else to go: one that is refused is to be sent again,
     /// with fewer words where it was too large.
-    pub(super) async fn send(self, sink: &impl Sink) -> Sent<O> {
+    pub(super) async fn send<K: Sink, H>(self, common: &Common<K, H>) -> Sent<O> {
         let mut sent = Sent {
             refused: Vec::new(),
             again: Self::default(),
@@ -70,11 +100,17 @@ impl<O> Held<O> {
         if self.is_empty() {
             return sent;
         }
-        let Err(mut unsent) = sink.produce(&self.outputs).await else {
+        let waiting = self.waiting(&common.status);
+        let Err(mut unsent) = common.equipment.sink.produce(&self.outputs).await else {
             return sent;
         };
+        drop(waiting);
         unsent.sort_by_key(|u| u.index);
         warn_of(&unsent);
+        if let Some(first) = unsent.first() {
+            let since = self.unsent.map_or_else(Instant::now, |(since, _)| since);
+            sent.again.unsent = Some((since, first.error.to_string()));
+        }
         let mut held: Vec<_> = self
             .outputs
             .into_iter()
@@ -83,7 +119,7 @@ impl<O> Held<O> {
             .collect();
         for Unsent { index, error } in unsent {
             if let Some((output, origin)) = held.get_mut(index).and_then(Option::take) {
-                sent.take_in(origin, output, error);
+                sent.take_in(origin, output, error, common.metrics());
             }
         }
         sent
@@ -96,26 +132,41 @@ impl<O> Sent<O> {
         self.refused.is_empty() && self.again.is_empty()
     }
 
-    fn take_in(&mut self, origin: O, mut output: Outgoing, error: LogError) {
-        let topic = &output.topic;
+    fn take_in(
+        &mut self,
+        origin: O,
+        mut output: Outgoing,
+        error: LogError,
+        metrics: &StageMetrics,
+    ) {
         let is_letter = dead_letter::is_one(&output);
-        match error {
-            LogError::Refused(why) | LogError::TooLarge(why) if !is_letter => {
-                let why = format!("the log refused a record for {topic}: {why}");
-                self.refused.push((origin, Fault::new(Cause::Reject, why)));
-            }
-            error => {
-                if !matches!(error, LogError::Unavailable(_)) {
-                    error!(
-                        topic = &**topic,
-                        "cannot produce a dead letter, trying again: {error}"
-                    );
-                }
-                if is_letter && matches!(error, LogError::TooLarge(_)) {
-                    dead_letter::shorten(&mut output);
-                }
-                self.again.hold(origin, output);
-            }
+        if error.is_refusal() && !is_letter {
+            let why = format!("the log refused a record for {}: {error}", output.topic);
+            self.refused.push((origin, Fault::new(Cause::Reject, why)));
+            return;
         }
+        if error.is_refusal() {
+            mend(&mut output, &error, metrics);
+        }
+        self.again.hold(origin, output);
+    }
+}
+
+/// The log has refused a dead letter, which has nowhere else to go.
+pub(super) fn mend(letter: &mut Outgoing, error: &LogError, metrics: &StageMetrics) {
+    let changed = dead_letter::mend(letter, error);
+    let (topic, of) = (&*letter.topic, dead_letter::place(letter));
+    match changed {
+        Some(how) => {
+            warn!(
+                topic,
+                of, "the log refused a dead letter, which is changed, {how}: {error}"
+            );
+            metrics.dead_letter_cut();
+        }
+        None => error!(
+            topic,
+            of, "cannot produce a dead letter, trying again: {error}"
+        ),
     }
 }

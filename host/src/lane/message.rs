@@ -87,7 +87,7 @@ impl<K, H: Handler<()>> Common<K, H> {
         if *attempt == 1 {
             self.warn_of_retry(record, wait, fault);
         }
-        self.wait(wait).await?;
+        self.wait_to_retry(wait).await?;
         *attempt += 1;
         Ok(true)
     }

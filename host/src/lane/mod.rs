@@ -25,15 +25,16 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
 
-use crate::admin::Readiness;
 use crate::capability::StoreName;
 use crate::delivery::breaker::Breaker;
 use crate::delivery::dead_letter::DeadLetters;
+use crate::delivery::progress::LaneId;
 use crate::delivery::retry::backoff;
 use crate::delivery::{Delivery, Fault, Handler, Invocation};
 use crate::log::{BatchLimits, Gap, Source};
 use crate::metrics::StageMetrics;
 use crate::pipeline::{OnExhausted, OnGap, Order, Retry};
+use crate::readiness::{LaneStatus, Readiness, Wait};
 use crate::record::Record;
 
 /// Bytes of outputs that a lane holds before it has them produced.
@@ -89,7 +90,7 @@ pub struct Equipment<K, H> {
     pub policy: Arc<Policy>,
     /// For stores that are away.
     pub breaker: Arc<Breaker>,
-    /// Where a lane says that it has stopped.
+    /// Where a lane says what it waits for.
     pub readiness: Arc<Readiness>,
     /// What is counted.
     pub metrics: StageMetrics,
@@ -135,14 +136,17 @@ async fn alongside<T>(work: impl Future<Output = T>, flight: impl Future<Output 
 /// What the loops of all kinds of lane work with.
 struct Common<K, H> {
     equipment: Equipment<K, H>,
+    status: LaneStatus,
     stopping: CancellationToken,
     /// Jitters waits; seeded, so that a simulation can be repeated.
     rng: Mutex<StdRng>,
 }
 
 impl<K, H> Common<K, H> {
-    fn new(equipment: Equipment<K, H>, source: &impl Source, seed: u64) -> Self {
+    fn new(equipment: Equipment<K, H>, source: &impl Source, id: LaneId, seed: u64) -> Self {
+        let stage = &equipment.policy.dead_letters.stage;
         Self {
+            status: equipment.readiness.lanes().enter(stage, id),
             equipment,
             stopping: source.stopping(),
             rng: Mutex::new(StdRng::seed_from_u64(seed)),
@@ -153,6 +157,7 @@ impl<K, H> Common<K, H> {
     fn until(&self, stopping: CancellationToken) -> Self {
         Self {
             equipment: self.equipment.clone(),
+            status: self.status.clone(),
             stopping,
             rng: Mutex::new(StdRng::seed_from_u64(self.seed())),
         }
@@ -208,6 +213,11 @@ impl<K, H> Common<K, H> {
         (invocation, took)
     }
 
+    /// Waits before a message is delivered again.
+    async fn wait_to_retry(&self, time: Duration) -> Result<(), Stopped> {
+        self.status.during(Wait::Retry, self.wait(time)).await
+    }
+
     async fn wait(&self, time: Duration) -> Result<(), Stopped> {
         tokio::select! {
             // In one order, so that a simulation can be repeated.
@@ -226,6 +236,7 @@ impl<K, H> Common<K, H> {
         let Equipment {
             breaker, handler, ..
         } = &self.equipment;
+        let _waiting = self.status.begin(Wait::Store(store.clone()));
         tokio::select! {
             biased;
             // Both are cancel-safe: to ask a store changes nothing.
@@ -321,43 +332,22 @@ impl<K, H> Common<K, H> {
         }
     }
 
-    /// Says that a lane does not get on.
-    fn standstill(&self, topic: &str, partition: i32, why: &str) -> Standstill {
-        let Equipment {
-            readiness, metrics, ..
-        } = &self.equipment;
-        let condition = format!("stage {} on {topic} {partition}", self.stage());
-        readiness.not_ready(&condition, why);
-        metrics.lane_stopped(true);
-        Standstill {
-            readiness: readiness.clone(),
-            metrics: metrics.clone(),
-            condition,
-        }
-    }
-
     /// Holds the partition, and says why, until it is to be given up.
-    async fn halted(&self, topic: &str, partition: i32, Halt(why): Halt) {
-        let _standstill = self.standstill(topic, partition, &why);
+    async fn halted(&self, Halt(why): Halt) {
+        let LaneId {
+            topic, partition, ..
+        } = self.status.id();
+        let _waiting = self.status.begin(Wait::Stopped(why.clone()));
         loop {
-            error!(stage = self.stage(), topic, partition, "stopped: {why}");
+            error!(
+                stage = self.stage(),
+                topic = &**topic,
+                partition,
+                "stopped: {why}"
+            );
             if self.wait(REMIND_INTERVAL).await.is_err() {
                 return;
             }
         }
-    }
-}
-
-/// That a lane does not get on, and why, as readiness and metrics have it until this is dropped, also with the lane's future.
-struct Standstill {
-    readiness: Arc<Readiness>,
-    metrics: StageMetrics,
-    condition: String,
-}
-
-impl Drop for Standstill {
-    fn drop(&mut self) {
-        self.readiness.ready(&self.condition);
-        self.metrics.lane_stopped(false);
     }
 }

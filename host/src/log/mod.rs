@@ -29,9 +29,19 @@ pub enum LogError {
     /// The log refused the record or the request, and would refuse it again.
     #[error("the log refused: {0}")]
     Refused(String),
+    /// The record's timestamp is further from now than its topic takes.
+    #[error("the log does not take the record's timestamp: {0}")]
+    InvalidTime(String),
     /// The record is larger than the log takes.
     #[error("the record is too large: {0}")]
     TooLarge(String),
+}
+
+impl LogError {
+    /// Whether it is about the record, and would be the same the next time.
+    pub fn is_refusal(&self) -> bool {
+        !matches!(self, Self::Unavailable(_))
+    }
 }
 
 /// Records that are not in the log, though the lane has not had them yet.

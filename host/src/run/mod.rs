@@ -1,6 +1,7 @@
 //! A running pipeline: assembles log, stores, stages and listeners, and takes them down again.
 
 mod banner;
+mod lanes;
 mod stage;
 mod topics;
 mod wait;
@@ -15,6 +16,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use self::lanes::LanesWatch;
 use self::wait::{GatedSink, LogWatch, Waiting};
 use crate::admin::{self, Readiness};
 use crate::capability::{StoreError, StoreName, Stores, redis, sql};
@@ -152,6 +154,7 @@ struct Host {
     ingress: Option<JoinHandle<()>>,
     ingress_stop: CancellationToken,
     watch: LogWatch,
+    _lanes: LanesWatch,
     stores: Stores,
     /// Keeps the engine's clock going.
     _runtime: Arc<Runtime>,
@@ -170,9 +173,11 @@ impl Host {
         let Some(()) = topics::prepare(pipeline, &admin, waiting, &settings.brokers).await? else {
             return Ok(None);
         };
+        let lanes = LanesWatch::start(admin.clone(), waiting.readiness.clone());
         let watch = LogWatch::start(
             admin,
             settings.brokers.clone(),
+            topics::all(pipeline),
             waiting.readiness.clone(),
             metrics.clone(),
         );
@@ -187,6 +192,7 @@ impl Host {
             ingress: None,
             ingress_stop: CancellationToken::new(),
             watch,
+            _lanes: lanes,
             stores,
             _runtime: runtime.clone(),
         };
@@ -198,7 +204,10 @@ impl Host {
         };
         let mut loaded = Vec::with_capacity(pipeline.stages.len());
         for stage in &pipeline.stages {
-            loaded.push((stage, stage::load(stage, &runtime, &host.stores).await?));
+            loaded.push((
+                stage,
+                stage::load(settings, stage, &runtime, &host.stores).await?,
+            ));
         }
         for (stage, loaded) in loaded {
             let ready = wait::stage(&stage.name);

@@ -6,9 +6,8 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 use sha2::{Digest, Sha256};
 use tokio::task::JoinSet;
-use tracing::info;
+use tracing::{info, warn};
 
-use crate::admin::Readiness;
 use crate::capability::sql::Database;
 use crate::capability::{StoreName, Stores};
 use crate::component::{Runtime, StageComponent};
@@ -16,19 +15,23 @@ use crate::delivery::breaker::Breaker;
 use crate::delivery::dead_letter::DeadLetters;
 use crate::delivery::progress::LaneId;
 use crate::lane::{Equipment, Policy, concurrent, ordered, transactional};
-use crate::log::kafka::ClientSettings;
 use crate::log::kafka::consumer::{GroupConsumer, StopHandle, Subscription};
 use crate::log::kafka::partition::PartitionSource;
 use crate::log::kafka::producer::{Patience, Producer};
+use crate::log::kafka::{ClientSettings, may_read};
 use crate::metrics::Metrics;
 use crate::pipeline::{self, Delivery, Order};
+use crate::readiness::Readiness;
 
 /// How long a lane may take to end when its partition moves to another host.
 const REVOKE_BUDGET: Duration = Duration::from_secs(20);
+/// How often the log is asked whether it allows what it did not.
+const ALLOWED_INTERVAL: Duration = Duration::from_secs(3);
 
 /// A stage whose component is compiled and linked.
 pub(super) struct LoadedStage {
     name: String,
+    settings: ClientSettings,
     subscription: Subscription,
     component: Arc<StageComponent>,
     policy: Arc<Policy>,
@@ -46,6 +49,7 @@ pub(super) struct Shared {
 
 /// Reads and compiles a stage's component.
 pub(super) async fn load(
+    settings: &ClientSettings,
     stage: &pipeline::Stage,
     runtime: &Arc<Runtime>,
     stores: &Stores,
@@ -74,6 +78,7 @@ pub(super) async fn load(
     );
     Ok(LoadedStage {
         name: stage.name.clone(),
+        settings: settings.clone(),
         ledger: ledger(stage, stores)?,
         subscription: Subscription {
             group: stage.group.clone(),
@@ -146,6 +151,8 @@ impl LoadedStage {
         let consumer =
             GroupConsumer::start(&shared.settings, subscription, shared.metrics.clone())?;
         let stop = consumer.stop.clone();
+        let lanes = shared.readiness.lanes();
+        lanes.watch_calls(&self.name, self.component.unanswered());
         tasks.spawn(self.run_lanes(consumer, equipment, ready));
         Ok(stop)
     }
@@ -159,12 +166,22 @@ impl LoadedStage {
     ) -> anyhow::Result<()> {
         let mut lanes = JoinSet::new();
         let mut is_ready = false;
+        // What the log does not allow, until it does.
+        let mut forbidden: Option<String> = None;
         loop {
+            match &forbidden {
+                Some(why) => drop(equipment.readiness.not_ready(&ready, why)),
+                None if is_ready => drop(equipment.readiness.ready(&ready)),
+                None => {}
+            }
             tokio::select! {
-                // All are cancel-safe: what was not taken stays in its channel or set.
-                () = consumer.joined.cancelled(), if !is_ready => {
-                    equipment.readiness.ready(&ready);
-                    is_ready = true;
+                // All are cancel-safe: what was not taken stays in its channel or set, and a question that is not waited for
+                // changes nothing.
+                () = consumer.joined.cancelled(), if !is_ready => is_ready = true,
+                Some(why) = consumer.forbidden.recv(), if forbidden.is_none() => forbidden = Some(why),
+                () = self.until_allowed(&equipment.readiness, &ready), if forbidden.is_some() => {
+                    info!(stage = self.name, "it may read from the log again");
+                    forbidden = None;
                 }
                 Some(source) = consumer.assigned.recv() => {
                     lanes.spawn(self.lane(source, equipment.clone()));
@@ -177,6 +194,22 @@ impl LoadedStage {
                     return ended.with_context(|| format!("stage {}", self.name));
                 }
             }
+        }
+    }
+
+    /// Returns once the log allows to read the stage's topics in its group; says meanwhile what it does not.
+    async fn until_allowed(&self, readiness: &Readiness, ready: &str) {
+        loop {
+            let (settings, subscription) = (self.settings.clone(), self.subscription.clone());
+            let asked = tokio::task::spawn_blocking(move || {
+                may_read(&settings, &subscription.group, &subscription.topics)
+            });
+            match asked.await {
+                Ok(Ok(())) => return,
+                Ok(Err(error)) => drop(readiness.not_ready(ready, error.to_string())),
+                Err(error) => warn!(stage = self.name, "asking the log failed: {error}"),
+            }
+            tokio::time::sleep(ALLOWED_INTERVAL).await;
         }
     }
 
@@ -202,12 +235,12 @@ impl LoadedStage {
                         lane.run().await;
                     }
                     None if equipment.policy.order != Order::Partition => {
-                        let lane = concurrent::Lane::new(source, equipment, seed);
-                        lane.run(&id.topic, id.partition).await;
+                        let lane = concurrent::Lane::new(source, equipment, id, seed);
+                        lane.run().await;
                     }
                     None => {
-                        let lane = ordered::Lane::new(source, equipment, seed);
-                        lane.run(&id.topic, id.partition).await;
+                        let lane = ordered::Lane::new(source, equipment, id, seed);
+                        lane.run().await;
                     }
                 }
             };

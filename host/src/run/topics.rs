@@ -1,6 +1,6 @@
 //! The topics that a pipeline needs: those it declares, and those of its dead letters.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::bail;
 use tracing::{info, warn};
@@ -40,6 +40,14 @@ pub(super) async fn prepare(
         bail!(missing.join("\n"));
     }
     Ok(Some(()))
+}
+
+/// All that the pipeline's stages and routes use.
+pub(super) fn all(pipeline: &Pipeline) -> BTreeSet<String> {
+    let letters = pipeline.stages.iter().flat_map(dead_letters);
+    let of_stages = used(pipeline).map(|(_, topic)| topic.clone());
+    let declared = pipeline.topics.keys().cloned();
+    declared.chain(of_stages).chain(letters).collect()
 }
 
 fn wanted(pipeline: &Pipeline) -> BTreeMap<String, Topic> {

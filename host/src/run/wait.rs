@@ -1,5 +1,6 @@
 //! Waiting for what is away, and knowing whether the log is there.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 use std::future::Future;
 use std::sync::Arc;
@@ -114,6 +115,7 @@ impl LogWatch {
     pub(super) fn start(
         admin: Admin,
         brokers: String,
+        topics: BTreeSet<String>,
         readiness: Arc<Readiness>,
         metrics: Arc<Metrics>,
     ) -> Self {
@@ -121,6 +123,7 @@ impl LogWatch {
         metrics.set_log_available(true);
         let says = Says {
             brokers,
+            topics,
             readiness,
             metrics,
             there: there.clone(),
@@ -143,6 +146,8 @@ impl Drop for LogWatch {
 /// Where it is said whether the log is there.
 struct Says {
     brokers: String,
+    /// Those of the pipeline.
+    topics: BTreeSet<String>,
     readiness: Arc<Readiness>,
     metrics: Arc<Metrics>,
     there: Arc<AtomicBool>,
@@ -153,6 +158,25 @@ impl Says {
         self.there.store(true, Ordering::Relaxed);
         self.metrics.set_log_available(true);
         self.readiness.ready(LOG);
+    }
+
+    /// The log answers, and says this of the pipeline's topics.
+    fn topics(&self, troubles: &BTreeMap<String, String>) {
+        for topic in &self.topics {
+            let condition = format!("topic {topic}");
+            match troubles.get(topic) {
+                Some(why) => {
+                    if self.readiness.not_ready(&condition, why) {
+                        warn!(topic, "lanes wait for it: {why}");
+                    }
+                }
+                None => {
+                    if self.readiness.ready(&condition) {
+                        info!(topic, "it is there again");
+                    }
+                }
+            }
+        }
     }
 
     fn away(&self, why: String) {
@@ -168,7 +192,11 @@ async fn watch(admin: Admin, says: Says) {
     let mut said = Instant::now();
     loop {
         tokio::time::sleep(WATCH_INTERVAL).await;
-        match (admin.partitions().await, away_since) {
+        let troubles = admin.troubles(&says.topics).await;
+        if let Ok(troubles) = &troubles {
+            says.topics(troubles);
+        }
+        match (troubles, away_since) {
             (Ok(_), None) => {}
             (Ok(_), Some(since)) => {
                 info!("the log at {brokers} is back after {:.0?}", since.elapsed());

@@ -13,6 +13,7 @@ use crate::report::{Report, Tally};
 use crate::say;
 use crate::schedule::{Kind, Round, schedule};
 use crate::servers::{End, Server};
+use crate::sick::{self, SAID_WITHIN, Sickness};
 
 /// What a frozen host sleeps at least; its groups wait for it for 6 s.
 const FROZEN: Duration = Duration::from_secs(8);
@@ -23,6 +24,8 @@ const UNDER_WAY: Duration = Duration::from_millis(700);
 const FAR_BEHIND: i64 = 4_000;
 /// How long the hosts may be at a standstill while nothing is broken.
 const STALLED: Duration = Duration::from_secs(120);
+/// How soon the hosts say that they are ready, once all is worked off.
+const READY_WITHIN: Duration = Duration::from_secs(30);
 const ASK_INTERVAL: Duration = Duration::from_millis(500);
 const SAY_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -57,6 +60,7 @@ pub(crate) fn run(seed: u64, cycles: usize, logs: &Path) -> Report {
     run.bench.hosts.thaw_all();
     run.catch_up(0);
     run.bench.hosts.replace_dead(&mut run.found);
+    run.all_ready();
     run.bench.hosts.stop_all(&mut run.found);
     let (cached_keys, repeated) = run.judge(messages);
     Report {
@@ -145,6 +149,11 @@ impl Run {
             Kind::CutKafka => cut(&bench.to_kafka, round, tally),
             Kind::CutPostgres => cut(&bench.to_postgres, round, tally),
             Kind::CutRedis => cut(&bench.to_redis, round, tally),
+            Kind::SickKafka
+            | Kind::SickPostgres
+            | Kind::RefusePostgres
+            | Kind::SickRedis
+            | Kind::RefuseRedis => sick(bench, round, tally, found),
         }
         tally.round(round.kind);
         bench.hosts.thaw();
@@ -188,6 +197,27 @@ impl Run {
                 say!("{:>6.0?} behind {}", self.begun.elapsed(), self.behind());
             }
             std::thread::sleep(ASK_INTERVAL);
+        }
+    }
+
+    /// Nothing is broken any more: no host may say that something is.
+    fn all_ready(&mut self) {
+        let deadline = Instant::now() + READY_WITHIN;
+        for admin in self.bench.hosts.admins() {
+            loop {
+                let answer = sick::readiness(&admin);
+                if answer.as_ref().is_some_and(|(status, _)| *status == 200) {
+                    break;
+                }
+                if Instant::now() >= deadline {
+                    let found = &mut self.found;
+                    found.add(Anomaly::Unsaid, || {
+                        format!("all is well, and a host says {answer:?}")
+                    });
+                    break;
+                }
+                std::thread::sleep(ASK_INTERVAL);
+            }
         }
     }
 
@@ -259,6 +289,22 @@ fn cut(way: &Proxy, round: &Round, tally: &mut Tally) {
     tally.add(deed);
     std::thread::sleep(round.hold);
     way.set(Link::Open);
+}
+
+/// A server is sick until a host has said so, and for a while longer.
+fn sick(bench: &Bench, round: &Round, tally: &mut Tally, found: &mut Anomalies) {
+    let (runtime, addresses) = (bench.runtime.handle(), &bench.addresses);
+    let sickness = Sickness::begin(round.kind, round.rough, runtime, addresses);
+    tally.add(sickness.deed());
+    let said = sick::until_said(|| bench.hosts.admins(), sickness.words(), SAID_WITHIN);
+    if let Err(last) = said {
+        let (deed, words) = (sickness.deed(), sickness.words());
+        found.add(Anomaly::Unsaid, || {
+            format!("{deed}: no host says {words:?}, but {last}")
+        });
+    }
+    std::thread::sleep(round.hold);
+    sickness.heal();
 }
 
 /// Takes all that Redis has, and answers when.

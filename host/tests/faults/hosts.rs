@@ -39,6 +39,17 @@ impl Hosts {
         self.running.len()
     }
 
+    /// Where those that work tell of themselves, as far as they have said so.
+    pub(crate) fn admins(&self) -> Vec<String> {
+        let working = self
+            .running
+            .iter()
+            .filter(|host| host.frozen_until.is_none());
+        working
+            .filter_map(|host| host.process.said_after("admin listens on http://"))
+            .collect()
+    }
+
     /// Starts one; does not wait for it.
     pub(crate) fn add(&mut self) {
         let is_free = |place: &usize| self.running.iter().all(|host| host.place != *place);

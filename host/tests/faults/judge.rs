@@ -76,10 +76,12 @@ pub(crate) enum Anomaly {
     HostDied,
     /// The hosts did not get on, though nothing was broken any more.
     Stalled,
+    /// A server was sick, and no host said so on `/readyz`; or one said that it is not ready, though nothing was broken any more.
+    Unsaid,
 }
 
 impl Anomaly {
-    pub(crate) const ALL: [Self; 12] = [
+    pub(crate) const ALL: [Self; 13] = [
         Self::LostWrite,
         Self::Duplicate,
         Self::Nonmonotonic,
@@ -92,6 +94,7 @@ impl Anomaly {
         Self::UncleanStop,
         Self::HostDied,
         Self::Stalled,
+        Self::Unsaid,
     ];
 
     /// How it is called in the report.
@@ -109,6 +112,7 @@ impl Anomaly {
             Self::UncleanStop => "unclean-stop",
             Self::HostDied => "host-died",
             Self::Stalled => "stalled",
+            Self::Unsaid => "unsaid",
         }
     }
 }

@@ -19,6 +19,7 @@ mod reader;
 mod report;
 mod schedule;
 mod servers;
+mod sick;
 
 use std::fmt::Debug;
 use std::path::Path;

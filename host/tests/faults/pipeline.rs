@@ -56,7 +56,13 @@ pub(crate) const TABLES: &str = "
     );
     CREATE TABLE taken (id int PRIMARY KEY);
     INSERT INTO taken VALUES (1);
+    CREATE ROLE stagehost LOGIN;
+    GRANT ALL ON SCHEMA public TO stagehost;
+    GRANT ALL ON ALL TABLES IN SCHEMA public TO stagehost;
+    GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO stagehost;
 ";
+/// Who the hosts are there.
+pub(crate) const ROLE: &str = "stagehost";
 
 /// The ports of the proxies that the hosts use.
 pub(crate) struct Ways {
@@ -100,7 +106,7 @@ config = {{ "message.timestamp.type" = "LogAppendTime" }}
 [topics."{OUT}"]
 partitions = 8
 [sql.effects]
-url = "postgres://postgres@127.0.0.1:{postgres}/postgres"
+url = "postgres://{ROLE}@127.0.0.1:{postgres}/postgres"
 max-connections = 20
 [redis.cache]
 url = "redis://127.0.0.1:{redis}"

@@ -50,6 +50,15 @@ impl Process {
         &self.name
     }
 
+    /// The word that stands behind these in its log, the first time.
+    pub(crate) fn said_after(&self, words: &str) -> Option<String> {
+        let log = std::fs::read(&self.log).unwrap_or_default();
+        let log = String::from_utf8_lossy(&log);
+        let (_, rest) = log.split_once(words)?;
+        let (word, _) = rest.split_once(char::is_whitespace)?;
+        Some(word.to_owned())
+    }
+
     /// The end of its log.
     pub(crate) fn last_words(&self) -> String {
         let log = std::fs::read(&self.log).unwrap_or_default();

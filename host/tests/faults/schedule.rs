@@ -29,10 +29,20 @@ pub(crate) enum Kind {
     CutPostgres,
     /// The same for Redis.
     CutRedis,
+    /// Kafka has too few in-sync replicas for what the stages send.
+    SickKafka,
+    /// PostgreSQL is read-only, or somebody locks the lanes' rows.
+    SickPostgres,
+    /// PostgreSQL lets the hosts' role in no more.
+    RefusePostgres,
+    /// Redis is full, or answers nothing.
+    SickRedis,
+    /// Redis asks for a password that the hosts do not have.
+    RefuseRedis,
 }
 
 impl Kind {
-    pub(crate) const ALL: [Self; 10] = [
+    pub(crate) const ALL: [Self; 15] = [
         Self::KillHost,
         Self::FreezeHost,
         Self::StopHost,
@@ -43,6 +53,11 @@ impl Kind {
         Self::CutKafka,
         Self::CutPostgres,
         Self::CutRedis,
+        Self::SickKafka,
+        Self::SickPostgres,
+        Self::RefusePostgres,
+        Self::SickRedis,
+        Self::RefuseRedis,
     ];
 
     /// How it is called in the report.
@@ -58,6 +73,11 @@ impl Kind {
             Self::CutKafka => "cut-kafka",
             Self::CutPostgres => "cut-postgres",
             Self::CutRedis => "cut-redis",
+            Self::SickKafka => "sick-kafka",
+            Self::SickPostgres => "sick-postgres",
+            Self::RefusePostgres => "refuse-postgres",
+            Self::SickRedis => "sick-redis",
+            Self::RefuseRedis => "refuse-redis",
         }
     }
 }

@@ -8,7 +8,7 @@ use crate::bench::Bench;
 use crate::support::{get, server, unique, until};
 
 /// A database of its own, for what is done to the table in it is done to all lanes.
-async fn database() -> String {
+pub(crate) async fn database() -> String {
     let (url, name) = (server("DATABASE_URL"), unique("db").replace('-', "_"));
     execute(&url, format!("CREATE DATABASE {name}"), None).await;
     let (server, _) = url.rsplit_once('/').expect("a database's name");
@@ -24,6 +24,16 @@ async fn execute(url: &str, statement: String, bytes: Option<Vec<u8>>) -> u64 {
     }
     let done = query.execute(&mut connection).await;
     done.expect("the statement is run").rows_affected()
+}
+
+/// Locks all rows until it is dropped.
+pub(crate) async fn lock_rows(url: &str) -> PgConnection {
+    let mut connection = PgConnection::connect(url).await.expect("PostgreSQL");
+    for statement in ["BEGIN", "SELECT epoch FROM stagehost_progress FOR UPDATE"] {
+        let locked = sqlx::query(statement).execute(&mut connection).await;
+        locked.expect("the statement is run");
+    }
+    connection
 }
 
 fn not_ready(bench: &Bench, words: &str) -> String {

@@ -7,6 +7,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rdkafka::ClientConfig;
+use rdkafka::admin::{AdminClient, AdminOptions, AlterConfig, ResourceSpecifier};
+use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::{Headers, Message, OwnedHeaders};
 use rdkafka::producer::{FutureProducer, FutureRecord};
@@ -267,6 +269,24 @@ pub(crate) fn get(address: &str, path: &str) -> (u16, String) {
     (status, body)
 }
 
+/// Changes what Kafka's authorizer allows, as Kafka's own tool does.
+pub(crate) fn acl(arguments: &[&str]) {
+    let jars = server("KAFKA_JARS");
+    let done = std::process::Command::new("java")
+        .args(["-XX:TieredStopAtLevel=1", "-cp", &format!("{jars}/*")])
+        .args([
+            "org.apache.kafka.tools.AclCommand",
+            "--bootstrap-server",
+            &server("KAFKA_BROKERS"),
+        ])
+        .args(arguments)
+        .output()
+        .expect("java");
+    let said =
+        String::from_utf8_lossy(&done.stdout).into_owned() + &String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.success(), "{said}");
+}
+
 /// A record as a test sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Seen {
@@ -346,6 +366,32 @@ impl Log {
         let sent = self.enqueue(record).await;
         let delivery = sent.await.expect("an answer");
         delivery.expect("the record is acknowledged");
+    }
+
+    /// Appends one record with its time.
+    pub(crate) async fn produce_at(&self, topic: &str, value: &str, timestamp: i64) {
+        let record = FutureRecord::<str, str>::to(topic).payload(value);
+        let sent = self.enqueue(record.timestamp(timestamp)).await;
+        let delivery = sent.await.expect("an answer");
+        delivery.expect("the record is acknowledged");
+    }
+
+    /// Changes one of a topic's settings.
+    pub(crate) async fn alter(&self, topic: &str, key: &str, value: &str) {
+        let change = AlterConfig::new(ResourceSpecifier::Topic(topic)).set(key, value);
+        let altered = self
+            .admin()
+            .alter_configs([&change], &AdminOptions::new())
+            .await;
+        let altered = altered.expect("an answer");
+        assert!(altered.iter().all(Result::is_ok), "{altered:?}");
+    }
+
+    fn admin(&self) -> AdminClient<DefaultClientContext> {
+        ClientConfig::new()
+            .set("bootstrap.servers", &self.brokers)
+            .create()
+            .expect("a client")
     }
 
     async fn enqueue(

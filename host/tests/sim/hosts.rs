@@ -206,12 +206,12 @@ impl Host {
                     Box::pin(lane.run()).await;
                 }
                 None if equipment.policy.order != Order::Partition => {
-                    let lane = concurrent::Lane::new(source, equipment, seed);
-                    Box::pin(lane.run(&id.topic, id.partition)).await;
+                    let lane = concurrent::Lane::new(source, equipment, id, seed);
+                    Box::pin(lane.run()).await;
                 }
                 None => {
-                    let lane = ordered::Lane::new(source, equipment, seed);
-                    Box::pin(lane.run(&id.topic, id.partition)).await;
+                    let lane = ordered::Lane::new(source, equipment, id, seed);
+                    Box::pin(lane.run()).await;
                 }
             }
         };

@@ -477,7 +477,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_first_denial_is_remembered_once() {
-        let mut ctx = RedisCtx::new(Arc::new(RedisGrants::new(BTreeMap::new())), Arc::default());
+        let mut ctx = RedisCtx::new(Arc::new(RedisGrants::new(BTreeMap::new())), pending());
         assert!(ctx.open("cache").is_err());
         assert!(ctx.open("other").is_err());
         let denied = ctx.take_denied().expect("a denial");
@@ -491,7 +491,7 @@ mod tests {
         let granted = granted().await;
         let stores = [("cache".to_owned(), (granted.store.clone(), granted.grant))];
         let grants = Arc::new(RedisGrants::new(BTreeMap::from(stores)));
-        let mut ctx = RedisCtx::new(grants.clone(), Arc::default());
+        let mut ctx = RedisCtx::new(grants.clone(), pending());
         let mut table = ResourceTable::new();
         let mut view = RedisView {
             ctx: &mut ctx,
@@ -517,5 +517,10 @@ mod tests {
             matches!(unknown, Err(StoreError::Refused(_))),
             "{unknown:?}"
         );
+    }
+
+    fn pending() -> Arc<Pending> {
+        let log = crate::capability::logging::LogCtx::new("stage".into());
+        Arc::new(Pending::new(log))
     }
 }

@@ -266,7 +266,7 @@ mod tests {
             made.expect("a table");
             let grants = BTreeMap::from([("posts".to_owned(), database.clone())]);
             Self {
-                ctx: SqlCtx::new(Arc::new(SqlGrants::new(grants)), Arc::default()),
+                ctx: SqlCtx::new(Arc::new(SqlGrants::new(grants)), pending()),
                 table: ResourceTable::new(),
                 database,
                 _folder: folder,
@@ -357,5 +357,10 @@ mod tests {
             matches!(unknown, Err(StoreError::Refused(_))),
             "{unknown:?}"
         );
+    }
+
+    fn pending() -> Arc<Pending> {
+        let log = crate::capability::logging::LogCtx::new("stage".into());
+        Arc::new(Pending::new(log))
     }
 }

@@ -24,6 +24,7 @@ use self::window::Window;
 use super::held::{Held, Sent};
 use super::message::{End, Leave};
 use super::{Common, Equipment, LOG_PATIENCE, MAX_AHEAD, MAX_AHEAD_BYTES, MAX_HELD_BYTES, Stopped};
+use crate::delivery::progress::LaneId;
 use crate::delivery::seen::Seen;
 use crate::delivery::{Fault, Handler};
 use crate::log::{BatchLimits, Gap, Sink, Source};
@@ -45,16 +46,16 @@ enum Closing {
 
 impl<S: Source, K: Sink, H: Handler<()>> Lane<S, K, H> {
     /// A lane that has not begun. Its waits are jittered by `seed`.
-    pub fn new(source: S, equipment: Equipment<K, H>, seed: u64) -> Self {
-        let common = Common::new(equipment, &source, seed);
+    pub fn new(source: S, equipment: Equipment<K, H>, id: LaneId, seed: u64) -> Self {
+        let common = Common::new(equipment, &source, id, seed);
         Self { source, common }
     }
 
     /// Delivers until the partition is to be given up. Dropping the future abandons the messages at
     /// hand: none that was not settled counts as done.
-    pub async fn run(mut self, topic: &str, partition: i32) {
+    pub async fn run(mut self) {
         if let Err(Leave::Halted(halt)) = self.deliver().await {
-            self.common.halted(topic, partition, halt).await;
+            self.common.halted(halt).await;
         }
     }
 
@@ -260,9 +261,9 @@ impl<'a, K: Sink, H: Handler<()>> Work<'a, K, H> {
         self.aloft = outputs.bytes();
         let flight = async move {
             if let Some(wait) = wait {
-                common.wait(wait).await?;
+                outputs.wait(common, wait).await?;
             }
-            Ok((messages, outputs.send(&*common.equipment.sink).await))
+            Ok((messages, outputs.send(common).await))
         };
         self.flight = Some(flight.boxed());
     }

@@ -43,9 +43,9 @@ impl<'a> Flight<'a> {
         let wait = (failed > 0).then(|| common.backoff(&LOG_PATIENCE, failed));
         let landing = async move {
             if let Some(wait) = wait {
-                common.wait(wait).await?;
+                held.wait(common, wait).await?;
             }
-            Ok(held.send(&*common.equipment.sink).await)
+            Ok(held.send(common).await)
         };
         Self {
             landing: maybe_done(landing.boxed()),

@@ -19,6 +19,7 @@ use self::flight::{Flight, Origin, landing};
 use super::held::Held;
 use super::message::{End, Leave};
 use super::{Common, Equipment, MAX_AHEAD, MAX_AHEAD_BYTES, MAX_HELD_BYTES, Stopped, alongside};
+use crate::delivery::progress::LaneId;
 use crate::delivery::seen::Seen;
 use crate::delivery::{Delivery, Fault, Handler, Invocation};
 use crate::log::{Gap, Sink, Source};
@@ -36,16 +37,16 @@ pub struct Lane<S, K, H> {
 
 impl<S: Source, K: Sink, H: Handler<()>> Lane<S, K, H> {
     /// A lane that has not begun. Its waits are jittered by `seed`.
-    pub fn new(source: S, equipment: Equipment<K, H>, seed: u64) -> Self {
-        let common = Common::new(equipment, &source, seed);
+    pub fn new(source: S, equipment: Equipment<K, H>, id: LaneId, seed: u64) -> Self {
+        let common = Common::new(equipment, &source, id, seed);
         Self { source, common }
     }
 
     /// Delivers until the partition is to be given up. Dropping the future abandons the batches at
     /// hand: nothing of them that was not settled counts as done.
-    pub async fn run(mut self, topic: &str, partition: i32) {
+    pub async fn run(mut self) {
         if let Err(Leave::Halted(halt)) = self.deliver().await {
-            self.common.halted(topic, partition, halt).await;
+            self.common.halted(halt).await;
         }
     }
 

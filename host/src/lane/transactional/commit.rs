@@ -2,6 +2,7 @@
 
 use std::mem;
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::timeout;
@@ -15,6 +16,7 @@ use crate::delivery::progress::{Checkpoint, Commit, CommitError, Ledger, Transac
 use crate::delivery::{Cause, Fault, Handler};
 use crate::lane::{Halt, LOG_PATIENCE};
 use crate::log::{Addressed, Source};
+use crate::readiness::Wait;
 use crate::record::Outgoing;
 
 /// A message that the connection breaks at so often in a row may be what brings the database down.
@@ -112,7 +114,7 @@ where
             checkpoint: &checkpoint,
         };
         let mut lost = String::new();
-        let committed = match transaction.commit(commit).await {
+        let committed = match self.answer(transaction.commit(commit)).await {
             Ok(()) => true,
             Err(CommitError::Fenced) => return Err(Ending::Fenced),
             Err(CommitError::Unanswered(why)) => {
@@ -150,7 +152,7 @@ where
             commits: tenure.commits + 1,
             checkpoint: &checkpoint,
         };
-        let cleared = match self.ledger.save(commit).await {
+        let cleared = match self.answer(self.ledger.save(commit)).await {
             Ok(()) => true,
             Err(CommitError::Fenced) => return Err(Ending::Fenced),
             Err(CommitError::Unanswered(why)) => self.find_out(tenure, why).await?,
@@ -175,6 +177,14 @@ where
         why: &str,
     ) -> Result<(), Ending> {
         error!("cannot produce, trying again: {why}");
+        let wait = Wait::Log {
+            topic: Arc::default(),
+            why: Some(why.to_owned()),
+        };
+        match &self.unaddressed {
+            Some(waiting) => waiting.is_for(wait),
+            None => self.unaddressed = Some(self.common.status.begin(wait)),
+        }
         transaction.rollback().await;
         batch.rewind();
         let wait = self.common.backoff(&LOG_PATIENCE, 3);
@@ -229,7 +239,10 @@ where
             "a commit was not answered, looking whether it happened: {why}"
         );
         loop {
-            match self.ledger.reclaim(&self.id, tenure.epoch).await {
+            match self
+                .answer(self.ledger.reclaim(&self.id, tenure.epoch))
+                .await
+            {
                 Ok(Some(claim)) => {
                     tenure.epoch = claim.epoch;
                     return Ok(claim.commits > tenure.commits);
@@ -313,7 +326,10 @@ where
     /// and the batch.
     async fn pause(&mut self, tenure: &mut Tenure, wait: Duration) -> Result<(), Ending> {
         // To be stopped here is no reason to leave outputs behind: the loops end by themselves.
-        let _ = tenure.outbox.alongside(self.common.wait(wait)).await;
+        let _ = tenure
+            .outbox
+            .alongside(self.common.wait_to_retry(wait))
+            .await;
         if let Some(done) = tenure.outbox.take_done() {
             self.source.done(done);
         }

@@ -21,7 +21,7 @@ use self::batch::Batch;
 pub(super) use self::outbox::warn_of;
 use self::outbox::{Delivery, Outbox};
 use self::turn::{Plan, Ran};
-use super::{Common, Equipment, Halt, LOG_PATIENCE, Standstill, Stopped};
+use super::{Common, Equipment, Halt, LOG_PATIENCE, Stopped};
 use crate::capability::{StoreError, StoreName};
 use crate::delivery::Handler;
 use crate::delivery::output;
@@ -29,6 +29,7 @@ use crate::delivery::progress::{Checkpoint, Claim, LaneId, Ledger, Transaction};
 use crate::delivery::seen::Seen;
 use crate::log::{Addressed, Gap, Source};
 use crate::pipeline::Retry;
+use crate::readiness::{Wait, Waiting};
 use crate::record::{Outgoing, Record};
 
 /// How a lane that another host has taken over waits for its group to say so too.
@@ -53,7 +54,10 @@ pub struct Lane<S, K, H, L> {
     id: LaneId,
     /// How often in a row it could not keep its row.
     troubles: u32,
-    standstill: Option<Standstill>,
+    /// What is said of that.
+    waiting: Option<Waiting>,
+    /// Outputs can't be given their partitions, since the log does not tell.
+    unaddressed: Option<Waiting>,
 }
 
 /// What the lane holds between a claim and the next.
@@ -120,7 +124,7 @@ where
         id: LaneId,
         seed: u64,
     ) -> Self {
-        let common = Common::new(equipment, &source, seed);
+        let common = Common::new(equipment, &source, id.clone(), seed);
         Self {
             source,
             common,
@@ -128,7 +132,8 @@ where
             store,
             id,
             troubles: 0,
-            standstill: None,
+            waiting: None,
+            unaddressed: None,
         }
     }
 
@@ -146,11 +151,8 @@ where
                     }
                 }
                 Ending::Halted(halt) => {
-                    self.standstill = None;
-                    let LaneId {
-                        topic, partition, ..
-                    } = &self.id;
-                    return self.common.halted(topic, *partition, halt).await;
+                    self.waiting = None;
+                    return self.common.halted(halt).await;
                 }
             }
         }
@@ -173,21 +175,17 @@ where
         if times >= TROUBLE {
             let row =
                 format!("its row in stagehost_progress can't be kept, {times} times in a row");
-            // One after the other: both are about the same condition.
-            self.standstill = None;
-            self.standstill = Some(self.common.standstill(
-                topic,
-                *partition,
-                &format!("{row}: {why}"),
-            ));
+            let wait = Wait::Row(format!("{row}: {why}"));
+            self.waiting = Some(self.common.status.begin(wait));
         }
         self.common.wait(wait).await
     }
 
     /// The lane has committed, or has nothing to commit.
     fn row_kept(&mut self) {
+        self.unaddressed = None;
         if mem::take(&mut self.troubles) >= TROUBLE {
-            self.standstill = None;
+            self.waiting = None;
             info!(
                 stage = self.common.stage(),
                 topic = &*self.id.topic,
@@ -237,11 +235,17 @@ where
 
     async fn claim(&mut self) -> Result<Claim, Ending> {
         loop {
-            match self.ledger.claim(&self.id).await {
+            match self.answer(self.ledger.claim(&self.id)).await {
                 Ok(claim) => return Ok(claim),
                 Err(error) => self.await_database(error).await?,
             }
         }
+    }
+
+    /// What the database answers, for which the lane waits.
+    async fn answer<T>(&self, asked: impl Future<Output = T>) -> T {
+        let wait = Wait::Answer(self.store.clone());
+        self.common.status.during(wait, asked).await
     }
 
     /// After an error of the database that is no message's fault.
@@ -328,6 +332,7 @@ where
             sink: sink.clone(),
             policy: policy.clone(),
             metrics: metrics.clone(),
+            status: self.common.status.clone(),
             seed: self.common.seed(),
         }
     }

@@ -15,9 +15,11 @@ use crate::delivery::dead_letter;
 use crate::delivery::retry::backoff;
 use crate::delivery::seen;
 use crate::delivery::{Cause, Fault};
+use crate::lane::held::mend;
 use crate::lane::{LOG_PATIENCE, Policy, alongside};
 use crate::log::{Addressed, LogError, Unsent};
 use crate::metrics::StageMetrics;
+use crate::readiness::{LaneStatus, Wait};
 use crate::record::Outgoing;
 
 /// The outputs of one commit, at most, on their way.
@@ -74,6 +76,7 @@ pub(super) struct Delivery<K> {
     pub(super) sink: Arc<K>,
     pub(super) policy: Arc<Policy>,
     pub(super) metrics: StageMetrics,
+    pub(super) status: LaneStatus,
     pub(super) seed: u64,
 }
 
@@ -92,12 +95,19 @@ impl<K: Addressed> Delivery<K> {
     async fn produce(&self, mut outputs: Vec<Outgoing>, rng: &mut StdRng) -> Vec<Outgoing> {
         let mut letters = BTreeMap::new();
         let mut numbers: Vec<usize> = (0..outputs.len()).collect();
+        let Some(first) = outputs.first() else {
+            return Vec::new();
+        };
+        let waiting = self.status.begin(waits_for(first, None));
         let mut attempt = 1;
         while !outputs.is_empty()
             && let Err(mut unsent) = self.sink.produce(&outputs).await
         {
             unsent.sort_by_key(|u| u.index);
             warn_of(&unsent);
+            if let Some(Unsent { index, error }) = unsent.first() {
+                waiting.is_for(waits_for(&outputs[*index], Some(error)));
+            }
             let sent = mem::take(&mut outputs)
                 .into_iter()
                 .zip(mem::take(&mut numbers));
@@ -132,15 +142,12 @@ impl<K: Addressed> Delivery<K> {
                 debug!(topic, "cannot produce, trying again: {error}");
                 Again::Same(output)
             }
-            LogError::Refused(_) | LogError::TooLarge(_) if dead_letter::is_one(&output) => {
-                error!(topic, "cannot produce a dead letter, trying again: {error}");
-                if matches!(error, LogError::TooLarge(_)) {
-                    dead_letter::shorten(&mut output);
-                }
+            error if dead_letter::is_one(&output) => {
+                mend(&mut output, error, &self.metrics);
                 Again::Same(output)
             }
-            LogError::Refused(why) | LogError::TooLarge(why) => {
-                let why = format!("the log refused a record for {topic}: {why}");
+            error => {
+                let why = format!("the log refused a record for {topic}: {error}");
                 error!(topic, "{why}; it goes to the dead letters");
                 self.metrics.dead_letter(Cause::Reject.label());
                 let fault = Fault::new(Cause::Reject, why);
@@ -163,6 +170,13 @@ impl<K: Addressed> Delivery<K> {
         };
         letter.partition = self.sink.partition_of(&place).await.ok();
         letter
+    }
+}
+
+fn waits_for(output: &Outgoing, error: Option<&LogError>) -> Wait {
+    Wait::Log {
+        topic: output.topic.clone(),
+        why: error.map(LogError::to_string),
     }
 }
 

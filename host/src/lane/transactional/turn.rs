@@ -148,7 +148,7 @@ where
         attempts: u32,
     ) -> Result<(L::Transaction, Ran), Ending> {
         let transaction = loop {
-            match self.ledger.begin(plan.mode).await {
+            match self.answer(self.ledger.begin(plan.mode)).await {
                 Ok(transaction) => break transaction,
                 Err(error) => self.await_database(error).await?,
             }

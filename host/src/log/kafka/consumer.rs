@@ -26,7 +26,7 @@ use super::membership::{Context, State, list_of};
 use super::message::owned;
 use super::partition::{Bell, Partition, PartitionSource, Position, Pushed};
 use super::start::{self, Passed};
-use super::{ClientSettings, Kind};
+use super::{ClientSettings, Kind, forbidden};
 use crate::metrics::Metrics;
 use crate::record::Record;
 
@@ -71,6 +71,9 @@ pub struct GroupConsumer {
     pub joined: CancellationToken,
     /// Each partition that it is assigned, as a source; dropping the source says that its lane has ended.
     pub assigned: mpsc::UnboundedReceiver<PartitionSource>,
+    /// What it is not allowed to do, in words, as far as the log has said so. It never says that it is allowed again:
+    /// [`super::may_read`] tells.
+    pub forbidden: mpsc::Receiver<String>,
     /// Resolves when the member has left the group; an error says why it did so by itself.
     pub ended: oneshot::Receiver<Result<(), LogError>>,
 }
@@ -167,6 +170,8 @@ impl GroupConsumer {
         consumer.subscribe(&topics).map_err(refuse)?;
         let stop = StopHandle::default();
         let (end, ended) = oneshot::channel();
+        // Whoever reads it needs one.
+        let (forbid, forbidden) = mpsc::channel(1);
         let thread = Poller {
             consumer: Arc::new(consumer),
             stop: stop.clone(),
@@ -176,6 +181,7 @@ impl GroupConsumer {
             starting: false,
             start_after: Instant::now(),
             reported: HashMap::new(),
+            forbid,
         };
         std::thread::Builder::new()
             .name("consumer".into())
@@ -188,6 +194,7 @@ impl GroupConsumer {
             stop,
             joined,
             assigned: sources,
+            forbidden,
             ended,
         })
     }
@@ -206,6 +213,8 @@ struct Poller {
     /// Not to be tried again before.
     start_after: Instant,
     reported: HashMap<String, Instant>,
+    /// Where it is told what is not allowed.
+    forbid: mpsc::Sender<String>,
 }
 
 /// Where librdkafka puts what it has fetched of a partition.
@@ -412,7 +421,14 @@ impl Poller {
 
     /// librdkafka repeats an error while it lasts.
     fn report(&mut self, error: &KafkaError) {
-        let text = error.to_string();
+        let text = match error.rdkafka_error_code().and_then(forbidden) {
+            Some(lacks) => {
+                let text = format!("{lacks}: {error}");
+                let _ = self.forbid.try_send(text.clone());
+                text
+            }
+            None => error.to_string(),
+        };
         let now = Instant::now();
         let known = self.reported.get(&text);
         if known.is_some_and(|at| now.duration_since(*at) < REPORT_INTERVAL) {

@@ -1,5 +1,6 @@
 //! The one real client: Kafka, or what speaks its protocol, through rdkafka.
 
+mod access;
 pub mod consumer;
 mod membership;
 mod message;
@@ -12,10 +13,13 @@ mod start;
 pub mod tail;
 pub mod topics;
 
+pub(crate) use self::access::may_read;
+
 use std::collections::BTreeMap;
 
 use rdkafka::ClientContext;
 use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
+use rdkafka::consumer::ConsumerContext;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use tracing::{debug, error, info, warn};
 
@@ -161,6 +165,8 @@ fn log_line(level: RDKafkaLogLevel, facility: &str, message: &str) {
 /// A client without callbacks of its own.
 struct QuietContext;
 
+impl ConsumerContext for QuietContext {}
+
 impl ClientContext for QuietContext {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
         log_line(level, facility, message);
@@ -168,6 +174,25 @@ impl ClientContext for QuietContext {
 
     fn error(&self, error: KafkaError, reason: &str) {
         debug!(target: "librdkafka", "{error}: {reason}");
+    }
+}
+
+/// What the host's user lacks, where Kafka's authorizer refused it. That is for an operator to mend, and no record's fault:
+/// whoever meets it waits.
+fn forbidden(code: RDKafkaErrorCode) -> Option<&'static str> {
+    use RDKafkaErrorCode as Code;
+    match code {
+        Code::TopicAuthorizationFailed => Some(
+            "the host's Kafka user lacks a permission on the topic: grant it READ on inputs, WRITE on outputs and \
+             dead letters, and DESCRIBE on all",
+        ),
+        Code::GroupAuthorizationFailed => {
+            Some("the host's Kafka user lacks READ on the consumer group: grant it")
+        }
+        Code::ClusterAuthorizationFailed => Some(
+            "the host's Kafka user lacks IDEMPOTENT_WRITE on the cluster: grant it, or WRITE on any topic",
+        ),
+        _ => None,
     }
 }
 
@@ -180,18 +205,22 @@ fn log_error(error: &KafkaError) -> LogError {
             Code::InvalidMessage
                 | Code::InvalidMessageSize
                 | Code::InvalidRecord
-                | Code::InvalidTimestamp
                 | Code::InvalidTopic
                 | Code::PolicyViolation
-                | Code::TopicAuthorizationFailed
                 | Code::UnknownPartition
                 | Code::UnknownTopic
                 | Code::UnknownTopicOrPartition
                 | Code::UnsupportedForMessageFormat
         )
     );
-    if error.rdkafka_error_code() == Some(Code::MessageSizeTooLarge) {
+    let code = error.rdkafka_error_code();
+    if let Some(lacks) = code.and_then(forbidden) {
+        return LogError::Unavailable(format!("{lacks}: {error}"));
+    }
+    if code == Some(Code::MessageSizeTooLarge) {
         LogError::TooLarge(error.to_string())
+    } else if code == Some(Code::InvalidTimestamp) {
+        LogError::InvalidTime(error.to_string())
     } else if refused {
         LogError::Refused(error.to_string())
     } else {

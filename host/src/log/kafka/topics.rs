@@ -1,20 +1,21 @@
 //! Topics: waited for, created where they are missing, never silently changed. And whether the log is there.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication};
 use rdkafka::client::ClientContext;
 use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::metadata::{Metadata, MetadataPartition, MetadataTopic};
 use rdkafka::producer::{DeliveryResult, Producer as _, ProducerContext};
 use rdkafka::util::Timeout;
 use tracing::info;
 
 use super::super::LogError;
 use super::polled::PolledProducer;
-use super::{ClientSettings, Kind, QuietContext, log_line};
+use super::{ClientSettings, Kind, QuietContext, forbidden, log_error, log_line};
 use crate::pipeline::Topic;
 
 /// How long one question to the log may take.
@@ -79,6 +80,32 @@ impl Admin {
 
     /// How many partitions each topic of the log has.
     pub async fn partitions(&self) -> Result<BTreeMap<String, usize>, LogError> {
+        let metadata = self.metadata().await?;
+        let topics = metadata.topics().iter();
+        Ok(topics
+            .map(|topic| (topic.name().to_string(), topic.partitions().len()))
+            .collect())
+    }
+
+    /// What is wrong with each of these topics, where something is: it is missing, or a partition has no leader.
+    pub async fn troubles(
+        &self,
+        topics: &BTreeSet<String>,
+    ) -> Result<BTreeMap<String, String>, LogError> {
+        let metadata = self.metadata().await?;
+        let trouble = |name: &String| {
+            let topic = metadata.topics().iter().find(|topic| topic.name() == name);
+            let trouble = match topic.map_or(Health::Missing, Health::of) {
+                Health::Missing => Health::missing(name),
+                Health::Error(why) | Health::Leaderless(why) => why,
+                Health::InSync(_) => return None,
+            };
+            Some((name.clone(), trouble))
+        };
+        Ok(topics.iter().filter_map(trouble).collect())
+    }
+
+    async fn metadata(&self) -> Result<Metadata, LogError> {
         let asker = self.asker.clone();
         // librdkafka blocks on it.
         let asked = tokio::task::spawn_blocking(move || {
@@ -95,14 +122,56 @@ impl Admin {
                 Err(error) => Err(trouble.clone().unwrap_or(error.to_string())),
             }
         });
-        let metadata = asked
+        asked
             .await
             .map_err(|error| LogError::Unavailable(error.to_string()))?
-            .map_err(LogError::Unavailable)?;
-        let topics = metadata.topics().iter();
-        Ok(topics
-            .map(|topic| (topic.name().to_string(), topic.partitions().len()))
-            .collect())
+            .map_err(LogError::Unavailable)
+    }
+
+    /// What keeps a topic from taking records, as far as its brokers tell; `None` where nothing does.
+    pub async fn trouble_of(&self, topic: &str) -> Result<Option<String>, LogError> {
+        let (asker, name) = (self.asker.clone(), topic.to_owned());
+        // librdkafka blocks on it.
+        let asked = tokio::task::spawn_blocking(move || {
+            let timeout = Timeout::After(ASK_TIMEOUT);
+            let metadata = asker.client().fetch_metadata(Some(&name), timeout)?;
+            Ok::<_, KafkaError>(
+                metadata
+                    .topics()
+                    .first()
+                    .map_or(Health::Missing, Health::of),
+            )
+        });
+        let health = asked
+            .await
+            .map_err(|error| LogError::Unavailable(error.to_string()))?
+            .map_err(|error| log_error(&error))?;
+        let in_sync = match health {
+            Health::Missing => return Ok(Some(Health::missing(topic))),
+            Health::Error(why) | Health::Leaderless(why) => return Ok(Some(why)),
+            Health::InSync(in_sync) => in_sync,
+        };
+        let wanted = self.min_in_sync(topic).await?;
+        let few = in_sync.iter().find(|(_, replicas)| *replicas < wanted);
+        Ok(few.map(|(partition, replicas)| {
+            format!(
+                "partition {partition} has {replicas} in-sync replica(s), and the topic's `min.insync.replicas` is {wanted}"
+            )
+        }))
+    }
+
+    /// How many replicas must have a record; 1 where nobody may ask.
+    async fn min_in_sync(&self, topic: &str) -> Result<usize, LogError> {
+        let options = AdminOptions::new().request_timeout(Some(ASK_TIMEOUT));
+        let topic = ResourceSpecifier::Topic(topic);
+        let asked = self.creator.describe_configs([&topic], &options);
+        let resources = asked.await.map_err(|error| log_error(&error))?;
+        let resource = resources.into_iter().next().and_then(Result::ok);
+        let entry = resource.and_then(|resource| {
+            let entry = resource.get("min.insync.replicas")?;
+            entry.value.as_deref()?.parse().ok()
+        });
+        Ok(entry.unwrap_or(1))
     }
 
     /// Creates the topics that are missing, and checks the partitions of those that are there. Answers
@@ -180,6 +249,42 @@ impl Admin {
         Err(LogError::Unavailable(
             "topics were created and do not appear".into(),
         ))
+    }
+}
+
+/// How a topic's brokers are.
+enum Health {
+    Missing,
+    /// Of the topic as a whole.
+    Error(String),
+    Leaderless(String),
+    /// In-sync replicas of each partition.
+    InSync(Vec<(i32, usize)>),
+}
+
+impl Health {
+    fn missing(topic: &str) -> String {
+        format!("there is no topic {topic}, or the host's Kafka user lacks DESCRIBE on it")
+    }
+
+    fn of(topic: &MetadataTopic) -> Self {
+        let error = topic.error().map(RDKafkaErrorCode::from);
+        if let Some(error) = error {
+            return match forbidden(error) {
+                Some(lacks) => Self::Error(format!("{lacks} ({})", topic.name())),
+                None => Self::Error(format!("{}: {error}", topic.name())),
+            };
+        }
+        let leaderless = topic.partitions().iter().find(|p| p.leader() < 0);
+        if let Some(partition) = leaderless {
+            return Self::Leaderless(format!(
+                "partition {} has no leader: none of its replicas ({:?}) is there",
+                partition.id(),
+                partition.replicas()
+            ));
+        }
+        let in_sync = |p: &MetadataPartition| (p.id(), p.isr().len());
+        Self::InSync(topic.partitions().iter().map(in_sync).collect())
     }
 }
 

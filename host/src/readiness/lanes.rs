@@ -1,0 +1,367 @@
+//! What each lane waits for: one value, which it always has.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::capability::{StoreName, Unanswered};
+use crate::delivery::progress::LaneId;
+
+/// What lasts for less is a part of the work.
+const BRIEF: Duration = Duration::from_secs(1);
+/// A lane that waits for so long for an answer does not get on.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What a lane waits for, the gravest first.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Wait {
+    /// For somebody who mends what stops it.
+    Stopped(String),
+    /// For its row in the database, which it can't keep.
+    Row(String),
+    /// For a store that is away or refuses; the store's own condition says why.
+    Store(StoreName),
+    /// For the log, to take an output for this topic.
+    Log {
+        /// Where the first output belongs that waits.
+        topic: Arc<str>,
+        /// What the log has said, if anything.
+        why: Option<String>,
+    },
+    /// For a store's answer to what the stage or the lane has asked.
+    Answer(StoreName),
+    /// Until a message is delivered again.
+    Retry,
+    /// For nothing: it is at work, or has no records.
+    Nothing,
+}
+
+impl Wait {
+    /// All of [`Wait::label`] that a lane may wait for.
+    pub const LABELS: [&str; 5] = ["operator", "row", "store", "log", "retry"];
+
+    /// Whether somebody has to look at the lane.
+    pub fn is_standstill(&self) -> bool {
+        matches!(self, Self::Stopped(_) | Self::Row(_))
+    }
+
+    /// As metrics name it.
+    pub fn label(&self) -> &'static str {
+        match self {
+            Self::Stopped(_) => "operator",
+            Self::Row(_) => "row",
+            Self::Store(_) | Self::Answer(_) => "store",
+            Self::Log { .. } => "log",
+            Self::Retry => "retry",
+            Self::Nothing => "nothing",
+        }
+    }
+}
+
+impl fmt::Display for Wait {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stopped(why) | Self::Row(why) => f.write_str(why),
+            Self::Store(store) => write!(f, "waits for {store}, which is away"),
+            Self::Log { topic, why } => {
+                write!(f, "waits for the log to take an output for {topic}")?;
+                why.iter().try_for_each(|why| write!(f, ": {why}"))
+            }
+            Self::Answer(store) => write!(f, "waits for an answer of {store}"),
+            Self::Retry => f.write_str("waits to deliver a message again"),
+            Self::Nothing => f.write_str("waits for nothing"),
+        }
+    }
+}
+
+/// What one lane waits for, as of one moment.
+#[derive(Clone, Debug)]
+pub struct LaneWait {
+    /// The stage's name.
+    pub stage: Arc<str>,
+    /// The partition's topic.
+    pub topic: Arc<str>,
+    /// The partition, from 0.
+    pub partition: i32,
+    /// The gravest of what it waits for.
+    pub wait: Wait,
+    /// For how long.
+    pub age: Duration,
+}
+
+impl LaneWait {
+    /// Whether the host is not ready for it. A store that is away is a condition of its own, and a retry ends by itself.
+    pub fn is_trouble(&self) -> bool {
+        match self.wait {
+            _ if self.wait.is_standstill() => true,
+            Wait::Log { .. } | Wait::Answer(_) => self.age >= PATIENCE,
+            _ => false,
+        }
+    }
+
+    /// Whether it is a part of the work so far.
+    pub fn is_brief(&self) -> bool {
+        self.age < BRIEF && !self.wait.is_standstill()
+    }
+}
+
+impl fmt::Display for LaneWait {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            stage,
+            topic,
+            partition,
+            wait,
+            age,
+        } = self;
+        write!(f, "stage {stage} on {topic} {partition}: {wait}")?;
+        match wait {
+            wait if wait.is_standstill() => Ok(()),
+            Wait::Nothing => Ok(()),
+            _ => write!(f, ", for {} s", age.as_secs()),
+        }
+    }
+}
+
+/// The lanes of a host that run.
+#[derive(Debug, Default)]
+pub struct Lanes {
+    lanes: Mutex<Vec<Weak<Lane>>>,
+    /// Calls of stages that wait for stores, by the stages' names.
+    calls: Mutex<BTreeMap<Arc<str>, Arc<Unanswered>>>,
+    /// What the log has against these topics, as far as it was asked.
+    troubles: Mutex<BTreeMap<Arc<str>, String>>,
+}
+
+#[derive(Debug)]
+struct Lane {
+    stage: Arc<str>,
+    id: LaneId,
+    waits: Mutex<Waits>,
+}
+
+/// There are as many as a lane has messages at one time, and few more.
+#[derive(Debug, Default)]
+struct Waits {
+    all: Vec<(u64, Instant, Wait)>,
+    last: u64,
+}
+
+impl Lanes {
+    /// One more lane, until what is answered is dropped with all its clones.
+    pub fn enter(&self, stage: &str, id: LaneId) -> LaneStatus {
+        let lane = Arc::new(Lane {
+            stage: stage.into(),
+            id,
+            waits: Mutex::default(),
+        });
+        let mut lanes = lock(&self.lanes);
+        lanes.retain(|lane| lane.strong_count() > 0);
+        lanes.push(Arc::downgrade(&lane));
+        LaneStatus(lane)
+    }
+
+    /// Looks at the calls of a stage too.
+    pub fn watch_calls(&self, stage: &str, calls: Arc<Unanswered>) {
+        lock(&self.calls).insert(stage.into(), calls);
+    }
+
+    /// What the log has against a topic that lanes wait for.
+    pub fn set_trouble(&self, topic: &Arc<str>, trouble: Option<String>) {
+        let mut troubles = lock(&self.troubles);
+        match trouble {
+            Some(trouble) => drop(troubles.insert(topic.clone(), trouble)),
+            None => drop(troubles.remove(topic)),
+        }
+    }
+
+    /// Forgets what was said of all topics but these.
+    pub fn keep_troubles(&self, topics: &BTreeSet<Arc<str>>) {
+        lock(&self.troubles).retain(|topic, _| topics.contains(topic));
+    }
+
+    /// What each lane waits for now, by stage, topic and partition; those that wait for nothing included.
+    pub fn waits(&self) -> Vec<LaneWait> {
+        let lanes: Vec<_> = lock(&self.lanes).iter().filter_map(Weak::upgrade).collect();
+        let mut waits: Vec<_> = lanes.iter().map(|lane| lane.wait()).collect();
+        for (stage, calls) in &*lock(&self.calls) {
+            for call in calls.calls() {
+                let of_call = |lane: &&mut LaneWait| {
+                    lane.stage == *stage
+                        && (&lane.topic, lane.partition) == (&call.topic, call.partition)
+                };
+                let answer = Wait::Answer(call.store);
+                if let Some(lane) = waits.iter_mut().find(of_call)
+                    && (&lane.wait > &answer || (lane.wait == answer && lane.age < call.age))
+                {
+                    (lane.wait, lane.age) = (answer, call.age);
+                }
+            }
+        }
+        for lane in &mut waits {
+            if let Wait::Log { topic, why } = &mut lane.wait
+                && let Some(trouble) = lock(&self.troubles).get(topic)
+            {
+                *why = Some(trouble.clone());
+            }
+        }
+        waits.sort_by(|a, b| {
+            let place = |lane: &LaneWait| (lane.stage.clone(), lane.topic.clone(), lane.partition);
+            place(a).cmp(&place(b))
+        });
+        waits
+    }
+}
+
+impl Lane {
+    fn wait(&self) -> LaneWait {
+        let waits = lock(&self.waits);
+        let gravest = (waits.all.iter()).min_by_key(|(_, since, wait)| (wait, *since));
+        let (wait, age) = match gravest {
+            Some((_, since, wait)) => (wait.clone(), since.elapsed()),
+            None => (Wait::Nothing, Duration::ZERO),
+        };
+        LaneWait {
+            stage: self.stage.clone(),
+            topic: self.id.topic.clone(),
+            partition: self.id.partition,
+            wait,
+            age,
+        }
+    }
+}
+
+/// Where a lane says what it waits for.
+#[derive(Clone, Debug)]
+pub struct LaneStatus(Arc<Lane>);
+
+impl LaneStatus {
+    /// The lane's group and partition.
+    pub fn id(&self) -> &LaneId {
+        &self.0.id
+    }
+
+    /// The lane waits for this until what is answered is dropped, with the lane's future at the latest. It may wait for
+    /// several things at one time, where it handles messages side by side.
+    pub fn begin(&self, wait: Wait) -> Waiting {
+        self.begin_since(Instant::now(), wait)
+    }
+
+    /// The same of a wait that began before, and was interrupted by tries.
+    pub fn begin_since(&self, since: Instant, wait: Wait) -> Waiting {
+        let mut waits = lock(&self.0.waits);
+        waits.last += 1;
+        let number = waits.last;
+        waits.all.push((number, since, wait));
+        Waiting {
+            lane: self.0.clone(),
+            number,
+        }
+    }
+
+    /// Awaits something, which the lane waits for meanwhile.
+    pub async fn during<T>(&self, wait: Wait, what: impl Future<Output = T>) -> T {
+        let _waiting = self.begin(wait);
+        what.await
+    }
+}
+
+/// That a lane waits for something.
+#[derive(Debug)]
+pub struct Waiting {
+    lane: Arc<Lane>,
+    number: u64,
+}
+
+impl Waiting {
+    /// It still waits, and it is known more of what for.
+    pub fn is_for(&self, wait: Wait) {
+        let mut waits = lock(&self.lane.waits);
+        if let Some(own) = (waits.all.iter_mut()).find(|(number, ..)| *number == self.number) {
+            own.2 = wait;
+        }
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        lock(&self.lane.waits)
+            .all
+            .retain(|(number, ..)| *number != self.number);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn enter(lanes: &Lanes) -> LaneStatus {
+        let id = LaneId {
+            group: "group".into(),
+            topic: "in".into(),
+            partition: 3,
+        };
+        lanes.enter("stage", id)
+    }
+
+    fn said(lanes: &Lanes) -> Vec<String> {
+        let waits = lanes.waits();
+        let trouble = waits.iter().filter(|wait| wait.is_trouble());
+        trouble.map(LaneWait::to_string).collect()
+    }
+
+    fn posts() -> StoreName {
+        StoreName::Sql("posts".into())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lane_that_waits_for_long_says_for_what() {
+        let lanes = Lanes::default();
+        let lane = enter(&lanes);
+        let wait = lane.begin(Wait::Answer(posts()));
+        assert_eq!(said(&lanes), Vec::<String>::new());
+        tokio::time::advance(PATIENCE).await;
+        let expected = "stage stage on in 3: waits for an answer of SQL store `posts`, for 5 s";
+        assert_eq!(said(&lanes), [expected]);
+        drop(wait);
+        assert_eq!(said(&lanes), Vec::<String>::new());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_gravest_wait_is_the_lanes_and_ends_with_it() {
+        let lanes = Lanes::default();
+        let lane = enter(&lanes);
+        let retry = lane.begin(Wait::Retry);
+        let stopped = lane.begin(Wait::Stopped("a gap".into()));
+        let store = lane.begin(Wait::Store(posts()));
+        assert_eq!(said(&lanes), ["stage stage on in 3: a gap"]);
+        drop(stopped);
+        assert_eq!(lanes.waits()[0].wait, Wait::Store(posts()));
+        drop((store, retry));
+        assert_eq!(lanes.waits()[0].wait, Wait::Nothing);
+        drop(lane);
+        assert!(lanes.waits().is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_known_later_is_said_of_the_same_wait() {
+        let lanes = Lanes::default();
+        let lane = enter(&lanes);
+        let (topic, why) = (Arc::from("out"), None);
+        let wait = lane.begin(Wait::Log { topic, why });
+        tokio::time::advance(PATIENCE * 2).await;
+        wait.is_for(Wait::Log {
+            topic: "out".into(),
+            why: Some("it is full".into()),
+        });
+        let said = said(&lanes).join("\n");
+        assert!(said.ends_with("for out: it is full, for 10 s"), "{said}");
+    }
+}
