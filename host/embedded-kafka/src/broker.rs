@@ -94,6 +94,7 @@ impl Broker {
         let tasks = TaskTracker::new();
         tasks.spawn(server::serve(node.clone(), listener, tasks.clone()));
         tasks.spawn(retention::run(node.clone()));
+        tasks.spawn(retention::compact(node.clone()));
         tasks.spawn(async move { node.groups.keep_time(node.shutdown.clone()).await });
         tasks.close();
         Ok(Self {

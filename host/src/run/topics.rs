@@ -65,7 +65,7 @@ fn fit_embedded(name: &str, topic: &mut Topic) {
     topic.replication = None;
     topic.config.retain(|key, value| {
         let known = embedded_kafka::TOPIC_CONFIGS.contains(&key.as_str());
-        let kept = known && (key != "cleanup.policy" || value == "delete");
+        let kept = known && (key != "message.timestamp.type" || value == "CreateTime");
         if !kept {
             warn!("topic {name}: the embedded broker leaves out `{key}` = `{value}`");
         }
