@@ -21,6 +21,7 @@ mod broker;
 mod config;
 mod folder;
 mod group;
+mod health;
 mod node;
 mod retention;
 mod server;

@@ -1,6 +1,7 @@
 //! A running pipeline: assembles log, stores, stages and listeners, and takes them down again.
 
 mod banner;
+mod broker;
 mod stage;
 mod topics;
 mod wait;
@@ -55,7 +56,7 @@ pub async fn run(
         metrics.clone(),
         admin_stop.clone(),
     ));
-    let broker = start_broker(&pipeline).await?;
+    let broker = broker::start(&pipeline, &readiness).await?;
     let brokers = match (&broker, &pipeline.kafka.brokers) {
         (Some(broker), _) => broker.address().to_string(),
         (None, Brokers::Remote(brokers)) => brokers.clone(),
@@ -131,18 +132,6 @@ fn name_conditions(pipeline: &Pipeline, readiness: &Readiness) {
     for stage in &pipeline.stages {
         readiness.not_ready(&wait::stage(&stage.name), "starting");
     }
-}
-
-async fn start_broker(pipeline: &Pipeline) -> anyhow::Result<Option<embedded_kafka::Broker>> {
-    let Brokers::Embedded { listen } = pipeline.kafka.brokers else {
-        return Ok(None);
-    };
-    let mut config = embedded_kafka::Config::new(pipeline.data_dir.join(EMBEDDED_FOLDER));
-    config.listen = listen;
-    let broker = embedded_kafka::Broker::start(config)
-        .await
-        .context("the embedded broker cannot start")?;
-    Ok(Some(broker))
 }
 
 /// Everything of a pipeline that runs, but for the admin listener and the embedded broker.

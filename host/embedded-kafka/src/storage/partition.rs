@@ -39,6 +39,9 @@ pub(crate) struct Partition {
     /// First offset that may not be read yet, or does not exist.
     high_watermark: AtomicI64,
     deleted: AtomicBool,
+    trouble: Mutex<Option<Trouble>>,
+    /// Whether there is trouble, without a lock.
+    has_trouble: AtomicBool,
     /// Fetches that wait for records.
     waiting: Mutex<Vec<Weak<Notify>>>,
     syncs: AtomicU64,
@@ -54,6 +57,14 @@ struct Log {
     producers: Producers,
     state: State,
     scratch: Vec<u8>,
+}
+
+/// Why the last write failed.
+#[derive(Debug)]
+struct Trouble {
+    why: String,
+    /// Bytes that there was no room for.
+    len: u64,
 }
 
 #[derive(Debug, Default)]
@@ -120,6 +131,8 @@ impl Partition {
             start: AtomicI64::new(start.clamp(first, next)),
             high_watermark: AtomicI64::new(next),
             deleted: AtomicBool::new(false),
+            trouble: Mutex::default(),
+            has_trouble: AtomicBool::new(false),
             waiting: Mutex::default(),
             syncs: AtomicU64::new(0),
         })
@@ -216,13 +229,64 @@ impl Partition {
                 active.append(&log.scratch, &header)
             });
         if let Err(error) = written {
-            error!(partition = self.name, %error, "a produced batch could not be written, and is refused");
+            // Clients send it again and again: what is the same as before is not said again.
+            if self.set_trouble(&error, header.len as u64) {
+                error!(partition = self.name, %error, "a produced batch could not be written, and is refused");
+            }
             log.producers.refuse(&header);
             return Err(ResponseError::KafkaStorageError);
+        }
+        if self.has_trouble.load(Ordering::Relaxed) {
+            self.clear_trouble();
         }
         log.next_offset = next_offset;
         log.producers.record(&header);
         Ok(Appended { base_offset })
+    }
+
+    /// Why records cannot be written, if the last could not: looks whether the same could be now. Writes what it takes
+    /// back at once; what a crash leaves of it is cut as the end of any other write.
+    pub(crate) fn trouble(&self) -> Option<String> {
+        if !self.has_trouble.load(Ordering::Relaxed) {
+            return None;
+        }
+        let len = lock(&self.trouble).as_ref()?.len;
+        let log = &mut *lock(&self.log);
+        match log.state {
+            State::Deleted => return None,
+            State::Offline => {}
+            State::Online => {
+                let tried = self.prepare(log, len, &self.settings()).and_then(|()| {
+                    log.segments
+                        .back_mut()
+                        .map_or(Ok(()), |active| active.try_room(len))
+                });
+                match tried {
+                    Ok(()) => self.clear_trouble(),
+                    Err(error) => drop(self.set_trouble(&error, len)),
+                }
+            }
+        }
+        lock(&self.trouble)
+            .as_ref()
+            .map(|trouble| trouble.why.clone())
+    }
+
+    /// Whether it is news.
+    fn set_trouble(&self, error: &io::Error, len: u64) -> bool {
+        let why = error.to_string();
+        let mut trouble = lock(&self.trouble);
+        self.has_trouble.store(true, Ordering::Relaxed);
+        let before = trouble.replace(Trouble {
+            why: why.clone(),
+            len,
+        });
+        before.is_none_or(|before| before.why != why)
+    }
+
+    fn clear_trouble(&self) {
+        *lock(&self.trouble) = None;
+        self.has_trouble.store(false, Ordering::Relaxed);
     }
 
     /// Makes all that was appended durable, then lets readers see it.
@@ -601,6 +665,9 @@ impl Partition {
             "could not write the partition: it takes no more records until the broker is started again"
         );
         log.state = State::Offline;
+        let what =
+            format!("{error}; nothing more is written there until the broker is started again");
+        self.set_trouble(&io::Error::new(error.kind(), what), 0);
     }
 
     fn readable(&self, file: io::Result<Arc<File>>) -> Result<Arc<File>, ResponseError> {

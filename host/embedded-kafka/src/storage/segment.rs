@@ -178,6 +178,15 @@ impl Segment {
         Ok(())
     }
 
+    /// Finds out whether there is room for so many bytes more, and leaves none of them.
+    pub(crate) fn try_room(&mut self, len: u64) -> io::Result<()> {
+        let file = self.file()?;
+        let len = usize::try_from(len).unwrap_or(usize::MAX);
+        let tried = file.write_all_at(&vec![0; len], self.len);
+        file.set_len(self.len)?;
+        tried
+    }
+
     /// Cuts off what is after the last good batch.
     pub(crate) fn cut(&self) -> io::Result<()> {
         let file = self.file()?;
