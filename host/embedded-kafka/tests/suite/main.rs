@@ -72,6 +72,15 @@ on_both! {
         the_record_with_the_largest_timestamp_is_found
         folders_and_their_sizes_are_told
         groups_are_listed_with_their_states;
+    clients:
+        kafka_python
+        aiokafka
+        confluent_kafka
+        kafkajs
+        franz_go
+        kafka_go
+        sarama
+        kafkas_own_tools;
     kcat:
         lists_a_topic
         produces_and_consumes

@@ -1,6 +1,7 @@
 //! What a client sees, on either broker.
 
 pub(crate) mod admin;
+pub(crate) mod clients;
 pub(crate) mod compaction;
 pub(crate) mod configs;
 pub(crate) mod groups;
