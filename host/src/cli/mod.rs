@@ -4,6 +4,7 @@ pub mod check;
 pub mod consume;
 pub mod log_args;
 pub mod produce;
+mod record_line;
 pub mod run;
 
 use std::process::ExitCode;
