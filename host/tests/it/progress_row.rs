@@ -8,7 +8,7 @@ use crate::bench::Bench;
 use crate::support::{get, server, unique, until};
 
 /// A database of its own, for what is done to the table in it is done to all lanes.
-async fn database() -> String {
+pub(crate) async fn database() -> String {
     let (url, name) = (server("DATABASE_URL"), unique("db").replace('-', "_"));
     execute(&url, format!("CREATE DATABASE {name}"), None).await;
     let (server, _) = url.rsplit_once('/').expect("a database's name");

@@ -81,8 +81,10 @@ async fn start(
         clock: clock.clone(),
     };
     let thread = std::thread::Builder::new().name("embedded-redis".to_owned());
+    // What it says has the name of the store that is being opened.
+    let span = tracing::Span::current();
     thread
-        .spawn(move || writer.run(messages))
+        .spawn(move || span.in_scope(|| writer.run(messages)))
         .map_err(|error| StoreError::Unavailable(error.to_string()))?;
     tokio::spawn(sweep(sender.downgrade()));
     Ok(Embedded {
