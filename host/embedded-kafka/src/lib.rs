@@ -30,4 +30,4 @@ mod storage;
 pub use broker::Broker;
 pub use config::{Config, StartError};
 pub use folder::running;
-pub use storage::topic_config::TOPIC_CONFIGS;
+pub use storage::topic_config::{TOPIC_CONFIGS, check_topic_config};

@@ -87,7 +87,7 @@ impl Stores {
     /// The databases that a stage may use.
     pub fn sql_grants(&self, stage: &pipeline::Stage) -> sql::SqlGrants {
         let granted = stage.sql.iter().filter_map(|(name, access)| {
-            let database = self.sql.get(name)?.granted(*access);
+            let database = self.sql.get(name)?.granted(*access).used_by(&stage.name);
             Some((name.clone(), database))
         });
         sql::SqlGrants::new(granted.collect())

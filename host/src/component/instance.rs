@@ -106,24 +106,26 @@ impl StageComponent {
             Some((prepared, room)) => Some((Mould::new(stage, prepared)?, room)),
             None => None,
         };
-        let grants = Grants {
-            stage: Arc::from(stage.name.as_str()),
-            producer: Arc::new(ProducerGrant::new(&stage.output, stage.limits.max_output)),
-            sql: Arc::new(stores.sql_grants(stage)),
-            redis: Arc::new(stores.redis_grants(stage)),
-            config: Arc::new(stage.config.clone().into_iter().collect()),
-            memory: stage.limits.memory,
-        };
         Ok(Self {
             share: source.share,
             mapped: Mould::new(stage, source.mapped)?,
             pooled,
-            grants,
+            grants: grants(stage, stores),
             deadline: stage.limits.deadline,
             instances: stage.instances,
             idle: Mutex::default(),
             worn: Mutex::default(),
         })
+    }
+
+    /// The same with the stores that the stage is granted, for who made it before they were there.
+    pub fn granted(self, stage: &pipeline::Stage, stores: &Stores) -> Self {
+        Self {
+            grants: grants(stage, stores),
+            // Instances that were made know the others.
+            idle: Mutex::default(),
+            ..self
+        }
     }
 
     fn late(&self) -> String {
@@ -346,6 +348,17 @@ impl StageComponent {
             StoreName::Sql(name) => self.grants.sql.ping(name).await,
             StoreName::Redis(name) => self.grants.redis.ping(name).await,
         }
+    }
+}
+
+fn grants(stage: &pipeline::Stage, stores: &Stores) -> Grants {
+    Grants {
+        stage: Arc::from(stage.name.as_str()),
+        producer: Arc::new(ProducerGrant::new(&stage.output, stage.limits.max_output)),
+        sql: Arc::new(stores.sql_grants(stage)),
+        redis: Arc::new(stores.redis_grants(stage)),
+        config: Arc::new(stage.config.clone().into_iter().collect()),
+        memory: stage.limits.memory,
     }
 }
 

@@ -1,6 +1,7 @@
 //! The pipeline file as it is written: every key read, of the right type and in its range, with its
 //! place. What the keys mean together is [`pipeline`](crate::pipeline)'s matter.
 
+mod brackets;
 mod expand;
 mod reader;
 
@@ -220,13 +221,28 @@ pub(crate) fn read(text: &str, env: &Env<'_>, problems: &Problems) -> Option<Man
     Some(manifest(Table::root(&reader, document.get_ref())))
 }
 
-/// Reports the first error of each line: what follows it mostly follows from it.
+/// Reports the first error of each line: what follows it mostly follows from it. What follows a bracket that is not closed
+/// all does.
 fn report_syntax(text: &str, mut errors: Vec<Error>, problems: &Problems) {
     let start = |error: &Error| error.span().unwrap_or_default().start.min(text.len());
     errors.sort_by_key(start);
+    let unclosed = brackets::unclosed(text);
     let mut line_end = None;
     for error in errors {
         let start = start(&error);
+        if let Some((at, bracket)) = unclosed.filter(|(at, _)| start > *at) {
+            let closing = if bracket == '[' { ']' } else { '}' };
+            problems.report(
+                Problem::at(
+                    &(at..at + 1),
+                    format!("the file is not TOML: this `{bracket}` is not closed"),
+                )
+                .help(format!(
+                    "write the `{closing}`; what follows is checked once this is mended"
+                )),
+            );
+            break;
+        }
         if line_end.is_some_and(|end| start <= end) {
             continue;
         }

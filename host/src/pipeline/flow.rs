@@ -4,15 +4,105 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::iter::successors;
 
 use super::delivery::default_ledger;
+use super::kafka::{is_embedded, is_topic_name};
 use super::load::Checks;
 use super::stages::{dead_letter_topics, sql_sections, texts};
-use crate::diagnostics::Problem;
+use crate::diagnostics::{Problem, nearest};
 use crate::manifest::{DeliveryWord, Manifest, StageSection, Text};
 
 pub(super) fn check(checks: &Checks<'_>, manifest: &Manifest) {
     check_groups(checks, &manifest.stages);
     check_instance_ids(checks, &manifest.stages);
     check_cycles(checks, &manifest.stages);
+    check_topics(checks, manifest);
+    check_dead_letter_names(checks, manifest);
+}
+
+/// Kafka refuses to create topics whose names differ in `.` and `_` alone, those of dead letters too. Declared ones are held
+/// against each other elsewhere.
+fn check_dead_letter_names(checks: &Checks<'_>, manifest: &Manifest) {
+    let declared = manifest.topics.iter().map(|topic| topic.name.value.clone());
+    let metric_name = |topic: &String| topic.replace('.', "_");
+    let mut first: BTreeMap<String, String> = declared.map(|t| (metric_name(&t), t)).collect();
+    for stage in &manifest.stages {
+        for letters in dead_letter_topics(stage) {
+            let other = first
+                .entry(metric_name(&letters))
+                .or_insert(letters.clone());
+            if *other == letters {
+                continue;
+            }
+            let place = stage.dead_letter.as_ref().map(|text| &text.span);
+            let place = place.or(stage.input.as_ref().map(|input| &input.span));
+            let name = &stage.name.value;
+            checks.report(
+                Problem::at(
+                    place.unwrap_or(&stage.span),
+                    format!("Kafka takes `{letters}`, for the dead letters of `{name}`, for the same name as `{other}`"),
+                )
+                .label("`.` and `_` count as one there")
+                .help("name another topic for them: `dead-letter = \"…\"`"),
+            );
+        }
+    }
+}
+
+/// Warns of topics that a run would not find, unless somebody else has made them. On a cluster others may have, so there an
+/// input is left out that a stage here writes, and an output whose name is like no other.
+fn check_topics(checks: &Checks<'_>, manifest: &Manifest) {
+    let is_cluster = !is_embedded(manifest.kafka.as_ref());
+    let declared = manifest.topics.iter().map(|topic| &topic.name.value);
+    let letters = manifest.stages.iter().flat_map(dead_letter_topics);
+    let created: BTreeSet<String> = declared.cloned().chain(letters).collect();
+    let is_open = |topic: &Text| is_topic_name(&topic.value) && !created.contains(&topic.value);
+    for stage in &manifest.stages {
+        for topic in texts(stage.input.as_ref()).iter().filter(|t| is_open(t)) {
+            let mut outputs = manifest
+                .stages
+                .iter()
+                .flat_map(|s| texts(s.output.as_ref()));
+            if !is_cluster || !outputs.any(|output| output.value == topic.value) {
+                let near = nearest(&topic.value, others(manifest, &created, topic));
+                checks.report(not_created(stage, topic, "reads", near));
+            }
+        }
+        for topic in texts(stage.output.as_ref()).iter().filter(|t| is_open(t)) {
+            let mut inputs = manifest.stages.iter().flat_map(inputs);
+            let near = nearest(&topic.value, others(manifest, &created, topic));
+            let is_slip = near.is_some() && !inputs.any(|input| input == topic.value);
+            if !is_cluster || is_slip {
+                checks.report(not_created(stage, topic, "writes to", near));
+            }
+        }
+    }
+}
+
+/// The pipeline's other topics.
+fn others<'a>(
+    manifest: &'a Manifest,
+    created: &'a BTreeSet<String>,
+    topic: &'a Text,
+) -> impl Iterator<Item = &'a str> {
+    let used = manifest.stages.iter().flat_map(|stage| {
+        let (input, output) = (texts(stage.input.as_ref()), texts(stage.output.as_ref()));
+        input.iter().chain(output).map(|topic| topic.value.as_str())
+    });
+    let all = created.iter().map(String::as_str).chain(used);
+    all.filter(|name| *name != topic.value)
+}
+
+fn not_created(stage: &StageSection, topic: &Text, uses: &str, near: Option<&str>) -> Problem {
+    let (name, topic_shown) = (&stage.name.value, topic.shown());
+    let declare = format!("[topics.\"{topic_shown}\"]");
+    let help = match near {
+        Some(near) => format!("did you mean `{near}`? Else declare it: `{declare}`"),
+        None => format!("declare it to have it created: `{declare}`"),
+    };
+    let message = format!("`{name}` {uses} the topic `{topic_shown}`, which nothing here creates");
+    Problem::at(&topic.span, message)
+        .label("unless the log has it already, `run` will refuse to start")
+        .help(help)
+        .warning()
 }
 
 fn inputs(stage: &StageSection) -> BTreeSet<&str> {

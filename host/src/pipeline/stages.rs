@@ -82,6 +82,7 @@ pub(super) fn stage(
     Some(Stage {
         name: named.then(|| section.name.value.clone())?,
         component: checks.path(&section.component.as_ref()?.value),
+        component_span: section.component.as_ref()?.span.clone(),
         input: input?,
         group: group?,
         output: output?,

@@ -1,6 +1,7 @@
 //! A running pipeline: assembles log, stores, stages and listeners, and takes them down again.
 
 mod banner;
+pub mod components;
 mod stage;
 mod topics;
 mod wait;
@@ -13,8 +14,9 @@ use anyhow::{Context, anyhow, bail};
 use tokio::net::TcpListener;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{Instrument, info, info_span, warn};
 
+use self::components::Components;
 use self::wait::{GatedSink, LogWatch, Waiting};
 use crate::admin::{self, Readiness};
 use crate::capability::{StoreError, StoreName, Stores, redis, sql};
@@ -55,6 +57,9 @@ pub async fn run(
         metrics.clone(),
         admin_stop.clone(),
     ));
+    // Nothing is created for a pipeline whose components can't run.
+    let runtime = Runtime::new(&pipeline.data_dir.join(COMPILED_FOLDER))?;
+    let components = components::prepare(&pipeline, runtime).await?;
     let broker = start_broker(&pipeline).await?;
     let brokers = match (&broker, &pipeline.kafka.brokers) {
         (Some(broker), _) => broker.address().to_string(),
@@ -71,7 +76,10 @@ pub async fn run(
     };
     let serve = |listener| Starting::serve(listener, Arc::clone(&metrics));
     let starting = listeners.http.map(serve).transpose()?;
-    let result = match Host::start(&pipeline, &settings, &waiting, &metrics, starting).await {
+    let started = Host::start(
+        &pipeline, components, &settings, &waiting, &metrics, starting,
+    );
+    let result = match started.await {
         Ok(Some(mut host)) => {
             banner::print(&pipeline, &settings.brokers, &listeners.addresses);
             let failed = host.serve(&shutdown).await;
@@ -161,6 +169,7 @@ impl Host {
     /// Waits for the log and the stores. `None` when it was told to shut down meanwhile.
     async fn start(
         pipeline: &Pipeline,
+        components: Components,
         settings: &ClientSettings,
         waiting: &Waiting<'_>,
         metrics: &Arc<Metrics>,
@@ -179,8 +188,6 @@ impl Host {
         let Some(stores) = open_stores(pipeline, waiting).await? else {
             return Ok(None);
         };
-        let cache = pipeline.data_dir.join(COMPILED_FOLDER);
-        let runtime = Arc::new(Runtime::new(&cache)?);
         let mut host = Self {
             stages: Vec::new(),
             ended: JoinSet::new(),
@@ -188,7 +195,7 @@ impl Host {
             ingress_stop: CancellationToken::new(),
             watch,
             stores,
-            _runtime: runtime.clone(),
+            _runtime: components.runtime,
         };
         let shared = stage::Shared {
             settings: settings.clone(),
@@ -197,8 +204,8 @@ impl Host {
             metrics: metrics.clone(),
         };
         let mut loaded = Vec::with_capacity(pipeline.stages.len());
-        for stage in &pipeline.stages {
-            loaded.push((stage, stage::load(stage, &runtime, &host.stores).await?));
+        for (stage, ready) in pipeline.stages.iter().zip(components.ready) {
+            loaded.push((stage, stage::load(stage, ready, &host.stores).await?));
         }
         for (stage, loaded) in loaded {
             let ready = wait::stage(&stage.name);
@@ -307,14 +314,17 @@ async fn open_stores(pipeline: &Pipeline, waiting: &Waiting<'_>) -> anyhow::Resu
     for (name, settings) in &pipeline.sql {
         let what = format!("SQL store `{name}`");
         let pause = longest_pause(pipeline, name);
+        let open = async || {
+            let database = sql::Database::open(settings, pause).await?;
+            if pause.is_some() {
+                database.prepare_progress().await?;
+            }
+            Ok::<_, StoreError>(database)
+        };
+        // What the driver of the migrations says, and what they have the server say, has its store's name.
+        let named = || open().instrument(info_span!("sql", store = name));
         let opened = waiting
-            .until_available(&Breaker::condition(name), &what, async || {
-                let database = sql::Database::open(settings, pause).await?;
-                if pause.is_some() {
-                    database.prepare_progress().await?;
-                }
-                Ok::<_, StoreError>(database)
-            })
+            .until_available(&Breaker::condition(name), &what, named)
             .await?;
         let Some(database) = opened else {
             return Ok(None);
@@ -325,7 +335,7 @@ async fn open_stores(pipeline: &Pipeline, waiting: &Waiting<'_>) -> anyhow::Resu
         let what = format!("Redis store `{name}`");
         let opened = waiting
             .until_available(&Breaker::condition(name), &what, || {
-                redis::Store::open(settings)
+                redis::Store::open(settings).instrument(info_span!("redis", store = name))
             })
             .await?;
         let Some(store) = opened else {

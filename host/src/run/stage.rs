@@ -4,14 +4,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
-use sha2::{Digest, Sha256};
 use tokio::task::JoinSet;
 use tracing::info;
 
+use super::components::Ready;
 use crate::admin::Readiness;
 use crate::capability::sql::Database;
 use crate::capability::{StoreName, Stores};
-use crate::component::{Runtime, StageComponent};
+use crate::component::StageComponent;
 use crate::delivery::breaker::Breaker;
 use crate::delivery::dead_letter::DeadLetters;
 use crate::delivery::progress::LaneId;
@@ -44,24 +44,14 @@ pub(super) struct Shared {
     pub(super) metrics: Arc<Metrics>,
 }
 
-/// Reads and compiles a stage's component.
+/// Gives a stage's component its stores.
 pub(super) async fn load(
     stage: &pipeline::Stage,
-    runtime: &Arc<Runtime>,
+    ready: Ready,
     stores: &Stores,
 ) -> anyhow::Result<LoadedStage> {
-    let bytes = tokio::fs::read(&stage.component)
-        .await
-        .with_context(|| format!("cannot read {}", stage.component.display()))?;
-    let hash: Arc<str> = hex(&Sha256::digest(&bytes)).into();
-    let (compiler, instances) = (runtime.clone(), stage.instances);
-    let compiled = tokio::task::spawn_blocking(move || compiler.compile(&bytes, instances))
-        .await
-        .context("compiling failed")?
-        .with_context(|| format!("{} does not compile", stage.component.display()))?;
-    let component = runtime
-        .bind(stage, &compiled, stores)
-        .with_context(|| format!("{} cannot be linked", stage.component.display()))?;
+    let Ready { component, hash } = ready;
+    let component = component.granted(stage, stores);
     component
         .warm_up()
         .await
@@ -108,19 +98,11 @@ fn ledger(
         return Ok(None);
     }
     let store = stage.sql.first_key_value().and_then(|(name, access)| {
-        let database = stores.sql.get(name)?.granted(*access);
+        let database = stores.sql.get(name)?.granted(*access).used_by(&stage.name);
         Some((StoreName::Sql(name.as_str().into()), Arc::new(database)))
     });
     let store = store.with_context(|| format!("stage {} has no SQL store", stage.name))?;
     Ok(Some(store))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write;
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }
 
 impl LoadedStage {

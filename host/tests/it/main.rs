@@ -15,6 +15,7 @@ mod logs;
 mod neighbours;
 mod produce_consume;
 mod progress_row;
+mod refusals;
 mod scripts;
 mod security;
 mod sqlite;

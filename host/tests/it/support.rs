@@ -398,6 +398,15 @@ impl Log {
         })
     }
 
+    /// The names of all topics.
+    pub(crate) fn topics(&self) -> Vec<String> {
+        use rdkafka::producer::Producer as _;
+        let metadata = self.producer.client().fetch_metadata(None, ASK);
+        let metadata = metadata.expect("the log's topics");
+        let topics = metadata.topics().iter();
+        topics.map(|topic| topic.name().to_owned()).collect()
+    }
+
     fn partitions(&self, consumer: &BaseConsumer, topic: &str) -> Vec<i32> {
         until(&format!("topic {topic}"), || {
             let metadata = consumer.fetch_metadata(Some(topic), ASK).ok()?;

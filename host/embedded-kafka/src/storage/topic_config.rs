@@ -25,6 +25,13 @@ const KEYS: [&str; 5] = [
     SEGMENT_BYTES,
 ];
 
+/// Why a topic can't have this value of one of these keys.
+pub fn check_topic_config(key: &str, value: &str) -> Result<(), String> {
+    let overrides = Overrides::from([(key.to_owned(), value.to_owned())]);
+    let settings = Settings::defaults(&Config::new(""));
+    settings.with(&overrides).map(drop)
+}
+
 /// A batch must fit into a request, and a segment into its index.
 const MAX_MESSAGE_LIMIT: i64 = 64 << 20;
 const MAX_SEGMENT_LIMIT: i64 = i32::MAX as i64;

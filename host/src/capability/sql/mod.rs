@@ -12,7 +12,7 @@ mod sqlite;
 mod statement;
 mod transaction;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -46,6 +46,16 @@ const STATEMENT_TIMEOUT: Duration = Duration::from_secs(30);
 /// Why [`Database::open`] would refuse the URL of a PostgreSQL database, without any of it.
 pub fn check_postgres_url(url: &str) -> Result<(), String> {
     postgres::check_url(url)
+}
+
+/// The parameters of a PostgreSQL database's URL that mean nothing, each with the one that it may be a slip of.
+pub fn unknown_postgres_parameters(url: &str) -> Vec<(String, Option<&'static str>)> {
+    postgres::unknown_parameters(url)
+}
+
+/// The files of certificates and keys that a PostgreSQL database's URL names, each with its parameter.
+pub fn postgres_files(url: &str) -> Vec<(String, PathBuf)> {
+    postgres::files(url)
 }
 
 /// An open database: a bounded pool of connections. Clones share it.
@@ -141,6 +151,14 @@ impl Database {
             access,
             slots: self.slots.clone(),
         }
+    }
+
+    /// The same database, which says whom it works for where it has something to say.
+    pub fn used_by(mut self, stage: &str) -> Self {
+        if let Kind::Sqlite(database) = &mut self.kind {
+            database.used_by(stage);
+        }
+        self
     }
 
     /// Asks the database for nothing, to see that it answers.

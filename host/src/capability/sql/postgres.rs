@@ -1,5 +1,6 @@
 //! The `sql` capability on PostgreSQL.
 
+use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -68,6 +69,16 @@ struct Settings {
 /// Why a URL can't be used, without any of it.
 pub(super) fn check_url(url: &str) -> Result<(), String> {
     server::parse(url).map(drop)
+}
+
+/// The parameters of a URL that are left out, each with the one that it may be a slip of.
+pub(super) fn unknown_parameters(url: &str) -> Vec<(String, Option<&'static str>)> {
+    server::unknown_parameters(url)
+}
+
+/// The files that a URL names, each with its parameter.
+pub(super) fn files(url: &str) -> Vec<(String, PathBuf)> {
+    server::files(url)
 }
 
 /// Runs the migrations, connects once to see that it can be done, and makes the pools. `stage_url` is what stages log in with.

@@ -53,6 +53,8 @@ pub(super) struct Sqlite {
     progress: Arc<Statements>,
     options: Arc<SqliteConnectOptions>,
     place: Arc<str>,
+    /// Whose statements it runs, where it is one stage's.
+    stage: Arc<str>,
 }
 
 /// A connection of the driver that runs migrations. The first one makes the file's log, which SQLite refuses at once, without
@@ -122,6 +124,7 @@ pub(super) async fn open(
         progress: Arc::new(Statements::of(&format!("main.{}", ledger::TABLE))),
         options: Arc::new(options),
         place: place.into(),
+        stage: "".into(),
     })
 }
 
@@ -132,6 +135,10 @@ impl Sqlite {
             writes_late: Arc::default(),
             ..self.clone()
         }
+    }
+
+    pub(super) fn used_by(&mut self, stage: &str) {
+        self.stage = stage.into();
     }
 
     pub(super) async fn close(&self) {
@@ -191,7 +198,8 @@ impl Sqlite {
             }
             waited += TURN_NOTICE;
             warn!(
-                "{}: a stage has waited {} s for its turn to write: others keep transactions open",
+                stage = &*self.stage,
+                "{}: the stage has waited {} s for its turn to write: others keep transactions open",
                 self.place,
                 waited.as_secs()
             );

@@ -112,6 +112,15 @@ impl Admin {
         wanted: &BTreeMap<String, Topic>,
     ) -> Result<BTreeMap<String, usize>, LogError> {
         let there = self.partitions().await?;
+        self.create_missing(wanted, there).await
+    }
+
+    /// As [`Admin::ensure`], for who has asked which topics are `there`.
+    pub async fn create_missing(
+        &self,
+        wanted: &BTreeMap<String, Topic>,
+        there: BTreeMap<String, usize>,
+    ) -> Result<BTreeMap<String, usize>, LogError> {
         check_partitions(wanted, &there)?;
         let missing: Vec<_> = wanted
             .iter()
@@ -120,11 +129,18 @@ impl Admin {
         if missing.is_empty() {
             return Ok(there);
         }
-        self.create(&missing).await?;
+        // All or none: the log would make those that it takes of a list, and refuse the others.
+        let only_looked_at = true;
+        self.create(&missing, only_looked_at).await?;
+        self.create(&missing, !only_looked_at).await?;
         self.appeared(&missing).await
     }
 
-    async fn create(&self, missing: &[(&String, &Topic)]) -> Result<(), LogError> {
+    async fn create(
+        &self,
+        missing: &[(&String, &Topic)],
+        only_looked_at: bool,
+    ) -> Result<(), LogError> {
         let new: Vec<_> = missing
             .iter()
             .map(|(name, topic)| {
@@ -136,7 +152,9 @@ impl Admin {
                     .fold(new, |new, (key, value)| new.set(key, value))
             })
             .collect();
-        let options = AdminOptions::new().operation_timeout(Some(CREATE_TIMEOUT));
+        let options = AdminOptions::new()
+            .operation_timeout(Some(CREATE_TIMEOUT))
+            .validate_only(only_looked_at);
         let results = self
             .creator
             .create_topics(&new, &options)
@@ -144,6 +162,7 @@ impl Admin {
             .map_err(|error| LogError::Unavailable(error.to_string()))?;
         for (result, (name, topic)) in results.into_iter().zip(missing) {
             match result {
+                Ok(_) if only_looked_at => {}
                 Ok(_) => info!(
                     "created topic {name} with {} partition(s)",
                     topic.partitions.unwrap_or(1)
