@@ -72,7 +72,7 @@ mod tests {
             ("no = \"url\"", "no = \"url\""),
             (
                 "url = \"postgres://me:pä#:@/?ss@db/posts\" # me:x@y",
-                "url = \"postgres://me:*********@db/posts\" # me:x@y",
+                "url = \"postgres://me:**********@db/posts\" # me:x@y",
             ),
             (
                 "a = 'redis://:it\"s@h' b = \"redis://h\"",
