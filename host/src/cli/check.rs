@@ -21,7 +21,7 @@ pub async fn run(args: &CheckArgs) -> anyhow::Result<()> {
     let env = |name: &str| std::env::var(name).ok();
     let probe = Probe {
         ports: !args.skip_ports,
-        data_dir: !args.skip_ports,
+        embedded: !args.skip_ports,
         ..Probe::ALL
     };
     let pipeline = Pipeline::load(&args.pipeline, &env, probe)?;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::kafka::is_embedded;
 use super::load::{Checks, DEFAULT_DATA_DIR, describe_io};
-use crate::capability::sql as sql_store;
+use crate::capability::{redis as redis_store, sql as sql_store};
 use crate::diagnostics::{Problem, Span};
 use crate::manifest::{Manifest, SqlSection, Text};
 use crate::run::EMBEDDED_FOLDER;
@@ -39,8 +39,17 @@ pub(super) fn check(checks: &Checks<'_>, manifest: &Manifest) {
     }
 }
 
-/// Reports a host that runs on the data-dir: its broker has the log.
-pub(super) fn check_data_dir_is_free(checks: &Checks<'_>, manifest: &Manifest) {
+/// Reports a host that runs on what is embedded: its broker has the log, or its stores are open.
+pub(super) fn check_none_runs(checks: &Checks<'_>, manifest: &Manifest) {
+    for text in manifest.redis.iter().filter_map(|s| s.url.as_ref()) {
+        let folder = text.value.strip_prefix("embedded:");
+        if folder.is_some_and(|folder| redis_store::is_in_use(&checks.path(folder))) {
+            checks.report(
+                Problem::at(&text.span, "another host has this embedded store open")
+                    .help("stop it, or give each host a folder of its own"),
+            );
+        }
+    }
     let kafka = manifest
         .kafka
         .as_ref()

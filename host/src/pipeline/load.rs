@@ -24,8 +24,8 @@ pub struct Probe {
     pub files: bool,
     /// Bind the listen addresses for a moment, to see whether they are free.
     pub ports: bool,
-    /// See whether another host has the data-dir. Who runs finds out by taking it.
-    pub data_dir: bool,
+    /// See whether another host has what is embedded. Who runs finds out by taking it.
+    pub embedded: bool,
 }
 
 impl Probe {
@@ -34,14 +34,14 @@ impl Probe {
         components: true,
         files: true,
         ports: true,
-        data_dir: false,
+        embedded: false,
     };
     /// The text alone: for commands that talk to the log of a pipeline that may be running already.
     pub const NONE: Self = Self {
         components: false,
         files: false,
         ports: false,
-        data_dir: false,
+        embedded: false,
     };
 }
 
@@ -206,8 +206,8 @@ fn check(
     if probe.ports {
         listen::check_ports(&checks, &manifest);
     }
-    if probe.data_dir {
-        files::check_data_dir_is_free(&checks, &manifest);
+    if probe.embedded {
+        files::check_none_runs(&checks, &manifest);
     }
     assemble(&checks, manifest)
 }

@@ -104,12 +104,17 @@ fn check_refuses_listeners_that_only_one_of_can_have() {
 
 #[test]
 fn check_says_that_another_host_has_the_data_dir() {
-    let folder = folder_with(&pipeline("embedded", FREE_ADMIN));
+    let settings = format!("{FREE_ADMIN}\nredis.cache.url = \"embedded:data/cache\"\n");
+    let folder = folder_with(&pipeline("embedded", &settings));
     let host = Host::run(folder.clone(), &folder.path().join("pipeline.toml"), &[]);
     host.ready();
     let (code, said) = check(folder.path(), &[]);
     assert_eq!(code, Some(2), "{said}");
     assert!(said.contains("in use by another broker"), "{said}");
+    assert!(
+        said.contains("another host has this embedded store open"),
+        "{said}"
+    );
     let (code, said) = check(folder.path(), &["--skip-ports"]);
     assert_eq!(code, Some(0), "{said}");
     assert!(host.stop().0.success());

@@ -6,6 +6,7 @@
 //!
 //! After an error of the disk, redb refuses all else until it is opened again, which the writer does.
 
+use std::fs::TryLockError;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -55,6 +56,12 @@ enum State {
 enum Message {
     Do(Operation, oneshot::Sender<Result<Answer, Error>>),
     Close(oneshot::Sender<()>),
+}
+
+/// Whether a process has the store of a folder open. Makes nothing.
+pub(super) fn is_in_use(folder: &Path) -> bool {
+    let file = std::fs::File::open(folder.join(FILE));
+    file.is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
 }
 
 /// Opens the store of a folder, or one in memory.

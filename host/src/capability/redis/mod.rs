@@ -44,6 +44,11 @@ const MAX_TTL: u64 = 1 << 62;
 /// What keys of the host begin with; no stage may use them.
 pub(crate) const HOST_PREFIX: &str = "stagehost:";
 
+/// Whether a process has the embedded store of a folder open. Makes nothing.
+pub fn is_in_use(folder: &Path) -> bool {
+    embedded::is_in_use(folder)
+}
+
 /// Milliseconds since the Unix epoch. The embedded store asks it for what has expired.
 pub type Clock = Arc<dyn Fn() -> u64 + Send + Sync>;
 
