@@ -101,15 +101,23 @@ fn store_problem(text: &Text, why: &str) -> Problem {
         .help("correct the path, which is relative to this file")
 }
 
-/// Why there can be no such folder.
+/// Why there can be no such folder. Without its path, which may have come from a variable.
 fn no_folder(path: &Path) -> Option<String> {
+    no_folder_for(path, path)
+}
+
+/// The same of a folder for what is to lie there.
+fn no_folder_for(content: &Path, path: &Path) -> Option<String> {
     let there = path.ancestors().find(|folder| folder.exists())?;
-    let name = there.display();
+    let which = match there == content {
+        true => "it",
+        false => "what should be a folder above it",
+    };
     match fs::metadata(there) {
-        Ok(found) if !found.is_dir() => Some(format!("{name} is no folder")),
-        Ok(_) if !is_writable(there) => Some(format!("this user may not write into {name}")),
+        Ok(found) if !found.is_dir() => Some(format!("{which} is no folder")),
+        Ok(_) if !is_writable(there) => Some("this user may not write there".to_owned()),
         Ok(_) => None,
-        Err(error) => Some(format!("{name}: {}", describe_io(&error))),
+        Err(error) => Some(describe_io(&error)),
     }
 }
 
@@ -125,7 +133,7 @@ fn no_sqlite_file(path: &Path) -> Option<String> {
         file.take(most).read_to_end(&mut head)
     });
     match read {
-        Err(error) if is_missing(&error) => no_folder(path.parent()?),
+        Err(error) if is_missing(&error) => no_folder_for(path, path.parent()?),
         Err(error) => Some(describe_io(&error)),
         Ok(0) => None,
         Ok(_) if head != SQLITE_MAGIC => Some("the file is no SQLite database".to_owned()),

@@ -6,8 +6,8 @@ use std::iter::successors;
 use super::delivery::default_ledger;
 use super::kafka::{is_embedded, is_topic_name};
 use super::load::Checks;
-use super::stages::{dead_letter_topics, sql_sections, texts};
-use crate::diagnostics::{Problem, nearest};
+use super::stages::{DEAD_LETTER_SUFFIX, dead_letter_topics, sql_sections, texts};
+use crate::diagnostics::{Problem, Span, nearest};
 use crate::manifest::{DeliveryWord, Manifest, StageSection, Text};
 
 pub(super) fn check(checks: &Checks<'_>, manifest: &Manifest) {
@@ -21,29 +21,46 @@ pub(super) fn check(checks: &Checks<'_>, manifest: &Manifest) {
 /// Kafka refuses to create topics whose names differ in `.` and `_` alone, those of dead letters too. Declared ones are held
 /// against each other elsewhere.
 fn check_dead_letter_names(checks: &Checks<'_>, manifest: &Manifest) {
-    let declared = manifest.topics.iter().map(|topic| topic.name.value.clone());
-    let metric_name = |topic: &String| topic.replace('.', "_");
-    let mut first: BTreeMap<String, String> = declared.map(|t| (metric_name(&t), t)).collect();
+    let metric_name = |topic: &str| topic.replace('.', "_");
+    let declared = manifest.topics.iter().map(|topic| &topic.name);
+    // By what Kafka makes of a name: the name, and how messages may show it.
+    let mut first: BTreeMap<String, (String, String)> = declared
+        .map(|t| {
+            (
+                metric_name(&t.value),
+                (t.value.clone(), t.shown().to_owned()),
+            )
+        })
+        .collect();
     for stage in &manifest.stages {
-        for letters in dead_letter_topics(stage) {
-            let other = first
-                .entry(metric_name(&letters))
-                .or_insert(letters.clone());
-            if *other == letters {
+        for (topic, shown, span) in letters_of(stage) {
+            let other = first.entry(metric_name(&topic));
+            let (other, other_shown) = other.or_insert_with(|| (topic.clone(), shown.clone()));
+            if *other == topic {
                 continue;
             }
-            let place = stage.dead_letter.as_ref().map(|text| &text.span);
-            let place = place.or(stage.input.as_ref().map(|input| &input.span));
-            let name = &stage.name.value;
+            let message = format!("Kafka takes `{shown}` for the same name as `{other_shown}`");
             checks.report(
-                Problem::at(
-                    place.unwrap_or(&stage.span),
-                    format!("Kafka takes `{letters}`, for the dead letters of `{name}`, for the same name as `{other}`"),
-                )
-                .label("`.` and `_` count as one there")
-                .help("name another topic for them: `dead-letter = \"…\"`"),
+                Problem::at(span, message)
+                    .label(format!(
+                        "the dead letters of `{}` go there; `.` and `_` count as one in a name",
+                        stage.name.value
+                    ))
+                    .help("name another topic for them: `dead-letter = \"…\"`"),
             );
         }
+    }
+}
+
+/// The topics of a stage's dead letters: each with how messages may show it, and its place.
+fn letters_of(stage: &StageSection) -> Vec<(String, String, &Span)> {
+    let beside = |topic: &str| format!("{topic}{DEAD_LETTER_SUFFIX}");
+    match &stage.dead_letter {
+        Some(own) => vec![(own.value.clone(), own.shown().to_owned(), &own.span)],
+        None => texts(stage.input.as_ref())
+            .iter()
+            .map(|topic| (beside(&topic.value), beside(topic.shown()), &topic.span))
+            .collect(),
     }
 }
 
@@ -62,13 +79,13 @@ fn check_topics(checks: &Checks<'_>, manifest: &Manifest) {
                 .iter()
                 .flat_map(|s| texts(s.output.as_ref()));
             if !is_cluster || !outputs.any(|output| output.value == topic.value) {
-                let near = nearest(&topic.value, others(manifest, &created, topic));
+                let near = nearest(&topic.value, others(manifest, topic));
                 checks.report(not_created(stage, topic, "reads", near));
             }
         }
         for topic in texts(stage.output.as_ref()).iter().filter(|t| is_open(t)) {
             let mut inputs = manifest.stages.iter().flat_map(inputs);
-            let near = nearest(&topic.value, others(manifest, &created, topic));
+            let near = nearest(&topic.value, others(manifest, topic));
             let is_slip = near.is_some() && !inputs.any(|input| input == topic.value);
             if !is_cluster || is_slip {
                 checks.report(not_created(stage, topic, "writes to", near));
@@ -77,18 +94,18 @@ fn check_topics(checks: &Checks<'_>, manifest: &Manifest) {
     }
 }
 
-/// The pipeline's other topics.
-fn others<'a>(
-    manifest: &'a Manifest,
-    created: &'a BTreeSet<String>,
-    topic: &'a Text,
-) -> impl Iterator<Item = &'a str> {
+/// The pipeline's other topics, as far as messages may show them: not those whose names came from variables.
+fn others<'a>(manifest: &'a Manifest, topic: &'a Text) -> impl Iterator<Item = &'a str> {
     let used = manifest.stages.iter().flat_map(|stage| {
         let (input, output) = (texts(stage.input.as_ref()), texts(stage.output.as_ref()));
-        input.iter().chain(output).map(|topic| topic.value.as_str())
+        input.iter().chain(output)
     });
-    let all = created.iter().map(String::as_str).chain(used);
-    all.filter(|name| *name != topic.value)
+    let declared = manifest.topics.iter().map(|topic| &topic.name);
+    let plain = declared
+        .chain(used)
+        .filter(|name| name.shown() == name.value);
+    let names = plain.map(|name| name.value.as_str());
+    names.filter(|name| *name != topic.value)
 }
 
 fn not_created(stage: &StageSection, topic: &Text, uses: &str, near: Option<&str>) -> Problem {

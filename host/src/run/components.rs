@@ -2,7 +2,6 @@
 //! what a run would. None of their code runs here, since it may use its stores when it begins.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::anyhow;
@@ -111,9 +110,7 @@ impl Refusal {
                 "raise `limits.memory`, or build it with less",
             ),
         };
-        let file = stage.component.file_name().map(Path::new);
-        let file = file.unwrap_or(&stage.component).display();
-        let message = format!("the component `{file}` of `{}` {what}", stage.name);
+        let message = format!("the component of `{}` {what}", stage.name);
         Problem::at(&stage.component_span, message)
             .label(format!("{error:#}"))
             .help(help)
