@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use host::capability::{StoreError, StoreName};
+use host::capability::{Away, StoreError};
 use host::delivery::progress::{
     Broken, Checkpoint, Claim, Commit, CommitError, LaneId, Ledger, Mode, Transaction,
 };
@@ -134,7 +134,7 @@ impl Handler<()> for Stage {
         Self::pass_on(deliveries)
     }
 
-    async fn probe(&self, _: &StoreName) -> Result<(), StoreError> {
+    async fn probe(&self, _: &Away) -> Result<(), StoreError> {
         Ok(())
     }
 }
@@ -149,7 +149,7 @@ impl Handler<Effects> for Stage {
         Self::pass_on(deliveries)
     }
 
-    async fn probe(&self, _: &StoreName) -> Result<(), StoreError> {
+    async fn probe(&self, _: &Away) -> Result<(), StoreError> {
         Ok(())
     }
 }

@@ -18,7 +18,7 @@ use super::share::{self, Share, TICKS_PER_LOOK};
 use crate::capability::logging::Place;
 use crate::capability::producer::ProducerGrant;
 use crate::capability::sql::Transaction;
-use crate::capability::{Pending, StoreError, StoreName, Stores};
+use crate::capability::{Away, Pending, StoreError, StoreName, Stores};
 use crate::delivery::progress::Transaction as _;
 use crate::delivery::{Cause, Delivery, Fault, Handler, Invocation};
 use crate::pipeline::{self, Instances};
@@ -234,7 +234,7 @@ impl StageComponent {
             // A store that does not answer is no fault of the guest's, and may answer the next time.
             failed(match state.store() {
                 Some(store) => Fault {
-                    away: Some(store.clone()),
+                    away: Some(Away::silent(store.clone())),
                     ..Fault::new(
                         Cause::Slow,
                         format!("{store} did not answer; {}", self.late()),
@@ -341,10 +341,10 @@ impl StageComponent {
         }
     }
 
-    async fn ping(&self, store: &StoreName) -> Result<(), StoreError> {
+    async fn ask(&self, Away { store, action, .. }: &Away) -> Result<(), StoreError> {
         match store {
-            StoreName::Sql(name) => self.grants.sql.ping(name).await,
-            StoreName::Redis(name) => self.grants.redis.ping(name).await,
+            StoreName::Sql(name) => self.grants.sql.probe(name, action).await,
+            StoreName::Redis(name) => self.grants.redis.probe(name, action).await,
         }
     }
 }
@@ -400,8 +400,8 @@ impl Handler<()> for StageComponent {
         self.deliver(deliveries, None).await
     }
 
-    async fn probe(&self, store: &StoreName) -> Result<(), StoreError> {
-        self.ping(store).await
+    async fn probe(&self, away: &Away) -> Result<(), StoreError> {
+        self.ask(away).await
     }
 }
 
@@ -415,8 +415,8 @@ impl Handler<Transaction> for StageComponent {
         self.deliver(deliveries, Some(transaction)).await
     }
 
-    async fn probe(&self, store: &StoreName) -> Result<(), StoreError> {
-        self.ping(store).await
+    async fn probe(&self, away: &Away) -> Result<(), StoreError> {
+        self.ask(away).await
     }
 }
 

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Equipment, Policy, concurrent, ordered};
 use crate::admin::Readiness;
-use crate::capability::{StoreError, StoreName};
+use crate::capability::{Away, StoreError, StoreName};
 use crate::delivery::breaker::Breaker;
 use crate::delivery::dead_letter::{self, DeadLetters};
 use crate::delivery::{Cause, Delivery, Fault, Handler, Invocation};
@@ -161,7 +161,7 @@ impl Handler<()> for Stage {
         }
     }
 
-    async fn probe(&self, _: &StoreName) -> Result<(), StoreError> {
+    async fn probe(&self, _: &Away) -> Result<(), StoreError> {
         let left = self.away.load(Ordering::Relaxed);
         self.away.store(left.saturating_sub(1), Ordering::Relaxed);
         match left {
@@ -204,7 +204,7 @@ pub(super) fn fault(cause: Cause) -> Fault {
 
 fn away() -> Fault {
     Fault {
-        away: Some(StoreName::Redis(Arc::from("cache"))),
+        away: Some(Away::silent(StoreName::Redis(Arc::from("cache")))),
         ..fault(Cause::Retry)
     }
 }

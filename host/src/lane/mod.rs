@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
 
 use crate::admin::Readiness;
-use crate::capability::StoreName;
+use crate::capability::Away;
 use crate::delivery::breaker::Breaker;
 use crate::delivery::dead_letter::DeadLetters;
 use crate::delivery::retry::backoff;
@@ -218,18 +218,21 @@ impl<K, H> Common<K, H> {
         }
     }
 
-    /// Waits for a store that a call may have failed for, and answers whether it had been away.
-    async fn until_there<T>(&self, store: &StoreName) -> Result<bool, Stopped>
+    /// Waits for a store that a call may have failed for, so often in a row at one message, and answers whether it was the
+    /// store's own failing.
+    async fn until_there<T>(&self, away: &Away, losses: u32) -> Result<bool, Stopped>
     where
         H: Handler<T>,
     {
         let Equipment {
             breaker, handler, ..
         } = &self.equipment;
+        // In a box: it is seldom waited for, and a lane's future is as large as all that it may wait for.
+        let waiting = Box::pin(breaker.until_there(away, losses, || handler.probe(away)));
         tokio::select! {
             biased;
             // Both are cancel-safe: to ask a store changes nothing.
-            was_away = breaker.until_there(store, || handler.probe(store)) => Ok(was_away),
+            is_its_own = waiting => Ok(is_its_own),
             () = self.stopping.cancelled() => Err(Stopped),
         }
     }

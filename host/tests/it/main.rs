@@ -17,6 +17,7 @@ mod produce_consume;
 mod progress_row;
 mod scripts;
 mod security;
+mod sick;
 mod sqlite;
 mod stores;
 mod support;

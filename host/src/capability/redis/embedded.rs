@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::commands::{Command, Keys};
 use super::transition;
-use super::{Clock, Error, MAX_ANSWER_BYTES, Reply, Set, StoreError};
+use super::{Clock, Error, HOST_PREFIX, MAX_ANSWER_BYTES, Reply, Set, StoreError};
 
 mod keyspace;
 
@@ -30,6 +30,8 @@ const QUEUE: usize = 256;
 const BATCH: usize = 256;
 /// How often expired entries are removed that nobody asks for.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
+/// Bytes that are written to see whether something can be.
+const PROBE_BYTES: usize = 4096;
 /// Memory for pages of the file.
 const CACHE_BYTES: usize = 64 * 1024 * 1024;
 
@@ -147,6 +149,17 @@ fn open_database(folder: Option<&Path>) -> Result<Database, StoreError> {
 impl Embedded {
     pub(super) async fn ping(&self) -> Result<(), Error> {
         self.read(|_, _| Ok(())).await
+    }
+
+    /// Writes something of the host's own, which is gone soon.
+    pub(super) async fn probe_write(&self) -> Result<(), Error> {
+        let key = format!("{HOST_PREFIX}probe").into_bytes();
+        let probe = Set {
+            entries: vec![(key, vec![0; PROBE_BYTES])],
+            ttl: Some(1),
+            ..Set::default()
+        };
+        self.set(probe).await.map(drop)
     }
 
     /// Waits for the writes that were begun, and closes the file.

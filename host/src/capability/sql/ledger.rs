@@ -6,7 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use sqlx::SqlSafeStr;
 use sqlx::migrate::{MigrateError, Migration, MigrationType, Migrator};
 
-use super::{Database, Error, Kind, StoreError, Transaction};
+use super::{Database, Error, Kind, StoreError, Transaction, host_error};
 use crate::delivery::progress::{Claim, Commit, CommitError, LaneId, Ledger, Mode};
 
 /// The table's name, without its schema.
@@ -53,6 +53,8 @@ pub(super) fn migration_error(error: MigrateError) -> Result<sqlx::Error, StoreE
 pub(super) struct Statements {
     /// Asks for every column, and no row.
     pub(super) probe: Arc<str>,
+    /// A row that nobody has, as it would be rolled back: `$1` is its group, `$2` what it weighs.
+    pub(super) probe_write: Arc<str>,
     pub(super) claim: Arc<str>,
     pub(super) reclaim: Arc<str>,
     pub(super) save: Arc<str>,
@@ -73,6 +75,10 @@ impl Statements {
         );
         Self {
             probe: format!("SELECT {KEY}, {ROW}, updated_at FROM {table} LIMIT 0").into(),
+            probe_write: format!(
+                "INSERT INTO {table} ({KEY}, {ROW}) VALUES ($1, '', -1, 0, 0, 0, NULL, 0, $2, $2)"
+            )
+            .into(),
             claim: format!(
                 "INSERT INTO {table} AS p ({KEY}, {ROW}) VALUES ($1, $2, $3, 1, $5, 0, NULL, 0, $4, $4) \
                  ON CONFLICT ({KEY}) DO UPDATE SET epoch = p.epoch + 1, {NOW} RETURNING {ROW}"
@@ -110,7 +116,7 @@ impl Database {
             Kind::Postgres(database) => database.claim(lane, epoch).await,
             Kind::Sqlite(database) => database.claim(lane, epoch).await,
         };
-        claim.map_err(StoreError::from)
+        claim.map_err(host_error)
     }
 }
 
@@ -138,7 +144,7 @@ impl Ledger for Database {
         match saved {
             Ok(true) => Ok(()),
             Ok(false) => Err(CommitError::Fenced),
-            Err(Error::Database(error)) => Err(CommitError::Refused(error.message)),
+            Err(Error::Database(error)) => Err(CommitError::Unanswered(error.message)),
             Err(Error::Unavailable(why)) => Err(CommitError::Unanswered(why)),
             Err(other) => Err(CommitError::Unanswered(other.to_string())),
         }

@@ -9,8 +9,8 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
 use super::migrate::Migrations;
 use super::statement::postgres::Words;
 use super::{
-    ACQUIRE_TIMEOUT, Done, Error, Failure, STATEMENT_TIMEOUT, SqlAccess, StoreError, Value, Work,
-    ledger, out_of_time,
+    ACQUIRE_TIMEOUT, Done, Error, Failure, Refusal, STATEMENT_TIMEOUT, SqlAccess, StoreError,
+    Value, Work, ledger, out_of_time,
 };
 use call::Call;
 use client::Client;
@@ -22,10 +22,13 @@ use value::Parameters;
 
 mod call;
 mod client;
+mod done;
 mod error;
 mod guests;
 mod plans;
 mod pool;
+mod pooler;
+mod probe;
 mod progress;
 mod server;
 mod session;
@@ -80,11 +83,13 @@ pub(super) async fn open(
 ) -> Result<Postgres, StoreError> {
     let server = Server::new(url)?;
     let place = server.place();
+    let mut client = connect(&server).await.map_err(|error| at(&place, error))?;
+    let checked = pooler::check(&server, &mut client).await;
+    checked.map_err(|error| at(&place, error))?;
     if let Some(migrations) = migrations {
         let ran = migrate(&server, &place, migrations).await;
         ran.map_err(|error| at(&place, error))?;
     }
-    let mut client = connect(&server).await.map_err(|error| at(&place, error))?;
     let words = words(&mut client).await;
     let words = words.map_err(|failure| at(&place, failure.into_error().into()))?;
     let settings = Settings { pause };
@@ -190,11 +195,16 @@ impl Postgres {
         access: SqlAccess,
         text: &str,
         work: Work<'_>,
-    ) -> Result<Done, Error> {
-        let mut call = Call::new(self, access, text, work)?;
-        let mut lease = self.take(access).await?;
+    ) -> Result<Done, Refusal> {
+        let judge = |error| self.judge(access, text, work, error);
+        let mut call = Call::new(self, access, text, work).map_err(judge)?;
+        let mut lease = self.take(access).await.map_err(judge)?;
         let answer = call.run_alone(&mut lease).await;
-        answer.map_err(Failure::into_error)
+        if access == SqlAccess::ReadOnly {
+            // It was the host that said so.
+            lease.is_spent = false;
+        }
+        answer.map_err(|failure| judge(failure.into_error()))
     }
 
     /// A session whose transactions begin as the access says.

@@ -18,7 +18,7 @@ use super::migrate::Migrations;
 use super::{ACQUIRE_TIMEOUT, Done, Error, Failure, SqlAccess, StoreError, Work};
 use call::Call;
 use connection::BUSY_TIMEOUT;
-use error::open_error;
+use error::{error_of, open_error};
 use pool::{Lease, Pool};
 
 mod authorizer;
@@ -125,6 +125,17 @@ pub(super) async fn open(
     })
 }
 
+fn rewrite(sql: &rusqlite::Connection) -> rusqlite::Result<()> {
+    let version: i64 = sql.query_row("PRAGMA user_version", [], |row| row.get(0))?;
+    let rewrite = format!("BEGIN IMMEDIATE; PRAGMA user_version = {version}; COMMIT");
+    let written = sql.execute_batch(&rewrite);
+    if written.is_err() && !sql.is_autocommit() {
+        // What it says of that changes nothing.
+        let _ = sql.execute_batch("ROLLBACK");
+    }
+    written
+}
+
 impl Sqlite {
     /// The same, and what is learnt of the one stage is not taken for another's.
     pub(super) fn for_stage(&self) -> Self {
@@ -169,6 +180,16 @@ impl Sqlite {
                 Err(failure.into_error())
             }
         }
+    }
+
+    /// Writes what is there once more, which goes to the disk as anything else does.
+    pub(super) async fn probe_write(&self) -> Result<(), Error> {
+        let writing = self.write().await?;
+        let mut lease = self.pool.take().await?;
+        lease.writing = Some(writing);
+        let written = lease.run(|connection| connection.as_host(rewrite)).await?;
+        lease.give_back();
+        written.map_err(|error| error_of(&error))
     }
 
     /// The turn to write, for who has somebody to tell that it was not to be had.

@@ -236,19 +236,20 @@ impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
 
     /// One call with these records of the last batch; several for which a store was away wait for it once, and not each.
     async fn call(&mut self, records: Range<usize>) -> Result<Invocation, Leave> {
-        let mut tried_again = false;
+        let (mut losses, mut tried_again) = (0, false);
         loop {
             let invocation = self.call_once(records.clone()).await;
             if records.len() == 1 {
                 return Ok(invocation);
             }
-            let Some(store) = invocation.away().cloned() else {
+            let Some(away) = invocation.away().cloned() else {
                 return Ok(invocation);
             };
             self.settle_all().await?;
+            losses += 1;
             // One that answers now may have been away for a moment; the second time it is the messages' fault.
-            let was_away = self.common.until_there::<()>(&store).await?;
-            if !was_away && mem::replace(&mut tried_again, true) {
+            let is_its_own = self.common.until_there::<()>(&away, losses).await?;
+            if !is_its_own && mem::replace(&mut tried_again, true) {
                 return Ok(invocation);
             }
         }

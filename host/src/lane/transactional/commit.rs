@@ -10,6 +10,7 @@ use tracing::{debug, error, warn};
 use super::batch::{Batch, Note};
 use super::turn::{After, Plan};
 use super::{Ending, Lane, Tenure};
+use crate::capability::{Action, Away};
 use crate::delivery::output;
 use crate::delivery::progress::{Checkpoint, Commit, CommitError, Ledger, Transaction};
 use crate::delivery::{Cause, Fault, Handler};
@@ -17,8 +18,6 @@ use crate::lane::{Halt, LOG_PATIENCE};
 use crate::log::{Addressed, Source};
 use crate::record::Outgoing;
 
-/// A message that the connection breaks at so often in a row may be what brings the database down.
-const MAX_LOSSES: u32 = 5;
 /// How long a transaction is held open for the acknowledgement of what was committed before.
 const LANDING_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -50,11 +49,13 @@ where
         } else {
             0
         };
-        let was_away = self
-            .common
-            .until_there::<L::Transaction>(&self.store)
-            .await?;
-        if was_away && losses < MAX_LOSSES {
+        let away = Away {
+            store: self.store.clone(),
+            action: Action::Answer,
+            why: why.clone(),
+        };
+        let waiting = self.common.until_there::<L::Transaction>(&away, losses);
+        if waiting.await? {
             return Ok(Plan::optimistic());
         }
         let why = format!("{}: {why}", self.store);
@@ -276,7 +277,7 @@ where
     async fn follow(
         &mut self,
         tenure: &mut Tenure,
-        batch: &Batch,
+        batch: &mut Batch,
         after: After,
     ) -> Result<Plan, Ending> {
         match after {
@@ -296,12 +297,14 @@ where
                 }
                 self.pause(tenure, wait).await?;
             }
-            After::Away(store, fault) => {
+            After::Away(away, mut fault) => {
+                let losses = batch.lose(batch.settled);
                 let mut outbox = mem::take(&mut tenure.outbox);
-                let waiting = self.common.until_there::<L::Transaction>(&store);
-                let was_away = outbox.alongside(waiting).await;
+                let waiting = self.common.until_there::<L::Transaction>(&away, losses);
+                let is_its_own = outbox.alongside(waiting).await;
                 tenure.outbox = outbox;
-                if !was_away? {
+                if !is_its_own? {
+                    fault.count();
                     return Ok(Plan::careful(Some((batch.settled, fault))));
                 }
             }

@@ -22,7 +22,7 @@ pub(super) use self::outbox::warn_of;
 use self::outbox::{Delivery, Outbox};
 use self::turn::{Plan, Ran};
 use super::{Common, Equipment, Halt, LOG_PATIENCE, Standstill, Stopped};
-use crate::capability::{StoreError, StoreName};
+use crate::capability::{Action, Away, StoreError, StoreName};
 use crate::delivery::Handler;
 use crate::delivery::output;
 use crate::delivery::progress::{Checkpoint, Claim, LaneId, Ledger, Transaction};
@@ -250,13 +250,16 @@ where
             return Err(Ending::Halted(Halt(format!("{}: {why}", self.store))));
         }
         debug!("{}: {error}", self.store);
-        let was_away = self
-            .common
-            .until_there::<L::Transaction>(&self.store)
-            .await?;
-        if !was_away {
+        let why = format!("{}: {error}", self.store);
+        let away = Away {
+            store: self.store.clone(),
+            action: Action::Write,
+            why: error.to_string(),
+        };
+        // No message is at fault: how long to wait is the lane's affair.
+        let waiting = self.common.until_there::<L::Transaction>(&away, 0);
+        if !waiting.await? {
             // It answers, and yet it failed: not again at once.
-            let why = format!("{}: {error}", self.store);
             self.trouble(&LOG_PATIENCE, &why).await?;
         }
         Ok(())

@@ -147,6 +147,7 @@ impl Server {
             server: self,
             end_point,
             scram: None,
+            process: 0,
         };
         loop {
             let message = match wire.next().await? {
@@ -154,7 +155,7 @@ impl Server {
                 Incoming::TooLarge(_) => return Err(unexpected()),
             };
             match message {
-                Message::ReadyForQuery(_) => return Ok(Client::new(wire)),
+                Message::ReadyForQuery(_) => return Ok(Client::new(wire, login.process)),
                 Message::ErrorResponse(body) => {
                     return Err(LoginError::Spoken(Spoken::read(&body)));
                 }
@@ -262,6 +263,8 @@ struct Login<'a> {
     /// What the login is bound to, where the connection is encrypted.
     end_point: Option<Vec<u8>>,
     scram: Option<ScramSha256>,
+    /// Who serves the session, as it says.
+    process: i32,
 }
 
 impl Login<'_> {
@@ -287,8 +290,11 @@ impl Login<'_> {
                 scram.finish(body.data()).map_err(refused)?;
                 return Ok(false);
             }
+            Message::BackendKeyData(body) => {
+                self.process = body.process_id();
+                return Ok(false);
+            }
             Message::AuthenticationOk
-            | Message::BackendKeyData(_)
             | Message::ParameterStatus(_)
             | Message::NoticeResponse(_) => return Ok(false),
             Message::AuthenticationGss
