@@ -337,4 +337,89 @@ mod tests {
         assert!(breaker.until_there(&store, 1, probe).await);
         assert!(!breaker.until_there(&store, 1, probe).await);
     }
+
+    /// A store at its limit refuses now and then. A message that it alone refuses holds its partition for a while only.
+    #[tokio::test(start_paused = true)]
+    async fn what_it_refuses_while_it_does_as_much_for_the_host_counts_after_a_while() {
+        let readiness = Arc::<Readiness>::default();
+        let (breaker, mut away) = breaker(&readiness);
+        away.action = Action::Write;
+        away.why = "OOM".to_owned();
+        let probe = || async { Ok(()) };
+        for losses in 1..MAX_LOSSES {
+            let waiting = breaker.until_there(&away, losses, probe);
+            tokio::pin!(waiting);
+            assert!(futures::poll!(&mut waiting).is_pending());
+            assert_eq!(readiness.reasons(), ["store posts: OOM"]);
+            assert!(waiting.await, "{losses} times");
+        }
+        assert!(!breaker.until_there(&away, MAX_LOSSES, probe).await);
+        let no_message = breaker.until_there(&away, 0, probe).await;
+        assert!(!no_message, "nobody waits where no message is to blame");
+        away.action = Action::Command("SET");
+        assert!(!breaker.until_there(&away, 1, probe).await, "it is its own");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_message_that_brings_its_store_down_counts_after_a_while() {
+        let (breaker, away) = breaker(&Arc::default());
+        for (losses, is_its_own) in [
+            (0, true),
+            (1, true),
+            (MAX_LOSSES - 1, true),
+            (MAX_LOSSES, false),
+        ] {
+            let asked = AtomicU32::new(0);
+            let probe = || async {
+                match asked.fetch_add(1, Ordering::Relaxed) {
+                    0 => Err(StoreError::Unavailable("gone".into())),
+                    _ => Ok(()),
+                }
+            };
+            let waited = breaker.until_there(&away, losses, probe).await;
+            assert_eq!(waited, is_its_own, "{losses} times");
+        }
+    }
+
+    /// Who waits to write does not take it for an answer that another one can read again.
+    #[tokio::test(start_paused = true)]
+    async fn what_takes_more_is_asked_for_by_itself() {
+        let (breaker, away) = breaker(&Arc::default());
+        let reading = Away {
+            action: Action::Read,
+            ..away.clone()
+        };
+        let writing = Away {
+            action: Action::Write,
+            ..away
+        };
+        let (reads, writes) = (AtomicU32::new(0), AtomicU32::new(0));
+        let twice = |asked: &AtomicU32| match asked.fetch_add(1, Ordering::Relaxed) {
+            0 => Err(StoreError::Unavailable("gone".into())),
+            _ => Ok(()),
+        };
+        let read = breaker.until_there(&reading, 1, || async { twice(&reads) });
+        let write = breaker.until_there(&writing, 1, || async { twice(&writes) });
+        let both = tokio::join!(read, write);
+        assert_eq!(both, (true, true));
+        assert_eq!(writes.load(Ordering::Relaxed), 2, "it was asked for itself");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_that_takes_long_is_said() {
+        let readiness = Arc::<Readiness>::default();
+        let (breaker, away) = breaker(&readiness);
+        let probe = || async {
+            tokio::time::sleep(PROBE_NOTICE * 2).await;
+            Ok(())
+        };
+        let waiting = breaker.until_there(&away, 1, probe);
+        tokio::pin!(waiting);
+        assert!(futures::poll!(&mut waiting).is_pending());
+        tokio::time::advance(PROBE_NOTICE + Duration::from_millis(1)).await;
+        assert!(futures::poll!(&mut waiting).is_pending());
+        assert_eq!(readiness.reasons(), ["store posts: no answer within 1 s"]);
+        assert!(waiting.await);
+        assert!(readiness.reasons().is_empty());
+    }
 }

@@ -9,6 +9,7 @@ mod pgbouncer;
 mod postgres;
 mod redis;
 mod servers;
+mod sqlite;
 
 /// One stage of a test component on a store of its own.
 struct Patient {
@@ -55,8 +56,8 @@ impl Patient {
         Self::start("cache", lane, &grant, &stores)
     }
 
-    /// On PostgreSQL at this URL.
-    fn on_postgres(url: &str, lane: Lane) -> Self {
+    /// On a database at this URL.
+    fn on_database(url: &str, lane: Lane) -> Self {
         Self::reads_and_writes(url, lane, "\"data\"")
     }
 

@@ -74,7 +74,7 @@ async fn run(url: &str, statements: &str) {
 /// effect once.
 async fn refuses(lane: Lane, words: &str, sicken: &str, heal: &str) {
     let place = Place::new().await;
-    let patient = Patient::on_postgres(&place.url, lane);
+    let patient = Patient::on_database(&place.url, lane);
     patient.send(&inserts(0..10)).await;
     patient.settle();
     place.run(sicken).await;
@@ -176,7 +176,7 @@ async fn a_changed_password_of_a_database_is_waited_for_and_named() {
     )
     .await;
     let url = format!("postgres://stages:geheim@127.0.0.1:{}/postgres", own.port);
-    let patient = Patient::on_postgres(&url, Lane::Transactional);
+    let patient = Patient::on_database(&url, Lane::Transactional);
     patient.send(&inserts(0..10)).await;
     patient.settle();
     run(&admin, "ALTER ROLE stages PASSWORD 'other'").await;
@@ -205,7 +205,7 @@ async fn after_a_failover_of_postgresql_the_new_primary_is_found() {
     let way = servers::Way::to(port);
     let mut through = url.clone();
     through.set_port(Some(way.port)).expect("a port");
-    let patient = Patient::on_postgres(through.as_str(), Lane::Transactional);
+    let patient = Patient::on_database(through.as_str(), Lane::Transactional);
     patient.send(&inserts(0..10)).await;
     patient.settle();
     place
@@ -249,7 +249,7 @@ async fn a_right_that_a_stage_never_had_is_denied() {
     let place = Place::new().await;
     place.run("CREATE TABLE other (n BIGINT)").await;
     for lane in [Lane::Ordered, Lane::Transactional] {
-        let patient = Patient::on_postgres(&place.url, lane);
+        let patient = Patient::on_database(&place.url, lane);
         let other = json!({ "do": "sql", "store": "db", "statement": "SELECT n FROM other" });
         patient.send(&[other]).await;
         patient.send(&inserts(0..2)).await;
