@@ -14,7 +14,7 @@ use host::log::BatchLimits;
 use host::metrics::Metrics;
 use host::pipeline::{OnExhausted, OnGap, Order, Retry};
 
-use super::world::{Database, Log, Sent, Stage};
+use super::world::{CLUSTER, Database, Log, Sent, Stage};
 
 const SEED: u64 = 7;
 const TOPIC: &str = "app.posts";
@@ -93,6 +93,7 @@ fn equipment(sink: Arc<Sent>, kind: Kind) -> Equipment<Sent, Stage> {
         breaker: Arc::new(Breaker::new([], readiness.clone(), metrics.clone(), SEED)),
         readiness,
         metrics: metrics.stage("stage"),
+        cluster: Arc::from(CLUSTER),
     }
 }
 

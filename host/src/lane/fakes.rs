@@ -16,7 +16,8 @@ use crate::capability::{StoreError, StoreName};
 use crate::delivery::breaker::Breaker;
 use crate::delivery::dead_letter::{self, DeadLetters};
 use crate::delivery::{Cause, Delivery, Fault, Handler, Invocation};
-use crate::log::{BatchLimits, Gap, LogError, Sink, Source, Unsent};
+use crate::log::committed::RowMark;
+use crate::log::{BatchLimits, Gap, LogError, Sink, Source, Started, Unsent};
 use crate::metrics::Metrics;
 use crate::pipeline::{OnExhausted, OnGap, Order, Retry};
 use crate::record::{Outgoing, Record};
@@ -35,8 +36,8 @@ struct Log {
 }
 
 impl Source for Log {
-    async fn start(&mut self, _: Option<i64>) -> Result<(), Gap> {
-        Ok(())
+    async fn start(&mut self, _: Option<i64>) -> Result<Option<Started>, Gap> {
+        Ok(Some(Started::default()))
     }
 
     async fn next(&mut self, limits: &BatchLimits) -> Result<Option<Vec<Record>>, Gap> {
@@ -59,7 +60,7 @@ impl Source for Log {
         }
     }
 
-    fn done(&mut self, next_offset: i64) {
+    fn done(&mut self, next_offset: i64, _: Option<RowMark>) {
         let before = self.done.swap(next_offset, Ordering::Relaxed);
         assert!(before < next_offset, "{next_offset} after {before}");
         if next_offset == self.end {
@@ -295,6 +296,7 @@ impl Bench {
             )),
             readiness: self.readiness.clone(),
             metrics: metrics.stage("stage"),
+            cluster: Arc::from("here"),
         };
         let log = self.log.lock().unwrap().take();
         let log = log.expect("the first run");

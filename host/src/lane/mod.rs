@@ -10,6 +10,7 @@ mod fakes;
 mod held;
 mod message;
 pub mod ordered;
+mod repetition;
 pub mod transactional;
 
 use std::collections::BTreeSet;
@@ -31,7 +32,7 @@ use crate::delivery::breaker::Breaker;
 use crate::delivery::dead_letter::DeadLetters;
 use crate::delivery::retry::backoff;
 use crate::delivery::{Delivery, Fault, Handler, Invocation};
-use crate::log::{BatchLimits, Gap, Source};
+use crate::log::{BatchLimits, Gap, Source, Started};
 use crate::metrics::StageMetrics;
 use crate::pipeline::{OnExhausted, OnGap, Order, Retry};
 use crate::record::Record;
@@ -93,6 +94,8 @@ pub struct Equipment<K, H> {
     pub readiness: Arc<Readiness>,
     /// What is counted.
     pub metrics: StageMetrics,
+    /// Which cluster the log is: ids of outputs count in it alone.
+    pub cluster: Arc<str>,
 }
 
 impl<K, H> Clone for Equipment<K, H> {
@@ -104,6 +107,7 @@ impl<K, H> Clone for Equipment<K, H> {
             breaker: self.breaker.clone(),
             readiness: self.readiness.clone(),
             metrics: self.metrics.clone(),
+            cluster: self.cluster.clone(),
         }
     }
 }
@@ -234,16 +238,19 @@ impl<K, H> Common<K, H> {
         }
     }
 
-    /// Begins to read, behind a gap if the pipeline says so. Answers where it began if that is not `from`.
+    /// Begins to read, behind a gap if the pipeline says so. Answers where, if it is not where the group has got to; and what
+    /// the log has said, unless the partition is to be given up.
     async fn start(
         &self,
         source: &mut impl Source,
         mut from: Option<i64>,
-    ) -> Result<Option<i64>, Halt> {
-        while let Err(gap) = source.start(from).await {
-            from = Some(self.pass(&gap)?);
+    ) -> Result<(Option<i64>, Option<Started>), Halt> {
+        loop {
+            match source.start(from).await {
+                Ok(started) => return Ok((from, started)),
+                Err(gap) => from = Some(self.pass(&gap)?),
+            }
         }
-        Ok(from)
     }
 
     /// The offset behind a gap, if it may be passed.
@@ -262,7 +269,7 @@ impl<K, H> Common<K, H> {
                 "{gap}: write `on-gap = \"continue\"` to go on at offset {first}, and give the topic a longer \
                  `retention.ms`"
             ))),
-            Gap::Recreated { .. } => Err(Halt(format!(
+            Gap::Recreated { .. } | Gap::Replaced { .. } => Err(Halt(format!(
                 "{gap}: if it was meant, remove what the old topic's records left in the database, and the lane's \
                  row from stagehost_progress and the group's committed offsets; then start again"
             ))),

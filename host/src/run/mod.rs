@@ -170,6 +170,7 @@ impl Host {
         let Some(()) = topics::prepare(pipeline, &admin, waiting, &settings.brokers).await? else {
             return Ok(None);
         };
+        let cluster = admin.cluster().await;
         let watch = LogWatch::start(
             admin,
             settings.brokers.clone(),
@@ -195,6 +196,7 @@ impl Host {
             breaker: Arc::new(breaker(pipeline, waiting.readiness, metrics)),
             readiness: waiting.readiness.clone(),
             metrics: metrics.clone(),
+            cluster,
         };
         let mut loaded = Vec::with_capacity(pipeline.stages.len());
         for stage in &pipeline.stages {

@@ -42,6 +42,8 @@ pub(super) struct Shared {
     pub(super) breaker: Arc<Breaker>,
     pub(super) readiness: Arc<Readiness>,
     pub(super) metrics: Arc<Metrics>,
+    /// Which cluster the log is.
+    pub(super) cluster: Arc<str>,
 }
 
 /// Reads and compiles a stage's component.
@@ -141,6 +143,7 @@ impl LoadedStage {
             breaker: shared.breaker.clone(),
             readiness: shared.readiness.clone(),
             metrics: shared.metrics.stage(&self.name),
+            cluster: shared.cluster.clone(),
         };
         let subscription = self.subscription.clone();
         let consumer =

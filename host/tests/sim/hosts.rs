@@ -33,6 +33,9 @@ const COMMIT_INTERVAL: u64 = 250;
 /// Messages of a partition that a stage has side by side, where it may.
 const CONCURRENCY: usize = 4;
 
+/// Which cluster the log is.
+pub(crate) const CLUSTER: &str = "here";
+
 /// A topic that the first stage is not granted.
 pub(crate) const FOREIGN: &str = "side";
 
@@ -164,6 +167,7 @@ impl Host {
                 breaker: breaker.clone(),
                 readiness: readiness.clone(),
                 metrics: servers.metrics.stage(stage.name),
+                cluster: CLUSTER.into(),
             };
             equipment.push((equipped, ledger));
         }
@@ -252,13 +256,11 @@ impl Host {
     }
 
     fn commit_settled(&self, slot: &Slot) {
-        if let Some(offset) = slot.uncommitted()
-            && !self.process.is_dead()
-            && self
-                .servers
-                .broker
-                .commit(self.process.number(), slot.seat, offset)
-        {
+        let Some(commit) = slot.uncommitted().filter(|_| !self.process.is_dead()) else {
+            return;
+        };
+        let (broker, offset) = (&self.servers.broker, commit.offset);
+        if broker.commit(self.process.number(), slot.seat, commit) {
             slot.committed(offset);
         }
     }

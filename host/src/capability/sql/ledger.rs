@@ -49,12 +49,24 @@ pub(super) fn migration_error(error: MigrateError) -> Result<sqlx::Error, StoreE
     }
 }
 
+/// How a lane's row is taken hold of.
+#[derive(Clone, Copy)]
+pub(super) enum Own {
+    /// Whoever had it.
+    Claim,
+    /// Where it is of this epoch.
+    Reclaim { epoch: i64 },
+    /// Its generation is raised, where it is of this epoch.
+    Raise { epoch: i64, generation: i64 },
+}
+
 /// The statements on the table.
 pub(super) struct Statements {
     /// Asks for every column, and no row.
     pub(super) probe: Arc<str>,
     pub(super) claim: Arc<str>,
     pub(super) reclaim: Arc<str>,
+    pub(super) raise: Arc<str>,
     pub(super) save: Arc<str>,
     /// On PostgreSQL: fails unless it has written the row, with a division by zero, so that what is sent with it, a commit,
     /// finds a transaction that has failed.
@@ -79,6 +91,7 @@ impl Statements {
             )
             .into(),
             reclaim: format!("UPDATE {table} SET epoch = epoch + 1, {NOW} WHERE {OWN} RETURNING {ROW}").into(),
+            raise: format!("UPDATE {table} SET generation = $5, {NOW} WHERE {OWN} RETURNING {ROW}").into(),
             save_or_fail: format!(
                 "WITH saved AS ({save} RETURNING 1) \
                  SELECT 1 OPERATOR(pg_catalog./) pg_catalog.count(*) FROM saved"
@@ -105,10 +118,10 @@ impl Database {
         }
     }
 
-    async fn own(&self, lane: &LaneId, epoch: Option<i64>) -> Result<Option<Claim>, StoreError> {
+    async fn own(&self, lane: &LaneId, how: Own) -> Result<Option<Claim>, StoreError> {
         let claim = match &self.kind {
-            Kind::Postgres(database) => database.claim(lane, epoch).await,
-            Kind::Sqlite(database) => database.claim(lane, epoch).await,
+            Kind::Postgres(database) => database.claim(lane, how).await,
+            Kind::Sqlite(database) => database.claim(lane, how).await,
         };
         claim.map_err(StoreError::from)
     }
@@ -118,12 +131,21 @@ impl Ledger for Database {
     type Transaction = Transaction;
 
     async fn claim(&self, lane: &LaneId) -> Result<Claim, StoreError> {
-        let claim = self.own(lane, None).await?;
+        let claim = self.own(lane, Own::Claim).await?;
         claim.ok_or_else(|| StoreError::Refused(format!("{TABLE} takes no rows")))
     }
 
     async fn reclaim(&self, lane: &LaneId, epoch: i64) -> Result<Option<Claim>, StoreError> {
-        self.own(lane, Some(epoch)).await
+        self.own(lane, Own::Reclaim { epoch }).await
+    }
+
+    async fn raise(
+        &self,
+        lane: &LaneId,
+        epoch: i64,
+        generation: i64,
+    ) -> Result<Option<Claim>, StoreError> {
+        self.own(lane, Own::Raise { epoch, generation }).await
     }
 
     async fn begin(&self, mode: Mode) -> Result<Transaction, StoreError> {

@@ -81,9 +81,7 @@ where
             self.land(tenure).await?;
             return Ok(plan);
         }
-        if let Some(done) = tenure.outbox.take_done() {
-            self.source.done(done);
-        }
+        self.tell_done(tenure);
         let attempts = match &after {
             After::Retry(_) if batch.handled == batch.settled => tenure.failed(batch) + 1,
             After::Retry(_) => 1,
@@ -102,7 +100,7 @@ where
             }
         };
         let mut seen = tenure.seen.clone();
-        batch.admit_into(&mut seen);
+        batch.admit_into(&mut seen, &self.common.equipment.cluster);
         mem::swap(&mut tenure.seen, &mut seen);
         let checkpoint = self.checkpoint(tenure, next_offset, attempts, &outputs)?;
         let commit = Commit {
@@ -135,6 +133,7 @@ where
         tenure.next_offset = next_offset;
         tenure.attempts = attempts;
         tenure.has_pending = !outputs.is_empty();
+        tenure.has_new_topic = false;
         let delivery = self.delivery();
         tenure.outbox.launch(delivery, outputs, next_offset);
         self.settled(batch);
@@ -163,6 +162,7 @@ where
             self.row_kept();
             tenure.commits += 1;
             tenure.has_pending = false;
+            tenure.has_new_topic = false;
         }
         Ok(())
     }
@@ -193,13 +193,10 @@ where
 
     /// The outputs of what is handled, each with its id and its partition.
     async fn outputs(&self, generation: i64, batch: &mut Batch) -> Result<Vec<Outgoing>, Fault> {
-        let mut outputs = batch.take_outputs(&self.id, generation);
-        for output in &mut outputs {
-            if output.partition.is_none() {
-                output.partition = Some(self.partition_of(output).await?);
-            }
+        for output in batch.unplaced() {
+            output.partition = Some(self.partition_of(output).await?);
         }
-        Ok(outputs)
+        Ok(batch.take_outputs(&self.ids, generation))
     }
 
     pub(super) fn checkpoint(
@@ -314,9 +311,7 @@ where
     async fn pause(&mut self, tenure: &mut Tenure, wait: Duration) -> Result<(), Ending> {
         // To be stopped here is no reason to leave outputs behind: the loops end by themselves.
         let _ = tenure.outbox.alongside(self.common.wait(wait)).await;
-        if let Some(done) = tenure.outbox.take_done() {
-            self.source.done(done);
-        }
+        self.tell_done(tenure);
         Ok(())
     }
 }

@@ -10,6 +10,7 @@ pub mod producer;
 pub(crate) mod properties;
 mod start;
 pub mod tail;
+mod topic_id;
 pub mod topics;
 
 use std::collections::BTreeMap;

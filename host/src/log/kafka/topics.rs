@@ -15,6 +15,7 @@ use tracing::info;
 use super::super::LogError;
 use super::polled::PolledProducer;
 use super::{ClientSettings, Kind, QuietContext, log_line};
+use crate::delivery::seen::UNKNOWN_CLUSTER;
 use crate::pipeline::Topic;
 
 /// How long one question to the log may take.
@@ -103,6 +104,17 @@ impl Admin {
         Ok(topics
             .map(|topic| (topic.name().to_string(), topic.partitions().len()))
             .collect())
+    }
+
+    /// The id of the cluster, if it has one. To be asked once the log has answered something.
+    pub async fn cluster(&self) -> Arc<str> {
+        let asker = self.asker.clone();
+        let asked =
+            tokio::task::spawn_blocking(move || asker.client().fetch_cluster_id(ASK_TIMEOUT));
+        let id = asked.await.ok().flatten();
+        // A slash would end it within an id.
+        let id = id.filter(|id| !id.is_empty() && !id.contains('/'));
+        id.map_or(UNKNOWN_CLUSTER.into(), Arc::from)
     }
 
     /// Creates the topics that are missing, and checks the partitions of those that are there. Answers
