@@ -24,8 +24,8 @@ stages: ## compile the stages to WebAssembly: target/stages/<name>.wasm
 
 test: stages ## run all tests, on real servers that are started for them (or KAFKA_BROKERS, DATABASE_URL, REDIS_URL)
 	@scripts/install-deps test
-	jars=$$(scripts/kafka-jars) && \
-	STAGES_DIR=$(STAGES) KAFKA_JARS=$$jars scripts/with-servers cargo test --workspace --no-fail-fast; \
+	jars=$$(scripts/kafka-jars) && clients=$$(scripts/kafka-clients) && \
+	STAGES_DIR=$(STAGES) KAFKA_JARS=$$jars KAFKA_CLIENTS=$$clients scripts/with-servers cargo test --workspace --no-fail-fast; \
 	tested=$$?; $(MAKE) budget && exit $$tested
 
 budget: ## count the instructions that a message costs in the lanes, and hold them against host/benches/budget/budget.toml

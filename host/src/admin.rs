@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use crate::http::{self, Answer, Handler, content, method_not_allowed, not_found, text};
 use crate::metrics::{self, Metrics};
 use crate::pipeline::Secret;
-pub use crate::readiness::Readiness;
+use crate::readiness::Readiness;
 
 /// What log and metrics call the listener.
 const LISTENER: &str = "admin";

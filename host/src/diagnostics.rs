@@ -1,5 +1,7 @@
 //! Problems of a pipeline file, shown with their place as rustc shows them.
 
+pub(crate) mod secrets;
+
 use std::cell::RefCell;
 use std::fmt;
 use std::io::IsTerminal;
@@ -19,6 +21,7 @@ pub struct Problem {
     label: String,
     also: Vec<(Span, String)>,
     help: Option<String>,
+    is_warning: bool,
 }
 
 /// Bytes of a problem's words. They quote the file, where a name can be as long as the file.
@@ -41,7 +44,14 @@ impl Problem {
             label: String::new(),
             also: Vec::new(),
             help: None,
+            is_warning: false,
         }
+    }
+
+    /// What may be meant, and is no reason to refuse the file.
+    pub fn warning(mut self) -> Self {
+        self.is_warning = true;
+        self
     }
 
     /// Adds a few words under the place.
@@ -90,12 +100,20 @@ impl Problems {
         self.0.borrow().len() >= MAX_KEPT
     }
 
-    pub(crate) fn is_empty(&self) -> bool {
-        self.0.borrow().is_empty()
+    /// Whether there is none but warnings.
+    pub(crate) fn are_warnings(&self) -> bool {
+        self.0.borrow().iter().all(|problem| problem.is_warning)
     }
 
     pub(crate) fn into_vec(self) -> Vec<Problem> {
         self.0.into_inner()
+    }
+
+    /// Those that are more than warnings, which may follow from them.
+    pub(crate) fn into_errors(self) -> Vec<Problem> {
+        let mut problems = self.0.into_inner();
+        problems.retain(|problem| !problem.is_warning);
+        problems
     }
 }
 
@@ -125,7 +143,7 @@ impl Diagnostics {
         });
         Self {
             path: path.into(),
-            text: text.into(),
+            text: secrets::masked(&text.into()),
             problems,
         }
     }
@@ -164,17 +182,27 @@ impl Diagnostics {
         if let Some(more @ 1..) = self.problems.len().checked_sub(MAX_SHOWN) {
             out.push_str(&format!("… and {more} more\n\n"));
         }
+        let are_warnings = self.problems.iter().all(|problem| problem.is_warning);
+        let what = if are_warnings { "warning" } else { "problem" };
         let count = match self.problems.len() {
-            1 => "1 problem".to_owned(),
-            MAX_KEPT.. => format!("{MAX_KEPT} problems or more"),
-            n => format!("{n} problems"),
+            1 => format!("1 {what}"),
+            MAX_KEPT.. => format!("{MAX_KEPT} {what}s or more"),
+            n => format!("{n} {what}s"),
         };
-        out.push_str(&format!("{}: {count}; nothing was started\n", self.path));
+        let counted = match are_warnings {
+            true => count,
+            false => count + "; nothing was started",
+        };
+        out.push_str(&format!("{}: {counted}\n", self.path));
         out
     }
 
     fn group<'a>(&'a self, problem: &'a Problem) -> Group<'a> {
-        let title = Level::ERROR.primary_title(&problem.message);
+        let level = match problem.is_warning {
+            true => Level::WARNING,
+            false => Level::ERROR,
+        };
+        let title = level.primary_title(&problem.message);
         let mut group = match &problem.span {
             None => title.element(Origin::path(&*self.path)),
             Some(span) => {

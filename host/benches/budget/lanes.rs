@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use host::admin::Readiness;
 use host::capability::StoreName;
 use host::delivery::breaker::Breaker;
 use host::delivery::dead_letter::DeadLetters;
@@ -13,8 +12,9 @@ use host::lane::{Equipment, Policy, concurrent, ordered, transactional};
 use host::log::BatchLimits;
 use host::metrics::Metrics;
 use host::pipeline::{OnExhausted, OnGap, Order, Retry};
+use host::readiness::Readiness;
 
-use super::world::{Database, Log, Sent, Stage};
+use super::world::{CLUSTER, Database, Log, Sent, Stage};
 
 const SEED: u64 = 7;
 const TOPIC: &str = "app.posts";
@@ -96,6 +96,7 @@ fn equipment(sink: Arc<Sent>, kind: Kind) -> Equipment<Sent, Stage> {
         breaker: Arc::new(Breaker::new([], readiness.clone(), metrics.clone(), SEED)),
         readiness,
         metrics: metrics.stage("stage"),
+        cluster: Arc::from(CLUSTER),
     }
 }
 

@@ -3,17 +3,20 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use host::capability::{StoreError, StoreName};
+use host::capability::{Away, StoreError};
 use host::delivery::progress::{
     Broken, Checkpoint, Claim, Commit, CommitError, LaneId, Ledger, Mode, Transaction,
 };
 use host::delivery::{Delivery, Handler, Invocation};
-use host::log::{Addressed, BatchLimits, Gap, LogError, Sink, Source, Unsent};
+use host::log::committed::RowMark;
+use host::log::{Addressed, BatchLimits, Gap, LogError, Sink, Source, Started, Unsent};
 use host::record::{Header, Outgoing, Record};
 use tokio_util::sync::CancellationToken;
 
 /// Keys of the messages, in turn.
 const KEYS: i64 = 1_000;
+/// As long as Kafka's are.
+pub(crate) const CLUSTER: &str = "nUcoD3k0SHyTn1WYwXqZCg";
 const VALUE: [u8; 256] = [b'x'; 256];
 
 /// A partition that asks its lane to end once all is done.
@@ -36,6 +39,13 @@ impl Log {
         }
     }
 
+    fn id(&self, offset: i64) -> String {
+        let Self {
+            topic, partition, ..
+        } = self;
+        format!("@{CLUSTER}/{topic}/{partition}/up/in/0/1/{offset}/0")
+    }
+
     fn record(&self, offset: i64) -> Record {
         Record {
             topic: self.topic.clone(),
@@ -44,14 +54,14 @@ impl Log {
             timestamp: None,
             key: Some((offset % KEYS).to_be_bytes().to_vec()),
             value: Some(VALUE.to_vec()),
-            headers: vec![Header::new("stagehost-id", format!("up/in/0/1/{offset}/0"))],
+            headers: vec![Header::new("stagehost-id", self.id(offset))],
         }
     }
 }
 
 impl Source for Log {
-    async fn start(&mut self, _: Option<i64>) -> Result<(), Gap> {
-        Ok(())
+    async fn start(&mut self, _: Option<i64>) -> Result<Option<Started>, Gap> {
+        Ok(Some(Started::default()))
     }
 
     async fn next(&mut self, limits: &BatchLimits) -> Result<Option<Vec<Record>>, Gap> {
@@ -67,7 +77,7 @@ impl Source for Log {
         Ok(Some(records))
     }
 
-    fn done(&mut self, next_offset: i64) {
+    fn done(&mut self, next_offset: i64, _: Option<RowMark>) {
         if next_offset == self.end {
             self.stopping.cancel();
         }
@@ -134,7 +144,7 @@ impl Handler<()> for Stage {
         Self::pass_on(deliveries)
     }
 
-    async fn probe(&self, _: &StoreName) -> Result<(), StoreError> {
+    async fn probe(&self, _: &Away) -> Result<(), StoreError> {
         Ok(())
     }
 }
@@ -149,7 +159,7 @@ impl Handler<Effects> for Stage {
         Self::pass_on(deliveries)
     }
 
-    async fn probe(&self, _: &StoreName) -> Result<(), StoreError> {
+    async fn probe(&self, _: &Away) -> Result<(), StoreError> {
         Ok(())
     }
 }
@@ -174,6 +184,10 @@ impl Ledger for Database {
     }
 
     async fn reclaim(&self, lane: &LaneId, _: i64) -> Result<Option<Claim>, StoreError> {
+        self.claim(lane).await.map(Some)
+    }
+
+    async fn raise(&self, lane: &LaneId, _: i64, _: i64) -> Result<Option<Claim>, StoreError> {
         self.claim(lane).await.map(Some)
     }
 

@@ -10,7 +10,7 @@ use host::delivery::output::{decode, encode};
 use host::delivery::seen::Seen;
 use host::delivery::{Cause, Fault};
 
-use super::sample::{self, timed};
+use super::sample::{self, CLUSTER, timed};
 
 /// Outputs of a commit.
 const OUTPUTS: u32 = 500;
@@ -42,7 +42,7 @@ pub(crate) fn seen(criterion: &mut Criterion) {
             let next = records.iter().cycle().take(rounds as usize);
             let since = Instant::now();
             for record in next {
-                black_box(seen.admit(black_box(record)));
+                black_box(seen.admit(black_box(record), CLUSTER));
             }
             since.elapsed()
         });

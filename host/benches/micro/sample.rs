@@ -8,6 +8,9 @@ use host::record::{Header, Outgoing, Record};
 /// Characters of the post's content.
 const CONTENT: usize = 200;
 
+/// As long as Kafka's are.
+pub(crate) const CLUSTER: &str = "nUcoD3k0SHyTn1WYwXqZCg";
+
 /// A post in JSON, as another stage emitted it.
 pub(crate) fn record(offset: i64) -> Record {
     let uid = format!("0198f3a2-6f3e-7c1d-9b57-{offset:012}");
@@ -22,7 +25,7 @@ pub(crate) fn record(offset: i64) -> Record {
         value: Some(value.into_bytes()),
         headers: vec![Header::new(
             "stagehost-id",
-            format!("service.publisher/app.newPosts/3/0/{offset}/0"),
+            format!("@{CLUSTER}/app.posts/3/service.publisher/app.newPosts/3/0/{offset}/0"),
         )],
     }
 }

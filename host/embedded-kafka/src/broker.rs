@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
@@ -17,7 +18,7 @@ use crate::storage::journal::Journal;
 use crate::storage::topic_config::Settings;
 use crate::storage::topics::Topics;
 use crate::storage::writer::Writers;
-use crate::{retention, server};
+use crate::{health, retention, server};
 
 /// A running broker. It ends when this is dropped; [`Broker::shutdown`] also waits for the end.
 #[derive(Debug)]
@@ -27,6 +28,7 @@ pub struct Broker {
     /// They end when the node is dropped, which the tasks hold, and hold the folder's lock until then.
     threads: Vec<JoinHandle<()>>,
     stopping: Stopping,
+    trouble: watch::Receiver<Option<String>>,
     shutdown: DropGuard,
 }
 
@@ -94,6 +96,9 @@ impl Broker {
         let tasks = TaskTracker::new();
         tasks.spawn(server::serve(node.clone(), listener, tasks.clone()));
         tasks.spawn(retention::run(node.clone()));
+        tasks.spawn(retention::compact(node.clone()));
+        let (told, trouble) = watch::channel(None);
+        tasks.spawn(health::run(node.clone(), told));
         tasks.spawn(async move { node.groups.keep_time(node.shutdown.clone()).await });
         tasks.close();
         Ok(Self {
@@ -101,8 +106,15 @@ impl Broker {
             tasks,
             threads,
             stopping,
+            trouble,
             shutdown: shutdown.drop_guard(),
         })
+    }
+
+    /// Why the broker cannot write records or offsets (the disk is full, say), in a line for people; `None` while it can.
+    /// Ends with the broker.
+    pub fn trouble(&self) -> watch::Receiver<Option<String>> {
+        self.trouble.clone()
     }
 
     /// Where it listens.
@@ -118,6 +130,7 @@ impl Broker {
             threads,
             stopping,
             shutdown,
+            trouble: _,
         } = self;
         drop(shutdown);
         tasks.wait().await;

@@ -23,6 +23,8 @@ pub struct Config {
     pub retention: Option<Duration>,
     /// How often retention is looked after.
     pub retention_check: Duration,
+    /// How often the topics that are compacted are looked after.
+    pub compaction_check: Duration,
     /// Whether a topic that a client asks for, or produces to, is created with `default_partitions`.
     pub auto_create_topics: bool,
     /// Partitions of a topic whose creator did not say how many.
@@ -49,6 +51,7 @@ impl Config {
             retention_bytes: None,
             retention: Some(Duration::from_secs(7 * 24 * 60 * 60)),
             retention_check: Duration::from_secs(30),
+            compaction_check: Duration::from_secs(15),
             auto_create_topics: true,
             default_partitions: 1,
             max_message_bytes: 1_048_588,

@@ -2,8 +2,8 @@
 //!
 //! It speaks the Kafka protocol on a loopback port and keeps its records in a folder, so that the same client,
 //! the same consumer groups and tools such as `kcat` work without a server to install. Records are durable before
-//! they are acknowledged and survive `kill -9`. It has one node, no transactions, no compaction and no access
-//! control: who needs those, or two machines, runs Apache Kafka.
+//! they are acknowledged and survive `kill -9`. It has one node, no transactions and no access control: who
+//! needs those, or two machines, runs Apache Kafka.
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), embedded_kafka::StartError> {
@@ -21,6 +21,7 @@ mod broker;
 mod config;
 mod folder;
 mod group;
+mod health;
 mod node;
 mod retention;
 mod server;
@@ -30,4 +31,4 @@ mod storage;
 pub use broker::Broker;
 pub use config::{Config, StartError};
 pub use folder::running;
-pub use storage::topic_config::TOPIC_CONFIGS;
+pub use storage::topic_config::{TOPIC_CONFIGS, check_topic_config};

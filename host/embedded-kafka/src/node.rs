@@ -2,9 +2,10 @@
 
 use std::net::SocketAddr;
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Once};
 
 use tokio_util::sync::CancellationToken;
+use tracing::warn;
 
 use crate::config::Config;
 use crate::group::Groups;
@@ -16,6 +17,14 @@ use crate::storage::writer::Writers;
 
 /// The id of the only node.
 pub(crate) const NODE_ID: i32 = 1;
+
+/// What a client is told that wants a transaction.
+pub(crate) const NO_TRANSACTIONS: &str =
+    "the embedded broker, which is for development, has no transactions; use Apache Kafka for them";
+
+/// What a client is told that wants KIP-848's groups.
+pub(crate) const NO_CONSUMER_GROUPS: &str =
+    "the embedded broker has only the classic protocol of groups; set group.protocol=classic";
 
 /// Producer ids that one line of the journal makes available.
 const PRODUCER_ID_BLOCK: i64 = 1000;
@@ -31,6 +40,8 @@ pub(crate) struct Node {
     pub(crate) writers: Writers,
     pub(crate) groups: Groups,
     pub(crate) shutdown: CancellationToken,
+    told_of_transactions: Once,
+    told_of_consumer_groups: Once,
     /// Producer ids that may be handed out.
     producer_ids: Mutex<Range<i64>>,
     /// Held while a block of producer ids is written.
@@ -54,10 +65,26 @@ impl Node {
             writers,
             groups: Groups::new(&config),
             shutdown,
+            told_of_transactions: Once::new(),
+            told_of_consumer_groups: Once::new(),
             producer_ids: Mutex::new(0..0),
             allocating: tokio::sync::Mutex::default(),
             config,
         }
+    }
+
+    /// Says in the log, once, why a client that wants transactions is refused.
+    pub(crate) fn tell_of_transactions(&self) {
+        self.told_of_transactions.call_once(|| {
+            warn!("a client asked for a transaction (`transactional.id`): {NO_TRANSACTIONS}");
+        });
+    }
+
+    /// Says in the log, once, why a client that wants the newer protocol of groups is refused.
+    pub(crate) fn tell_of_consumer_groups(&self) {
+        self.told_of_consumer_groups.call_once(|| {
+            warn!("a client asked for the group protocol `consumer`: {NO_CONSUMER_GROUPS}");
+        });
     }
 
     /// A producer id that no other producer ever had in this folder.

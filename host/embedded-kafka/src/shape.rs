@@ -83,6 +83,10 @@ const fn since(since: i16, kind: Kind) -> Field {
     }
 }
 
+const fn between(since: i16, until: i16, kind: Kind) -> Field {
+    Field { since, until, kind }
+}
+
 const fn until(until: i16, kind: Kind) -> Field {
     Field {
         since: 0,
@@ -118,7 +122,13 @@ fn fields(key: ApiKey) -> &'static [Field] {
         ApiKey::DeleteRecords => DELETE_RECORDS,
         ApiKey::DescribeConfigs => DESCRIBE_CONFIGS,
         ApiKey::InitProducerId => INIT_PRODUCER_ID,
-        // No other request is taken, and `ListGroups` is empty.
+        ApiKey::ListGroups => LIST_GROUPS,
+        ApiKey::AlterConfigs => ALTER_CONFIGS,
+        ApiKey::IncrementalAlterConfigs => INCREMENTAL_ALTER_CONFIGS,
+        ApiKey::DescribeLogDirs => DESCRIBE_LOG_DIRS,
+        ApiKey::OffsetDelete => OFFSET_DELETE,
+        ApiKey::ConsumerGroupHeartbeat => CONSUMER_GROUP_HEARTBEAT,
+        // No other request is taken.
         _ => &[],
     }
 }
@@ -155,7 +165,15 @@ const LIST_OFFSETS: &[Field] = {
     const TOPIC: &[Field] = &[all(Text), all(Array(PARTITION))];
     &[all(INT32), since(2, INT8), all(Array(TOPIC))]
 };
-const METADATA: &[Field] = &[all(Array(TEXTS)), since(4, INT8), since(8, Fixed(2))];
+const METADATA: &[Field] = {
+    const TOPIC: &[Field] = &[since(10, Fixed(16)), all(Text)];
+    &[
+        all(Array(TOPIC)),
+        since(4, INT8),
+        between(8, 10, INT8),
+        since(8, INT8),
+    ]
+};
 const OFFSET_COMMIT: &[Field] = {
     const PARTITION: &[Field] = &[all(INT32), all(INT64), since(6, INT32), all(Text)];
     const TOPIC: &[Field] = &[all(Text), all(Array(PARTITION))];
@@ -227,7 +245,41 @@ const DELETE_RECORDS: &[Field] = {
 };
 const DESCRIBE_CONFIGS: &[Field] = {
     const RESOURCE: &[Field] = &[all(INT8), all(Text), all(Array(TEXTS))];
+    &[all(Array(RESOURCE)), since(1, INT8)]
+};
+const ALTER_CONFIGS: &[Field] = {
+    const CONFIG: &[Field] = &[all(Text), all(Text)];
+    const RESOURCE: &[Field] = &[all(INT8), all(Text), all(Array(CONFIG))];
     &[all(Array(RESOURCE)), all(INT8)]
+};
+const INCREMENTAL_ALTER_CONFIGS: &[Field] = {
+    const CONFIG: &[Field] = &[all(Text), all(INT8), all(Text)];
+    const RESOURCE: &[Field] = &[all(INT8), all(Text), all(Array(CONFIG))];
+    &[all(Array(RESOURCE)), all(INT8)]
+};
+const LIST_GROUPS: &[Field] = &[since(4, Array(TEXTS)), since(5, Array(TEXTS))];
+const DESCRIBE_LOG_DIRS: &[Field] = {
+    const TOPIC: &[Field] = &[all(Text), all(Array(INDEXES))];
+    &[all(Array(TOPIC))]
+};
+const OFFSET_DELETE: &[Field] = {
+    const TOPIC: &[Field] = &[all(Text), all(Array(INDEXES))];
+    &[all(Text), all(Array(TOPIC))]
+};
+const CONSUMER_GROUP_HEARTBEAT: &[Field] = {
+    const TOPIC: &[Field] = &[all(Fixed(16)), all(Array(INDEXES))];
+    &[
+        all(Text),
+        all(Text),
+        all(INT32),
+        all(Text),
+        all(Text),
+        all(INT32),
+        all(Array(TEXTS)),
+        since(1, Text),
+        all(Text),
+        all(Array(TOPIC)),
+    ]
 };
 const INIT_PRODUCER_ID: &[Field] = &[all(Text), all(INT32), since(3, Fixed(8 + 2))];
 
@@ -377,6 +429,11 @@ mod tests {
             ApiKey::DescribeConfigs => left::<DescribeConfigsRequest>,
             ApiKey::CreatePartitions => left::<CreatePartitionsRequest>,
             ApiKey::DeleteGroups => left::<DeleteGroupsRequest>,
+            ApiKey::AlterConfigs => left::<AlterConfigsRequest>,
+            ApiKey::IncrementalAlterConfigs => left::<IncrementalAlterConfigsRequest>,
+            ApiKey::DescribeLogDirs => left::<DescribeLogDirsRequest>,
+            ApiKey::OffsetDelete => left::<OffsetDeleteRequest>,
+            ApiKey::ConsumerGroupHeartbeat => left::<ConsumerGroupHeartbeatRequest>,
             other => panic!("{other:?} is taken, but not tried"),
         };
         left(version, body)

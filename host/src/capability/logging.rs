@@ -1,5 +1,6 @@
 //! `wasi:logging` and the guest's stdout and stderr, into the host's log with the place of the record at hand.
 
+use std::collections::VecDeque;
 use std::io;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,8 +19,12 @@ const MAX_LINE: usize = 8 << 10;
 /// of it for its other messages.
 const MAX_CALL_LINES: usize = 500;
 const MAX_CALL_BYTES: usize = 128 << 10;
-/// Lines of stderr that are kept of a call, to say what a guest that trapped had to say.
+/// Lines of stderr that are kept of a call, to say what a guest that trapped had to say: a panic begins with what happened, and an
+/// exception's traceback ends with it.
+const MAX_FIRST_WORDS: usize = 3;
 const MAX_LAST_WORDS: usize = 3;
+/// Bytes of each, so that all of them go into a fault's words.
+const MAX_WORDS_LINE: usize = 1 << 10;
 
 mod bindings {
     wasmtime::component::bindgen!({
@@ -51,11 +56,20 @@ pub struct LogCtx {
     call: Arc<Mutex<Call>>,
 }
 
+/// The first lines of stderr and the last.
+#[derive(Default)]
+struct Words {
+    first: Vec<String>,
+    last: VecDeque<String>,
+    /// There were others between them.
+    is_cut: bool,
+}
+
 /// The call at hand, and what the guest has written in it.
 #[derive(Default)]
 struct Call {
     place: Option<Place>,
-    last_words: Vec<String>,
+    words: Words,
     lines: usize,
     bytes: usize,
     /// What has no end yet of a line of stdout and of stderr.
@@ -96,9 +110,16 @@ impl LogCtx {
         self.write_line(Stream::Err, &err);
     }
 
-    /// The first lines of stderr since the place was set: a panic's, when there was one.
+    /// The first and the last lines of stderr since the place was set: a panic's, or an exception's, when there was one.
     pub fn take_last_words(&self) -> String {
-        std::mem::take(&mut self.call().last_words).join(" ")
+        let Words {
+            mut first,
+            last,
+            is_cut,
+        } = std::mem::take(&mut self.call().words);
+        first.extend(is_cut.then(|| "…".to_owned()));
+        first.extend(last);
+        first.join(" ")
     }
 
     /// A stream whose lines go into the log: stdout at `INFO`, stderr at `WARN`.
@@ -121,7 +142,7 @@ impl LogCtx {
         let level = match stream {
             Stream::Out => Level::INFO,
             Stream::Err => {
-                self.call().keep_last_words(&line);
+                self.call().words.keep(&line);
                 Level::WARN
             }
         };
@@ -129,7 +150,7 @@ impl LogCtx {
     }
 
     fn write(&self, level: Level, context: &str, message: &str) {
-        let (context, message) = (clip(context), clip(message));
+        let (context, message) = (clip(context, MAX_LINE), clip(message, MAX_LINE));
         let mut call = self.call();
         macro_rules! write {
             ($level:ident) => {
@@ -157,14 +178,26 @@ impl LogCtx {
     }
 }
 
-impl Call {
-    fn keep_last_words(&mut self, line: &str) {
+impl Words {
+    fn keep(&mut self, line: &str) {
         // Rust's hint is of no use where there is no environment.
-        if self.last_words.len() < MAX_LAST_WORDS && !line.starts_with("note: ") {
-            self.last_words.push(line.to_owned());
+        if line.starts_with("note: run with `RUST_BACKTRACE") {
+            return;
         }
+        let line = clip(line.trim(), MAX_WORDS_LINE).to_owned();
+        if self.first.len() < MAX_FIRST_WORDS {
+            self.first.push(line);
+            return;
+        }
+        if self.last.len() == MAX_LAST_WORDS {
+            self.last.pop_front();
+            self.is_cut = true;
+        }
+        self.last.push_back(line);
     }
+}
 
+impl Call {
     fn admits(&mut self, bytes: usize) -> bool {
         let admits = self.lines < MAX_CALL_LINES && self.bytes + bytes <= MAX_CALL_BYTES;
         if admits {
@@ -175,11 +208,8 @@ impl Call {
     }
 }
 
-fn clip(message: &str) -> &str {
-    if message.len() <= MAX_LINE {
-        return message;
-    }
-    &message[..message.floor_char_boundary(MAX_LINE)]
+fn clip(message: &str, most: usize) -> &str {
+    &message[..message.floor_char_boundary(most)]
 }
 
 impl wit::Host for LogCtx {
@@ -273,5 +303,32 @@ impl AsyncWrite for LogStream {
 
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         Poll::Ready(Ok(()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(lines: &[&str]) -> String {
+        let log = LogCtx::new("stage".into());
+        for line in lines {
+            log.write_line(Stream::Err, line.as_bytes());
+        }
+        log.take_last_words()
+    }
+
+    #[test]
+    fn the_beginning_and_the_end_of_stderr_are_kept() {
+        assert_eq!(words(&[]), "");
+        assert_eq!(words(&["a", "  b"]), "a b");
+        assert_eq!(words(&["a", "b", "c", "d", "e", "f"]), "a b c d e f");
+        let traceback = ["Traceback", "1", "2", "3", "4", "5", "ValueError: why"];
+        assert_eq!(words(&traceback), "Traceback 1 2 … 4 5 ValueError: why");
+        let hint = "note: run with `RUST_BACKTRACE=1` environment variable to display a backtrace";
+        assert_eq!(words(&["panicked", "why", hint]), "panicked why");
+        let long = "ü".repeat(MAX_LINE);
+        let kept = words(&[&long, &long, &long, &long, &long, "end"]);
+        assert!(kept.len() < 6 << 10 && kept.ends_with(" end"));
     }
 }

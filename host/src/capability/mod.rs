@@ -51,6 +51,79 @@ impl fmt::Display for StoreName {
     }
 }
 
+/// What a store's answer speaks of. Each kind of store has a table of its codes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Concern {
+    /// The store's own state, or the way to it: anybody would be answered so. Lanes wait, and no message pays.
+    Store,
+    /// Others that were in the way just then. The message is tried again, and that counts.
+    Others,
+    /// What its user may do there, or what is there to do it with. Where the same had been done before, the store is not what it
+    /// was, and lanes wait; else it is what the guest asked for.
+    Standing,
+    /// What was asked for: it would be answered so again.
+    Message,
+}
+
+/// A store that did not do what a call asked of it, which is likely why the call failed.
+#[derive(Clone, Debug)]
+pub struct Away {
+    /// Which.
+    pub store: StoreName,
+    /// What it is asked for until it does it again: a store that is sick answers its ping.
+    pub action: Action,
+    /// In its own words, as far as it had any.
+    pub why: String,
+}
+
+impl Away {
+    /// One that did not answer.
+    pub fn silent(store: StoreName) -> Self {
+        Self {
+            store,
+            action: Action::Answer,
+            why: "it did not answer".to_owned(),
+        }
+    }
+}
+
+/// A kind of thing that stores do.
+#[derive(Clone, Debug)]
+pub enum Action {
+    /// Anything.
+    Answer,
+    /// To read.
+    Read,
+    /// To write.
+    Write,
+    /// A statement that a database had run before, and now refuses.
+    Statement(Arc<str>, Arc<[sql::Value]>),
+    /// A command that Redis had run before, and now refuses.
+    Command(&'static str),
+}
+
+impl Action {
+    /// Whether the store itself said that it can't, whoever asks.
+    pub fn is_refused(&self) -> bool {
+        matches!(self, Self::Read | Self::Write)
+    }
+
+    /// Whether it was refused by somebody who has the right to it, or had.
+    pub fn had_been_done(&self) -> bool {
+        matches!(self, Self::Statement(..) | Self::Command(_))
+    }
+
+    /// How much it takes: a store that does what has a higher rank does what has a lower one, too.
+    pub(crate) fn rank(&self) -> u8 {
+        match self {
+            Self::Answer => 0,
+            Self::Read => 1,
+            Self::Write => 2,
+            Self::Statement(..) | Self::Command(_) => 3,
+        }
+    }
+}
+
 /// The store that an instance waits for, so that a call whose time is up while it does is put down to the store
 /// and not to the guest.
 pub struct Pending {
@@ -159,7 +232,7 @@ impl Stores {
     /// The databases that a stage may use.
     pub fn sql_grants(&self, stage: &pipeline::Stage) -> sql::SqlGrants {
         let granted = stage.sql.iter().filter_map(|(name, access)| {
-            let database = self.sql.get(name)?.granted(*access);
+            let database = self.sql.get(name)?.granted(*access).used_by(&stage.name);
             Some((name.clone(), database))
         });
         sql::SqlGrants::new(granted.collect())

@@ -9,6 +9,8 @@ use crate::record::{Header, Outgoing};
 
 /// Records that one invocation may emit.
 const MAX_HELD_RECORDS: usize = 100_000;
+/// What names of headers begin with that are the host's.
+const HOSTS: &str = "stagehost-";
 /// Bytes that one invocation may emit.
 const MAX_HELD_BYTES: usize = 64 << 20;
 
@@ -78,25 +80,16 @@ impl ProducerCtx {
             self.denied.get_or_insert_with(|| why.clone());
             return Err(wit::Error::Denied(why));
         };
-        if let Some(h) = outgoing
-            .headers
-            .iter()
-            .find(|h| h.name.starts_with("stagehost-"))
-        {
-            return Err(wit::Error::Other(format!(
-                "header `{}`: names that begin with `stagehost-` belong to the host",
-                h.name
-            )));
-        }
+        // Those of a message may be passed on with the others: they speak of that one, and not of this.
+        let headers = outgoing.headers.into_iter();
+        let headers = headers.filter(|h| !h.name.starts_with(HOSTS));
         let output = Outgoing {
             topic,
             partition: None,
             timestamp: None,
             key: outgoing.key,
             value: outgoing.value,
-            headers: outgoing
-                .headers
-                .into_iter()
+            headers: headers
                 .map(|h| Header {
                     name: h.name,
                     value: h.value,

@@ -2,12 +2,8 @@
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
-use std::process::ExitCode;
 
 use crate::pipeline::{Action, Brokers, Delivery, Order, Pipeline, Probe, Stage};
-
-/// What a wrong pipeline or wrong usage exits with.
-const EXIT_WRONG: u8 = 2;
 
 /// Check a pipeline file, its components and its addresses, and start nothing.
 #[derive(Debug, clap::Args)]
@@ -15,32 +11,32 @@ pub struct CheckArgs {
     /// The pipeline file.
     #[arg(value_name = "PIPELINE", default_value = "pipeline.toml")]
     pipeline: PathBuf,
-    /// Leave out whether the listen addresses are free, for a pipeline that is running.
+    /// Leave out whether the listen addresses and the data-dir are free, for a pipeline that is running.
     #[arg(long)]
     skip_ports: bool,
 }
 
-/// Prints the pipeline's problems to stderr, or what it is to stdout.
-pub fn run(args: &CheckArgs) -> ExitCode {
+/// Prints the pipeline's problems to stderr, or what it is to stdout, and what may be a slip to stderr.
+pub async fn run(args: &CheckArgs) -> anyhow::Result<()> {
     let env = |name: &str| std::env::var(name).ok();
     let probe = Probe {
         ports: !args.skip_ports,
+        embedded: !args.skip_ports,
         ..Probe::ALL
     };
-    match Pipeline::load(&args.pipeline, &env, probe) {
-        Ok(pipeline) => {
-            print!(
-                "{}: fine\n\n{}",
-                args.pipeline.display(),
-                summary(&pipeline)
-            );
-            ExitCode::SUCCESS
-        }
-        Err(diagnostics) => {
-            diagnostics.print();
-            ExitCode::from(EXIT_WRONG)
-        }
+    let pipeline = Pipeline::load(&args.pipeline, &env, probe)?;
+    crate::run::components::check(&pipeline).await?;
+    let warnings = pipeline.warnings();
+    if let Some(warnings) = &warnings {
+        warnings.print();
     }
+    let fine = match warnings {
+        Some(_) => "fine, but for the warnings",
+        None => "fine",
+    };
+    let path = args.pipeline.display();
+    print!("{path}: {fine}\n\n{}", summary(&pipeline));
+    Ok(())
 }
 
 /// A few lines, one a stage, a route and a store.

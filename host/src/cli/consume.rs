@@ -3,22 +3,19 @@
 use std::io;
 
 use anyhow::Context;
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
 use clap::Args;
 use futures::FutureExt;
-use serde::{Serialize, Serializer};
 use tokio::io::{AsyncWriteExt, BufWriter, stdout};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::log_args::{LogArgs, OpenLog};
+use super::record_line;
 use crate::log::kafka::tail::{Event, Start, Tail};
-use crate::record::Record;
 
 /// Bytes printed at once.
 const BUFFER: usize = 64 << 10;
 
-/// Print the records of a topic as JSON lines, and wait for more
+/// Print the records of a topic as JSON lines, and wait for more; `produce --json` reads them
 #[derive(Args, Debug)]
 pub struct ConsumeArgs {
     /// The topic
@@ -70,7 +67,7 @@ async fn consume(args: &ConsumeArgs, log: &OpenLog) -> anyhow::Result<()> {
         };
         match event {
             Event::Record(record) => {
-                let mut line = serde_json::to_vec(&Line::of(&record))?;
+                let mut line = record_line::write(&args.topic, &record)?;
                 line.push(b'\n');
                 if is_gone(out.write_all(&line).await)? {
                     return Ok(());
@@ -105,84 +102,9 @@ fn parse_start(text: &str) -> Result<Start, String> {
     }
 }
 
-/// A record as it is printed.
-#[derive(Serialize)]
-struct Line<'a> {
-    topic: &'a str,
-    partition: i32,
-    offset: i64,
-    /// Milliseconds since the Unix epoch.
-    timestamp: Option<i64>,
-    key: Option<Bytes<'a>>,
-    value: Option<Bytes<'a>>,
-    headers: Vec<LineHeader<'a>>,
-}
-
-#[derive(Serialize)]
-struct LineHeader<'a> {
-    name: &'a str,
-    value: Option<Bytes<'a>>,
-}
-
-impl<'a> Line<'a> {
-    fn of(record: &'a Record) -> Self {
-        let headers = record.headers.iter().map(|header| LineHeader {
-            name: &header.name,
-            value: header.value.as_deref().map(Bytes),
-        });
-        Self {
-            topic: &record.topic,
-            partition: record.partition,
-            offset: record.offset,
-            timestamp: record.timestamp,
-            key: record.key.as_deref().map(Bytes),
-            value: record.value.as_deref().map(Bytes),
-            headers: headers.collect(),
-        }
-    }
-}
-
-/// Text as text; anything else as `{"base64": …}`, so that no byte is lost.
-struct Bytes<'a>(&'a [u8]);
-
-impl Serialize for Bytes<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match std::str::from_utf8(self.0) {
-            Ok(text) => serializer.serialize_str(text),
-            Err(_) => serializer.collect_map([("base64", STANDARD.encode(self.0))]),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::record::Header;
-
-    #[test]
-    fn lines_keep_every_byte() {
-        let record = Record {
-            topic: "t".into(),
-            partition: 2,
-            offset: 7,
-            timestamp: Some(1_700_000_000_000),
-            key: Some(b"\xff\x00".to_vec()),
-            value: None,
-            headers: vec![
-                Header::new("a", "ü"),
-                Header {
-                    name: "a".to_owned(),
-                    value: None,
-                },
-                Header::new("", ""),
-            ],
-        };
-        let line = serde_json::to_string(&Line::of(&record)).unwrap();
-        assert_eq!(
-            line,
-            r#"{"topic":"t","partition":2,"offset":7,"timestamp":1700000000000,"key":{"base64":"/wA="},"value":null,"headers":[{"name":"a","value":"ü"},{"name":"a","value":null},{"name":"","value":""}]}"#
-        );
-    }
 
     #[test]
     fn places() {

@@ -4,6 +4,7 @@ pub mod check;
 pub mod consume;
 pub mod log_args;
 pub mod produce;
+mod record_line;
 pub mod run;
 
 use std::process::ExitCode;
@@ -69,7 +70,7 @@ pub fn main() -> ExitCode {
     let code = runtime.block_on(async {
         match cli.command {
             Command::Run(args) => run::run(args, metrics, &log).await,
-            Command::Check(args) => check::run(&args),
+            Command::Check(args) => report(&log, check::run(&args).await),
             Command::Produce(args) => report(&log, produce::run(args).await),
             Command::Consume(args) => report(&log, consume::run(args).await),
         }

@@ -8,9 +8,12 @@ use clap::Args;
 use serde::Serialize;
 use tokio::fs::File;
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, BufReader, stdin};
+use tracing::warn;
 
 use super::log_args::{LogArgs, OpenLog};
+use super::record_line;
 use crate::log::Sink;
+use crate::log::kafka::ClientSettings;
 use crate::log::kafka::producer::{Patience, Producer};
 use crate::log::kafka::topics::Admin;
 use crate::record::{Header, Outgoing};
@@ -19,13 +22,17 @@ use crate::record::{Header, Outgoing};
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Bytes of a record's value that are read at most; Kafka's own limit is 1 MiB unless it is raised.
 const MAX_VALUE: u64 = 256 << 20;
+/// librdkafka's most for `message.max.bytes`.
+const MAX_RECORD: &str = "1000000000";
+/// Bytes of a line at most: a value's, as base64, and as much for the rest.
+const MAX_LINE: u64 = 2 * MAX_VALUE;
 /// Records and bytes of lines that are under way at once.
 const MAX_CHUNK: usize = 1000;
 const MAX_CHUNK_BYTES: usize = 16 << 20;
 /// Bytes read at once.
 const READ_BUFFER: usize = 256 << 10;
 
-/// Append a record to a topic: the whole file is its value
+/// Append a record to a topic: the whole file is its value, unless `--lines` or `--json` says otherwise
 #[derive(Args, Debug)]
 pub struct ProduceArgs {
     /// The topic
@@ -39,9 +46,15 @@ pub struct ProduceArgs {
     /// A header of the record; may be repeated
     #[arg(long = "header", value_name = "NAME=VALUE", value_parser = parse_header)]
     headers: Vec<Header>,
-    /// Make each line a record
-    #[arg(long)]
+    /// Make each line the value of a record
+    #[arg(long, conflicts_with = "json")]
     lines: bool,
+    /// Make each line a record of its own key, value, headers and timestamp, as `consume` prints it
+    #[arg(long, conflicts_with_all = ["key", "headers", "null"])]
+    json: bool,
+    /// Append each record to the partition that its line names, in place of its key's
+    #[arg(long, requires = "json")]
+    keep_partition: bool,
     /// Append a tombstone: a record without a value
     #[arg(long, conflicts_with = "lines")]
     null: bool,
@@ -76,7 +89,7 @@ enum Acknowledged<'a> {
 async fn produce<'a>(args: &'a ProduceArgs, log: &mut OpenLog) -> anyhow::Result<Acknowledged<'a>> {
     let topic = args.topic.as_str();
     find_topic(topic, log).await?;
-    let producer = Producer::new(&log.settings, Patience::Bounded(PATIENCE))?;
+    let producer = Producer::new(&settings(log), Patience::Bounded(PATIENCE))?;
     let template = Outgoing {
         topic: topic.into(),
         partition: None,
@@ -85,9 +98,21 @@ async fn produce<'a>(args: &'a ProduceArgs, log: &mut OpenLog) -> anyhow::Result
         value: None,
         headers: args.headers.clone(),
     };
-    if args.lines {
-        let records =
-            produce_lines(open(args.file.as_deref()).await?, &template, &producer).await?;
+    if args.lines || args.json {
+        let form = match (args.json, args.keep_partition) {
+            (false, _) => Form::Values,
+            (true, keeps_partition) => Form::Records { keeps_partition },
+        };
+        let mut lines = Lines {
+            input: open(args.file.as_deref()).await?,
+            template,
+            form,
+            read: 0,
+            timeless: None,
+        };
+        let records = lines.produce(&producer).await;
+        lines.say_timeless();
+        let records = records?;
         return Ok(Acknowledged::Lines { topic, records });
     }
     let value = match args.null {
@@ -102,6 +127,14 @@ async fn produce<'a>(args: &'a ProduceArgs, log: &mut OpenLog) -> anyhow::Result
         partition,
         offset,
     })
+}
+
+/// How large a record may be is the topic's to say, unless the pipeline does.
+fn settings(log: &OpenLog) -> ClientSettings {
+    let mut settings = log.settings.clone();
+    let limit = settings.properties.entry("message.max.bytes".to_owned());
+    limit.or_insert_with(|| MAX_RECORD.to_owned());
+    settings
 }
 
 /// Creates the topic if the pipeline declares it and it is missing; any other must be there, since a
@@ -150,60 +183,146 @@ async fn read_all(input: Input) -> anyhow::Result<Vec<u8>> {
     Ok(value)
 }
 
-/// Answers how many were acknowledged.
-async fn produce_lines(
-    mut input: Input,
-    template: &Outgoing,
-    producer: &Producer,
-) -> anyhow::Result<u64> {
-    let mut acknowledged = 0;
-    loop {
-        let chunk = read_lines(&mut input, template).await?;
-        if chunk.is_empty() {
-            return Ok(acknowledged);
-        }
-        if let Err(unsent) = producer.produce(&chunk).await {
-            let sent = acknowledged + (chunk.len() - unsent.len()) as u64;
-            match unsent.into_iter().min_by_key(|unsent| unsent.index) {
-                Some(first) => bail!(
-                    "line {}: {}; {sent} lines were acknowledged",
-                    acknowledged + first.index as u64 + 1,
-                    first.error
-                ),
-                None => bail!("some lines were not acknowledged"),
-            }
-        }
-        acknowledged += chunk.len() as u64;
-    }
+/// What a line is.
+#[derive(Clone, Copy)]
+enum Form {
+    /// A record's value.
+    Values,
+    /// A record as `consume` prints it.
+    Records { keeps_partition: bool },
 }
 
-/// The next lines as records; waits for the first one only, so that lines may be typed in.
-async fn read_lines(input: &mut Input, template: &Outgoing) -> anyhow::Result<Vec<Outgoing>> {
-    let mut chunk = Vec::new();
-    let mut bytes = 0;
-    loop {
-        let mut line = Vec::new();
-        let read = (&mut *input)
-            .take(MAX_VALUE + 1)
-            .read_until(b'\n', &mut line)
-            .await;
-        if read.context("cannot read the lines")? == 0 {
-            return Ok(chunk);
+/// Lines that become records.
+struct Lines {
+    input: Input,
+    /// What a value lacks of a record.
+    template: Outgoing,
+    form: Form,
+    /// How many were read.
+    read: u64,
+    /// How many records have a timestamp that can't be sent, and the line of the first.
+    timeless: Option<(u64, u64)>,
+}
+
+/// Records that are sent together.
+#[derive(Default)]
+struct Chunk {
+    records: Vec<Outgoing>,
+    /// Each one's line.
+    lines: Vec<u64>,
+    /// Why the line behind them is no record.
+    fault: Option<String>,
+}
+
+impl Lines {
+    /// Answers how many were acknowledged.
+    async fn produce(&mut self, producer: &Producer) -> anyhow::Result<u64> {
+        let mut acknowledged = 0;
+        loop {
+            let chunk = self.next_chunk().await?;
+            if let Err(unsent) = producer.produce(&chunk.records).await {
+                let sent = acknowledged + (chunk.records.len() - unsent.len()) as u64;
+                match unsent.into_iter().min_by_key(|unsent| unsent.index) {
+                    Some(first) => bail!(
+                        "line {}: {}; {sent} lines were acknowledged",
+                        chunk.lines[first.index],
+                        first.error
+                    ),
+                    None => bail!("some lines were not acknowledged"),
+                }
+            }
+            acknowledged += chunk.records.len() as u64;
+            if let Some(fault) = chunk.fault {
+                bail!("{fault}; {acknowledged} lines were acknowledged");
+            }
+            if chunk.records.is_empty() {
+                return Ok(acknowledged);
+            }
         }
-        ensure!(
-            line.len() as u64 <= MAX_VALUE,
-            "a line is larger than {MAX_VALUE} bytes"
-        );
-        if line.last() == Some(&b'\n') {
-            line.pop();
+    }
+
+    /// The next lines as records, none at the end; waits for the first one only, so that lines may be typed in.
+    async fn next_chunk(&mut self) -> anyhow::Result<Chunk> {
+        let mut chunk = Chunk::default();
+        let mut bytes = 0;
+        loop {
+            let mut line = Vec::new();
+            let read = (&mut self.input)
+                .take(MAX_LINE + 1)
+                .read_until(b'\n', &mut line)
+                .await;
+            if read.context("cannot read the lines")? == 0 {
+                return Ok(chunk);
+            }
+            ensure!(
+                line.len() as u64 <= MAX_LINE,
+                "a line is larger than {MAX_LINE} bytes"
+            );
+            if line.last() == Some(&b'\n') {
+                line.pop();
+            }
+            self.read += 1;
+            bytes += line.len();
+            match self.record(line) {
+                Ok(Some(record)) => {
+                    chunk.records.push(record);
+                    chunk.lines.push(self.read);
+                }
+                Ok(None) => {}
+                Err(fault) => {
+                    chunk.fault = Some(format!("line {}: {fault}", self.read));
+                    return Ok(chunk);
+                }
+            }
+            let is_full = chunk.records.len() == MAX_CHUNK || bytes >= MAX_CHUNK_BYTES;
+            if is_full || !chunk.records.is_empty() && !has_line(&mut self.input).await? {
+                return Ok(chunk);
+            }
         }
-        bytes += line.len();
-        chunk.push(Outgoing {
-            value: Some(line),
-            ..template.clone()
-        });
-        if chunk.len() == MAX_CHUNK || bytes >= MAX_CHUNK_BYTES || !has_line(input).await? {
-            return Ok(chunk);
+    }
+
+    /// `None` for a blank line between records.
+    fn record(&mut self, line: Vec<u8>) -> Result<Option<Outgoing>, String> {
+        let Form::Records { keeps_partition } = self.form else {
+            return Ok(Some(Outgoing {
+                value: Some(line),
+                ..self.template.clone()
+            }));
+        };
+        if line.trim_ascii().is_empty() {
+            return Ok(None);
+        }
+        let record = record_line::read(&line)?;
+        match record.timestamp {
+            Some(..0) => return Err("a timestamp is not negative".to_owned()),
+            Some(0) => {
+                let (count, _) = self.timeless.get_or_insert((0, self.read));
+                *count += 1;
+            }
+            _ => {}
+        }
+        let partition = match (keeps_partition, record.partition) {
+            (false, _) => None,
+            (true, Some(partition @ 0..)) => Some(partition),
+            (true, _) => return Err("there is no partition to keep".to_owned()),
+        };
+        Ok(Some(Outgoing {
+            topic: self.template.topic.clone(),
+            partition,
+            timestamp: record.timestamp,
+            key: record.key,
+            value: record.value,
+            headers: record.headers,
+        }))
+    }
+
+    /// librdkafka takes 0 for none.
+    fn say_timeless(&self) {
+        if let Some((count, first)) = self.timeless {
+            warn!(
+                "{count} record(s), the first in line {first}, have the timestamp 0, which librdkafka can't send: \
+                 the copies have the current time"
+            );
         }
     }
 }

@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::{FAILED, WRONG_USAGE};
+use crate::diagnostics::Diagnostics;
 use crate::log_output::LogOutput;
 use crate::metrics::Metrics;
 use crate::pipeline::{Pipeline, Probe};
@@ -44,6 +45,11 @@ pub async fn run(args: RunArgs, metrics: Arc<Metrics>, log: &LogOutput) -> ExitC
     }
     match crate::run::run(pipeline, metrics, shutdown).await {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.is::<Diagnostics>() => {
+            log.flush();
+            log.print(&error.to_string());
+            ExitCode::from(WRONG_USAGE)
+        }
         Err(error) => {
             log.print(&format!("error: {error:#}\n"));
             ExitCode::from(FAILED)

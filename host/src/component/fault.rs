@@ -9,7 +9,7 @@ use wasmtime_wasi::I32Exit;
 
 use super::guest::Guest;
 use super::instance::wit;
-use crate::capability::StoreName;
+use crate::capability::Away;
 use crate::delivery::{Cause, Fault};
 
 /// What happened in a call that the guest has answered.
@@ -17,7 +17,7 @@ pub(super) struct Trouble {
     pub(super) denied: Option<String>,
     /// A statement was out of time.
     pub(super) slow: bool,
-    pub(super) away: Option<StoreName>,
+    pub(super) away: Option<Away>,
 }
 
 /// A fault after a denied call is put down to the denial: trying again would be denied again.

@@ -11,7 +11,7 @@ use crate::capability::logging::{LogCtx, Stream};
 use crate::capability::producer::{ProducerCtx, ProducerGrant};
 use crate::capability::redis::{RedisCtx, RedisGrants};
 use crate::capability::sql::{SqlCtx, SqlGrants};
-use crate::capability::{Pending, StoreName, Unanswered};
+use crate::capability::{Away, Pending, Unanswered};
 
 /// Elements of all of an instance's tables together.
 pub(super) const MAX_TABLE_ELEMENTS: usize = 100_000;
@@ -86,8 +86,8 @@ impl Guest {
         self.sql.take_slow()
     }
 
-    /// A store that was not available since last asked.
-    pub(super) fn take_away(&mut self) -> Option<StoreName> {
+    /// A store that did not do what it was asked since last asked.
+    pub(super) fn take_away(&mut self) -> Option<Away> {
         let away = [self.sql.take_away(), self.redis.take_away()];
         away.into_iter().flatten().next()
     }

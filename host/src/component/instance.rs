@@ -18,7 +18,7 @@ use super::share::{self, Share, TICKS_PER_LOOK};
 use crate::capability::logging::Place;
 use crate::capability::producer::ProducerGrant;
 use crate::capability::sql::Transaction;
-use crate::capability::{Pending, StoreError, StoreName, Stores, Unanswered};
+use crate::capability::{Away, Pending, StoreError, StoreName, Stores, Unanswered};
 use crate::delivery::progress::Transaction as _;
 use crate::delivery::{Cause, Delivery, Fault, Handler, Invocation};
 use crate::pipeline::{self, Instances};
@@ -106,20 +106,11 @@ impl StageComponent {
             Some((prepared, room)) => Some((Mould::new(stage, prepared)?, room)),
             None => None,
         };
-        let grants = Grants {
-            stage: Arc::from(stage.name.as_str()),
-            producer: Arc::new(ProducerGrant::new(&stage.output, stage.limits.max_output)),
-            sql: Arc::new(stores.sql_grants(stage)),
-            redis: Arc::new(stores.redis_grants(stage)),
-            config: Arc::new(stage.config.clone().into_iter().collect()),
-            unanswered: Arc::default(),
-            memory: stage.limits.memory,
-        };
         Ok(Self {
             share: source.share,
             mapped: Mould::new(stage, source.mapped)?,
             pooled,
-            grants,
+            grants: grants(stage, stores),
             deadline: stage.limits.deadline,
             instances: stage.instances,
             idle: Mutex::default(),
@@ -130,6 +121,16 @@ impl StageComponent {
     /// Its calls that wait for stores.
     pub fn unanswered(&self) -> Arc<Unanswered> {
         self.grants.unanswered.clone()
+    }
+
+    /// The same with the stores that the stage is granted, for who made it before they were there.
+    pub fn granted(self, stage: &pipeline::Stage, stores: &Stores) -> Self {
+        Self {
+            grants: grants(stage, stores),
+            // Instances that were made know the others.
+            idle: Mutex::default(),
+            ..self
+        }
     }
 
     fn late(&self) -> String {
@@ -240,7 +241,7 @@ impl StageComponent {
             // A store that does not answer is no fault of the guest's, and may answer the next time.
             failed(match state.store() {
                 Some(store) => Fault {
-                    away: Some(store.clone()),
+                    away: Some(Away::silent(store.clone())),
                     ..Fault::new(
                         Cause::Slow,
                         format!("{store} did not answer; {}", self.late()),
@@ -347,11 +348,23 @@ impl StageComponent {
         }
     }
 
-    async fn ping(&self, store: &StoreName) -> Result<(), StoreError> {
+    async fn ask(&self, Away { store, action, .. }: &Away) -> Result<(), StoreError> {
         match store {
-            StoreName::Sql(name) => self.grants.sql.ping(name).await,
-            StoreName::Redis(name) => self.grants.redis.ping(name).await,
+            StoreName::Sql(name) => self.grants.sql.probe(name, action).await,
+            StoreName::Redis(name) => self.grants.redis.probe(name, action).await,
         }
+    }
+}
+
+fn grants(stage: &pipeline::Stage, stores: &Stores) -> Grants {
+    Grants {
+        stage: Arc::from(stage.name.as_str()),
+        producer: Arc::new(ProducerGrant::new(&stage.output, stage.limits.max_output)),
+        sql: Arc::new(stores.sql_grants(stage)),
+        redis: Arc::new(stores.redis_grants(stage)),
+        config: Arc::new(stage.config.clone().into_iter().collect()),
+        unanswered: Arc::default(),
+        memory: stage.limits.memory,
     }
 }
 
@@ -406,8 +419,8 @@ impl Handler<()> for StageComponent {
         self.deliver(deliveries, None).await
     }
 
-    async fn probe(&self, store: &StoreName) -> Result<(), StoreError> {
-        self.ping(store).await
+    async fn probe(&self, away: &Away) -> Result<(), StoreError> {
+        self.ask(away).await
     }
 }
 
@@ -421,8 +434,8 @@ impl Handler<Transaction> for StageComponent {
         self.deliver(deliveries, Some(transaction)).await
     }
 
-    async fn probe(&self, store: &StoreName) -> Result<(), StoreError> {
-        self.ping(store).await
+    async fn probe(&self, away: &Away) -> Result<(), StoreError> {
+        self.ask(away).await
     }
 }
 

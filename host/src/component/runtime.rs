@@ -26,6 +26,9 @@ const WASM_STACK: usize = 512 << 10;
 /// Bytes of the host's stack under a guest's calls, the WebAssembly stack included.
 const CALL_STACK: usize = 2 << 20;
 
+/// Bytes of a page of WebAssembly's memory.
+const WASM_PAGE: u64 = 64 << 10;
+
 /// A compiled component.
 pub struct Compiled {
     mapped: Component,
@@ -69,12 +72,21 @@ impl Runtime {
     /// Compiled components are kept under `cache` and taken from there the next time. The folder must
     /// belong to the host alone: what lies in it is run.
     pub fn new(cache: &Path) -> anyhow::Result<Self> {
+        Self::with(Some(open_cache(cache)?))
+    }
+
+    /// Without such a folder.
+    pub fn uncached() -> anyhow::Result<Self> {
+        Self::with(None)
+    }
+
+    fn with(cache: Option<Cache>) -> anyhow::Result<Self> {
         let mut config = Config::new();
         config
             .epoch_interruption(true)
             .max_wasm_stack(WASM_STACK)
             .async_stack_size(CALL_STACK)
-            .cache(Some(open_cache(cache)?));
+            .cache(cache);
         let mapping = Linked::new(&config)?;
         let pooling = pooled(&mut config);
         let clock = Clock::default();
@@ -121,6 +133,15 @@ impl Runtime {
             share: Share::new(self.clock.clone(), self.turns.clone()),
         };
         StageComponent::new(stage, source, stores)
+    }
+}
+
+impl Compiled {
+    /// Bytes that the largest memory of an instance begins with.
+    pub fn memory_at_first(&self) -> u64 {
+        let required = self.mapped.resources_required();
+        let pages = required.and_then(|all| all.max_initial_memory_size);
+        pages.unwrap_or(0).saturating_mul(WASM_PAGE)
     }
 }
 

@@ -1,8 +1,8 @@
-//! The circuit breaker: while a store is away, lanes wait for it, and no message pays for it.
+//! The circuit breaker: while a store is away, or does not do what it should, lanes wait for it, and no message pays for it.
 
 use std::collections::BTreeMap;
 use std::future::Future;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -12,10 +12,10 @@ use tokio::sync::Mutex;
 use tracing::{info, warn};
 
 use super::retry::backoff;
-use crate::admin::Readiness;
-use crate::capability::{StoreError, StoreName};
+use crate::capability::{Action, Away, StoreError, StoreName};
 use crate::metrics::Metrics;
 use crate::pipeline::Retry;
+use crate::readiness::Readiness;
 
 /// How a store that is away is asked for again.
 const PATIENCE: Retry = Retry {
@@ -25,8 +25,13 @@ const PATIENCE: Retry = Retry {
 };
 /// How long a store may take to answer that it is there.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
+/// And after how long without an answer that is said.
+const PROBE_NOTICE: Duration = Duration::from_secs(1);
 /// It is said again that a store is away after so many probes.
 const REMIND_EVERY: u32 = 10;
+/// A message at which its store fails so often in a row may be what brings it down, or what it refuses: it counts from then on,
+/// since a bad message must not hold its partition for ever.
+pub const MAX_LOSSES: u32 = 8;
 
 /// One for all stages of a host: a store that is away for one is away for all.
 pub struct Breaker {
@@ -43,6 +48,8 @@ struct Watch {
     asking: Mutex<()>,
     /// How often the store went away or came back: odd while it is away.
     changes: AtomicU64,
+    /// The rank of what it was asked for last.
+    asked: AtomicU8,
 }
 
 impl Watch {
@@ -90,35 +97,59 @@ impl Breaker {
         format!("store {store}")
     }
 
-    /// Returns once the store answers, and whether it had been away; at once for one that it does not know.
+    /// Returns once the store does what it did not do, and whether that was its own failing, for which no message pays; at once
+    /// for one that it does not know. `losses` is how often in a row it failed at the same message, this time included; 0 where
+    /// no message is to blame.
     ///
     /// Cancel-safe: the next one who waits asks on; if there is none, nobody waits for the store any more, and it is not
     /// said to be away.
-    pub async fn until_there<F>(&self, store: &StoreName, probe: impl Fn() -> F) -> bool
+    pub async fn until_there<F>(&self, away: &Away, losses: u32, probe: impl Fn() -> F) -> bool
     where
         F: Future<Output = Result<(), StoreError>>,
     {
-        let Some(watch) = self.stores.get(store) else {
+        let Some(watch) = self.stores.get(&away.store) else {
             return false;
         };
         let before = watch.changes();
         let _asking = watch.asking.lock().await;
         let now = watch.changes();
-        if now != before && !is_away(now) {
+        let rank = away.action.rank();
+        if now != before && !is_away(now) && rank <= watch.asked.load(Ordering::Acquire) {
             // Another one has asked, and seen it come back.
-            return true;
+            return losses < MAX_LOSSES;
         }
-        let condition = Self::condition(store.name());
-        let said = Said {
-            breaker: self,
-            watch,
-            store: store.name(),
-            condition: &condition,
-        };
+        watch.asked.store(rank, Ordering::Release);
+        let mut said = Said::new(self, watch, away);
+        let was_away = self.ask(&mut said, probe).await;
+        if was_away || is_away(before) {
+            return losses < MAX_LOSSES;
+        }
+        // It does so for the host, and yet it said of itself that it can't. A store at its limit does now and then.
+        let is_its_own = away.action.is_refused() && (1..MAX_LOSSES).contains(&losses);
+        if is_its_own {
+            let wait = self.wait(losses);
+            said.say(&away.why);
+            if losses > 1 {
+                warn!(
+                    "{}: refused {losses} times at one message while it does as much for the host, next try in \
+                     {wait:.1?}: {}",
+                    away.store, away.why
+                );
+            }
+            tokio::time::sleep(wait).await;
+        }
+        is_its_own
+    }
+
+    /// Asks until it does; answers whether it did not at first.
+    async fn ask<F>(&self, said: &mut Said<'_>, probe: impl Fn() -> F) -> bool
+    where
+        F: Future<Output = Result<(), StoreError>>,
+    {
+        let store = &said.away.store;
         let mut tries = 1;
         loop {
-            let answer = tokio::time::timeout(PROBE_TIMEOUT, probe()).await;
-            let why = match answer {
+            let why = match said.answer(probe()).await {
                 Ok(Err(StoreError::Unavailable(why))) => why,
                 Err(_) => format!("no answer within {} s", PROBE_TIMEOUT.as_secs()),
                 // One that refuses answers, whatever it says.
@@ -126,19 +157,17 @@ impl Breaker {
             };
             let wait = self.wait(tries);
             if tries % REMIND_EVERY == 1 {
-                warn!("{store} is away, its lanes wait for it, next try in {wait:.1?}: {why}");
+                let state = state(&said.away.action);
+                warn!("{store} {state}, its lanes wait for it, next try in {wait:.1?}: {why}");
             }
-            watch.set_away(true);
-            self.readiness.not_ready(&condition, why);
-            self.metrics.set_circuit_open(store.name(), true);
+            said.say(&why);
             tries = tries.saturating_add(1);
             tokio::time::sleep(wait).await;
         }
-        if tries > 1 {
+        if said.away_now {
             info!("{store} is there again");
         }
-        drop(said);
-        tries > 1 || is_away(before)
+        said.away_now
     }
 
     fn wait(&self, tries: u32) -> Duration {
@@ -147,19 +176,69 @@ impl Breaker {
     }
 }
 
+/// What is wrong with a store that does not do this.
+fn state(action: &Action) -> &'static str {
+    match action {
+        Action::Answer => "is away",
+        Action::Read => "can't be read",
+        Action::Write => "takes no writes",
+        Action::Statement(..) | Action::Command(_) => "refuses what it did before",
+    }
+}
+
 /// What is said of a store while somebody asks for it; taken back when that one is done, or is dropped.
 struct Said<'a> {
     breaker: &'a Breaker,
     watch: &'a Watch,
-    store: &'a str,
-    condition: &'a str,
+    away: &'a Away,
+    condition: String,
+    away_now: bool,
+}
+
+impl<'a> Said<'a> {
+    fn new(breaker: &'a Breaker, watch: &'a Watch, away: &'a Away) -> Self {
+        Self {
+            breaker,
+            watch,
+            away,
+            condition: Breaker::condition(away.store.name()),
+            away_now: false,
+        }
+    }
+
+    /// The store does not do what it should.
+    fn say(&mut self, why: &str) {
+        self.away_now = true;
+        self.watch.set_away(true);
+        self.breaker.readiness.not_ready(&self.condition, why);
+        let store = self.away.store.name();
+        self.breaker.metrics.set_circuit_open(store, true);
+    }
+
+    /// What the probe answers in its time. That it takes long is said before.
+    async fn answer<T>(
+        &mut self,
+        probe: impl Future<Output = T>,
+    ) -> Result<T, tokio::time::error::Elapsed> {
+        let probe = tokio::time::timeout(PROBE_TIMEOUT, probe);
+        tokio::pin!(probe);
+        match tokio::time::timeout(PROBE_NOTICE, &mut probe).await {
+            Ok(answer) => answer,
+            Err(_) => {
+                let notice = PROBE_NOTICE.as_secs();
+                self.say(&format!("no answer within {notice} s"));
+                probe.await
+            }
+        }
+    }
 }
 
 impl Drop for Said<'_> {
     fn drop(&mut self) {
         self.watch.set_away(false);
-        self.breaker.readiness.ready(self.condition);
-        self.breaker.metrics.set_circuit_open(self.store, false);
+        self.breaker.readiness.ready(&self.condition);
+        let store = self.away.store.name();
+        self.breaker.metrics.set_circuit_open(store, false);
     }
 }
 
@@ -169,10 +248,10 @@ mod tests {
 
     use super::*;
 
-    fn breaker(readiness: &Arc<Readiness>) -> (Breaker, StoreName) {
+    fn breaker(readiness: &Arc<Readiness>) -> (Breaker, Away) {
         let store = StoreName::Sql(Arc::from("posts"));
         let breaker = Breaker::new([store.clone()], readiness.clone(), Arc::default(), 1);
-        (breaker, store)
+        (breaker, Away::silent(store))
     }
 
     #[tokio::test(start_paused = true)]
@@ -187,14 +266,14 @@ mod tests {
             }
         };
         {
-            let waiting = breaker.until_there(&store, probe);
+            let waiting = breaker.until_there(&store, 1, probe);
             tokio::pin!(waiting);
             assert!(futures::poll!(&mut waiting).is_pending());
             assert_eq!(readiness.reasons(), ["store posts: gone"]);
             assert!(waiting.await, "it was away");
         }
         assert_eq!(readiness.reasons(), Vec::<String>::new());
-        assert!(!breaker.until_there(&store, probe).await, "it is there");
+        assert!(!breaker.until_there(&store, 1, probe).await, "it is there");
     }
 
     #[tokio::test(start_paused = true)]
@@ -203,7 +282,7 @@ mod tests {
         let (breaker, store) = breaker(&readiness);
         let probe = || async { Err(StoreError::Unavailable("gone".into())) };
         {
-            let waiting = breaker.until_there(&store, probe);
+            let waiting = breaker.until_there(&store, 1, probe);
             tokio::pin!(waiting);
             assert!(futures::poll!(&mut waiting).is_pending());
             assert_eq!(readiness.reasons(), ["store posts: gone"]);
@@ -221,7 +300,7 @@ mod tests {
                 _ => Ok(()),
             }
         };
-        let wait = || breaker.until_there(&store, probe);
+        let wait = || breaker.until_there(&store, 1, probe);
         {
             let first = wait();
             tokio::pin!(first);
@@ -255,7 +334,92 @@ mod tests {
             }
             Err(StoreError::Refused("no such table".into()))
         };
-        assert!(breaker.until_there(&store, probe).await);
-        assert!(!breaker.until_there(&store, probe).await);
+        assert!(breaker.until_there(&store, 1, probe).await);
+        assert!(!breaker.until_there(&store, 1, probe).await);
+    }
+
+    /// A store at its limit refuses now and then. A message that it alone refuses holds its partition for a while only.
+    #[tokio::test(start_paused = true)]
+    async fn what_it_refuses_while_it_does_as_much_for_the_host_counts_after_a_while() {
+        let readiness = Arc::<Readiness>::default();
+        let (breaker, mut away) = breaker(&readiness);
+        away.action = Action::Write;
+        away.why = "OOM".to_owned();
+        let probe = || async { Ok(()) };
+        for losses in 1..MAX_LOSSES {
+            let waiting = breaker.until_there(&away, losses, probe);
+            tokio::pin!(waiting);
+            assert!(futures::poll!(&mut waiting).is_pending());
+            assert_eq!(readiness.reasons(), ["store posts: OOM"]);
+            assert!(waiting.await, "{losses} times");
+        }
+        assert!(!breaker.until_there(&away, MAX_LOSSES, probe).await);
+        let no_message = breaker.until_there(&away, 0, probe).await;
+        assert!(!no_message, "nobody waits where no message is to blame");
+        away.action = Action::Command("SET");
+        assert!(!breaker.until_there(&away, 1, probe).await, "it is its own");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_message_that_brings_its_store_down_counts_after_a_while() {
+        let (breaker, away) = breaker(&Arc::default());
+        for (losses, is_its_own) in [
+            (0, true),
+            (1, true),
+            (MAX_LOSSES - 1, true),
+            (MAX_LOSSES, false),
+        ] {
+            let asked = AtomicU32::new(0);
+            let probe = || async {
+                match asked.fetch_add(1, Ordering::Relaxed) {
+                    0 => Err(StoreError::Unavailable("gone".into())),
+                    _ => Ok(()),
+                }
+            };
+            let waited = breaker.until_there(&away, losses, probe).await;
+            assert_eq!(waited, is_its_own, "{losses} times");
+        }
+    }
+
+    /// Who waits to write does not take it for an answer that another one can read again.
+    #[tokio::test(start_paused = true)]
+    async fn what_takes_more_is_asked_for_by_itself() {
+        let (breaker, away) = breaker(&Arc::default());
+        let reading = Away {
+            action: Action::Read,
+            ..away.clone()
+        };
+        let writing = Away {
+            action: Action::Write,
+            ..away
+        };
+        let (reads, writes) = (AtomicU32::new(0), AtomicU32::new(0));
+        let twice = |asked: &AtomicU32| match asked.fetch_add(1, Ordering::Relaxed) {
+            0 => Err(StoreError::Unavailable("gone".into())),
+            _ => Ok(()),
+        };
+        let read = breaker.until_there(&reading, 1, || async { twice(&reads) });
+        let write = breaker.until_there(&writing, 1, || async { twice(&writes) });
+        let both = tokio::join!(read, write);
+        assert_eq!(both, (true, true));
+        assert_eq!(writes.load(Ordering::Relaxed), 2, "it was asked for itself");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_that_takes_long_is_said() {
+        let readiness = Arc::<Readiness>::default();
+        let (breaker, away) = breaker(&readiness);
+        let probe = || async {
+            tokio::time::sleep(PROBE_NOTICE * 2).await;
+            Ok(())
+        };
+        let waiting = breaker.until_there(&away, 1, probe);
+        tokio::pin!(waiting);
+        assert!(futures::poll!(&mut waiting).is_pending());
+        tokio::time::advance(PROBE_NOTICE + Duration::from_millis(1)).await;
+        assert!(futures::poll!(&mut waiting).is_pending());
+        assert_eq!(readiness.reasons(), ["store posts: no answer within 1 s"]);
+        assert!(waiting.await);
+        assert!(readiness.reasons().is_empty());
     }
 }

@@ -16,8 +16,9 @@ const KEPT_VALUE: usize = 64 << 10;
 const SHORT_VALUE: usize = 256;
 /// A key of more bytes may be why.
 const SHORT_KEY: usize = 64;
-/// The header that has them.
+/// The header that has the fault's words.
 const ERROR_MESSAGE: &str = "__dlq.errors.message";
+/// The headers that say where the letter's record is.
 const ERROR_TOPIC: &str = "__dlq.errors.topic";
 const ERROR_PARTITION: &str = "__dlq.errors.partition";
 const ERROR_OFFSET: &str = "__dlq.errors.offset";
@@ -51,7 +52,7 @@ impl DeadLetters {
             offset,
             ..
         } = record;
-        let mut headers = record.headers.clone();
+        let mut headers = without_id(&record.headers);
         headers.extend(self.why(topic, *partition, *offset, attempts, fault));
         Outgoing {
             topic: self.topic_for(topic),
@@ -64,21 +65,16 @@ impl DeadLetters {
     }
 
     /// The dead letter of an output that the log refused after its message had been committed: the output, and which
-    /// message it came of, as far as its id says.
+    /// message it came of, as far as its id says. The letter's own id is to be added by who knows where it goes.
     pub fn refused(&self, output: &Outgoing, fault: &Fault) -> Outgoing {
-        let header = output.headers.iter().find(|h| h.name == seen::HEADER);
-        let id: Option<OutputId> =
-            header.and_then(|h| std::str::from_utf8(h.value.as_deref()?).ok()?.parse().ok());
+        let id = id_of_output(output);
         let of = id.as_ref().and_then(|id| {
             let (_, topic, partition) = id.source()?;
             Some((topic, partition, id.place.offset))
         });
         let (topic, partition, offset) = of.unwrap_or((&output.topic, -1, -1));
-        let mut headers = output.headers.clone();
+        let mut headers = without_id(&output.headers);
         headers.extend(self.why(topic, partition, offset, 1, fault));
-        // Behind the cause it is the letter's own id.
-        let own = id.as_ref().map(|id| id.of_its_letter().to_string());
-        headers.extend(own.map(|own| Header::new(seen::HEADER, own)));
         Outgoing {
             topic: self.topic_for(topic),
             partition: None,
@@ -117,6 +113,32 @@ impl DeadLetters {
             None => Arc::from(default_topic(input)),
         }
     }
+}
+
+/// The id of an output that is on its way.
+pub fn id_of_output(output: &Outgoing) -> Option<OutputId> {
+    let header = output.headers.iter().rfind(|h| h.name == seen::HEADER)?;
+    std::str::from_utf8(header.value.as_deref()?)
+        .ok()?
+        .parse()
+        .ok()
+}
+
+/// Headers for a letter: the id is kept under another name, so that what is sent back with all of them is new.
+fn without_id(headers: &[Header]) -> Vec<Header> {
+    let mut headers = headers.to_vec();
+    for header in headers.iter_mut().filter(|h| h.name == seen::HEADER) {
+        header.name = seen::ORIGINAL.to_owned();
+    }
+    headers
+}
+
+/// The topic of the record that a dead letter is of, where a record has a letter's headers.
+pub(super) fn sent_back_from(record: &Record) -> Option<&str> {
+    let headers = &record.headers;
+    headers.iter().find(|h| h.name == CAUSE)?;
+    let topic = headers.iter().rfind(|h| h.name == ERROR_TOPIC)?;
+    std::str::from_utf8(topic.value.as_deref()?).ok()
 }
 
 /// Whether an output is a dead letter.

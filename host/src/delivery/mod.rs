@@ -9,7 +9,7 @@ pub mod seen;
 
 use std::future::Future;
 
-use crate::capability::{StoreError, StoreName};
+use crate::capability::{Away, StoreError};
 use crate::record::{Outgoing, Record};
 
 /// Bytes of a fault's words; what is longer is cut. They go into the log, the dead letter and what the host says of itself.
@@ -25,14 +25,14 @@ pub struct Delivery<'a> {
 }
 
 /// Why a message could not be processed.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Fault {
     /// What kind of fault.
     pub cause: Cause,
     /// In words: the guest's own, or the host's.
     pub message: String,
-    /// A store that was not available during the call, which is likely why it failed.
-    pub away: Option<StoreName>,
+    /// A store that did not do what the call asked of it, which is likely why it failed.
+    pub away: Option<Away>,
 }
 
 impl Fault {
@@ -51,11 +51,13 @@ impl Fault {
         }
     }
 
-    /// The store that was not available is there: the fault counts, and the message may fare better the next time.
+    /// The store does what it did not do: the fault counts, and the message may fare better the next time; unless it asked for
+    /// what it may not, which only itself is refused.
     pub fn count(&mut self) {
-        self.away = None;
-        if !self.cause.is_tried_again() {
-            self.cause = Cause::Retry;
+        match self.away.take() {
+            Some(away) if away.action.had_been_done() => self.cause = Cause::Denied,
+            _ if self.cause.is_tried_again() => {}
+            _ => self.cause = Cause::Retry,
         }
     }
 }
@@ -132,17 +134,18 @@ pub struct Invocation {
 }
 
 impl Invocation {
-    /// The store that was not available for any of the call's deliveries, if it is one and the same.
-    pub fn away(&self) -> Option<&StoreName> {
+    /// The store that failed all of the call's deliveries, if it is one and the same.
+    pub fn away(&self) -> Option<&Away> {
         let outcomes = match &self.outcomes {
             Ok(outcomes) => outcomes,
             Err(fault) => return fault.away.as_ref(),
         };
-        fn away(outcome: &Result<(), Fault>) -> Option<&StoreName> {
+        fn away(outcome: &Result<(), Fault>) -> Option<&Away> {
             outcome.as_ref().err()?.away.as_ref()
         }
         let first = outcomes.first().and_then(away)?;
-        let all = outcomes.iter().all(|outcome| away(outcome) == Some(first));
+        let is_same = |away: &Away| away.store == first.store;
+        let all = outcomes.iter().all(|o| away(o).is_some_and(is_same));
         all.then_some(first)
     }
 }
@@ -159,6 +162,6 @@ pub trait Handler<T>: Send + Sync {
         transaction: &T,
     ) -> impl Future<Output = Invocation> + Send;
 
-    /// Asks a store of the stage for nothing, to see that it answers.
-    fn probe(&self, store: &StoreName) -> impl Future<Output = Result<(), StoreError>> + Send;
+    /// Asks a store of the stage for the kind of thing that it did not do, without an effect, to see whether it does.
+    fn probe(&self, away: &Away) -> impl Future<Output = Result<(), StoreError>> + Send;
 }

@@ -38,7 +38,8 @@ pub struct Checkpoint {
 pub struct Claim {
     /// The claim's own number: commits must name it.
     pub epoch: i64,
-    /// Raised by a replay that somebody asked for, so that its outputs are not taken for duplicates.
+    /// Raised by a replay that somebody asked for, and where the database went back to an older copy, so that outputs are not
+    /// taken for duplicates.
     pub generation: i64,
     /// How often the lane has committed.
     pub commits: i64,
@@ -110,6 +111,14 @@ pub trait Ledger: Send + Sync + 'static {
         &self,
         lane: &LaneId,
         epoch: i64,
+    ) -> impl Future<Output = Result<Option<Claim>, StoreError>> + Send;
+
+    /// Raises the lane's generation, if its epoch still is `epoch`, and answers its row; `None` if it is not.
+    fn raise(
+        &self,
+        lane: &LaneId,
+        epoch: i64,
+        generation: i64,
     ) -> impl Future<Output = Result<Option<Claim>, StoreError>> + Send;
 
     /// Begins a transaction, once one can be had or as soon as it needs one: however many lanes there are, they take turns.

@@ -11,15 +11,16 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::{Equipment, Policy, concurrent, ordered};
-use crate::admin::Readiness;
-use crate::capability::{StoreError, StoreName};
+use crate::capability::{Away, StoreError, StoreName};
 use crate::delivery::breaker::Breaker;
 use crate::delivery::dead_letter::{self, DeadLetters};
 use crate::delivery::progress::LaneId;
 use crate::delivery::{Cause, Delivery, Fault, Handler, Invocation};
-use crate::log::{BatchLimits, Gap, LogError, Sink, Source, Unsent};
+use crate::log::committed::RowMark;
+use crate::log::{BatchLimits, Gap, LogError, Sink, Source, Started, Unsent};
 use crate::metrics::Metrics;
 use crate::pipeline::{OnExhausted, OnGap, Order, Retry};
+use crate::readiness::Readiness;
 use crate::record::{Outgoing, Record};
 
 pub(super) const NOTHING: i64 = -1;
@@ -36,8 +37,8 @@ struct Log {
 }
 
 impl Source for Log {
-    async fn start(&mut self, _: Option<i64>) -> Result<(), Gap> {
-        Ok(())
+    async fn start(&mut self, _: Option<i64>) -> Result<Option<Started>, Gap> {
+        Ok(Some(Started::default()))
     }
 
     async fn next(&mut self, limits: &BatchLimits) -> Result<Option<Vec<Record>>, Gap> {
@@ -60,7 +61,7 @@ impl Source for Log {
         }
     }
 
-    fn done(&mut self, next_offset: i64) {
+    fn done(&mut self, next_offset: i64, _: Option<RowMark>) {
         let before = self.done.swap(next_offset, Ordering::Relaxed);
         assert!(before < next_offset, "{next_offset} after {before}");
         if next_offset == self.end {
@@ -162,7 +163,7 @@ impl Handler<()> for Stage {
         }
     }
 
-    async fn probe(&self, _: &StoreName) -> Result<(), StoreError> {
+    async fn probe(&self, _: &Away) -> Result<(), StoreError> {
         let left = self.away.load(Ordering::Relaxed);
         self.away.store(left.saturating_sub(1), Ordering::Relaxed);
         match left {
@@ -205,7 +206,7 @@ pub(super) fn fault(cause: Cause) -> Fault {
 
 fn away() -> Fault {
     Fault {
-        away: Some(StoreName::Redis(Arc::from("cache"))),
+        away: Some(Away::silent(StoreName::Redis(Arc::from("cache")))),
         ..fault(Cause::Retry)
     }
 }
@@ -296,6 +297,7 @@ impl Bench {
             )),
             readiness: self.readiness.clone(),
             metrics: metrics.stage("stage"),
+            cluster: Arc::from("here"),
         };
         let log = self.log.lock().unwrap().take();
         let log = log.expect("the first run");

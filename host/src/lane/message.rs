@@ -41,7 +41,16 @@ impl<K, H: Handler<()>> Common<K, H> {
         mut fault: Fault,
     ) -> Result<End, Leave> {
         let mut attempt = 1;
-        while self.again_after(record, &mut attempt, &mut fault).await? {
+        let mut losses = 0;
+        loop {
+            losses = match &fault.away {
+                Some(_) => losses + 1,
+                None => 0,
+            };
+            let again = self.again_after(record, &mut attempt, &mut fault, losses);
+            if !again.await? {
+                break;
+            }
             match self.deliver(record, attempt).await {
                 Ok(outputs) => return Ok(End::Done(outputs)),
                 Err(again) => fault = again,
@@ -64,15 +73,16 @@ impl<K, H: Handler<()>> Common<K, H> {
     }
 
     /// Waits until the message may be delivered again after its `attempt`th delivery, and counts; answers whether
-    /// it may. What was a store's fault, which was waited for, is not counted.
+    /// it may. What was a store's fault, which was waited for, is not counted, unless it was so `losses` times in a row.
     async fn again_after(
         &self,
         record: &Record,
         attempt: &mut u32,
         fault: &mut Fault,
+        losses: u32,
     ) -> Result<bool, Stopped> {
-        if let Some(store) = fault.away.clone() {
-            if self.until_there::<()>(&store).await? {
+        if let Some(away) = &fault.away {
+            if self.until_there::<()>(away, losses).await? {
                 return Ok(true);
             }
             fault.count();

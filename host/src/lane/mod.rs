@@ -10,6 +10,7 @@ mod fakes;
 mod held;
 mod message;
 pub mod ordered;
+mod repetition;
 pub mod transactional;
 
 use std::collections::BTreeSet;
@@ -25,13 +26,13 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
 
-use crate::capability::StoreName;
+use crate::capability::Away;
 use crate::delivery::breaker::Breaker;
 use crate::delivery::dead_letter::DeadLetters;
 use crate::delivery::progress::LaneId;
 use crate::delivery::retry::backoff;
 use crate::delivery::{Delivery, Fault, Handler, Invocation};
-use crate::log::{BatchLimits, Gap, Source};
+use crate::log::{BatchLimits, Gap, Source, Started};
 use crate::metrics::StageMetrics;
 use crate::pipeline::{OnExhausted, OnGap, Order, Retry};
 use crate::readiness::{LaneStatus, Readiness, Wait};
@@ -94,6 +95,8 @@ pub struct Equipment<K, H> {
     pub readiness: Arc<Readiness>,
     /// What is counted.
     pub metrics: StageMetrics,
+    /// Which cluster the log is: ids of outputs count in it alone.
+    pub cluster: Arc<str>,
 }
 
 impl<K, H> Clone for Equipment<K, H> {
@@ -105,6 +108,7 @@ impl<K, H> Clone for Equipment<K, H> {
             breaker: self.breaker.clone(),
             readiness: self.readiness.clone(),
             metrics: self.metrics.clone(),
+            cluster: self.cluster.clone(),
         }
     }
 }
@@ -228,33 +232,39 @@ impl<K, H> Common<K, H> {
         }
     }
 
-    /// Waits for a store that a call may have failed for, and answers whether it had been away.
-    async fn until_there<T>(&self, store: &StoreName) -> Result<bool, Stopped>
+    /// Waits for a store that a call may have failed for, so often in a row at one message, and answers whether it was the
+    /// store's own failing.
+    async fn until_there<T>(&self, away: &Away, losses: u32) -> Result<bool, Stopped>
     where
         H: Handler<T>,
     {
         let Equipment {
             breaker, handler, ..
         } = &self.equipment;
-        let _waiting = self.status.begin(Wait::Store(store.clone()));
+        let _waiting = self.status.begin(Wait::Store(away.store.clone()));
+        // In a box: it is seldom waited for, and a lane's future is as large as all that it may wait for.
+        let waiting = Box::pin(breaker.until_there(away, losses, || handler.probe(away)));
         tokio::select! {
             biased;
             // Both are cancel-safe: to ask a store changes nothing.
-            was_away = breaker.until_there(store, || handler.probe(store)) => Ok(was_away),
+            is_its_own = waiting => Ok(is_its_own),
             () = self.stopping.cancelled() => Err(Stopped),
         }
     }
 
-    /// Begins to read, behind a gap if the pipeline says so. Answers where it began if that is not `from`.
+    /// Begins to read, behind a gap if the pipeline says so. Answers where, if it is not where the group has got to; and what
+    /// the log has said, unless the partition is to be given up.
     async fn start(
         &self,
         source: &mut impl Source,
         mut from: Option<i64>,
-    ) -> Result<Option<i64>, Halt> {
-        while let Err(gap) = source.start(from).await {
-            from = Some(self.pass(&gap)?);
+    ) -> Result<(Option<i64>, Option<Started>), Halt> {
+        loop {
+            match source.start(from).await {
+                Ok(started) => return Ok((from, started)),
+                Err(gap) => from = Some(self.pass(&gap)?),
+            }
         }
-        Ok(from)
     }
 
     /// The offset behind a gap, if it may be passed.
@@ -273,7 +283,7 @@ impl<K, H> Common<K, H> {
                 "{gap}: write `on-gap = \"continue\"` to go on at offset {first}, and give the topic a longer \
                  `retention.ms`"
             ))),
-            Gap::Recreated { .. } => Err(Halt(format!(
+            Gap::Recreated { .. } | Gap::Replaced { .. } => Err(Halt(format!(
                 "{gap}: if it was meant, remove what the old topic's records left in the database, and the lane's \
                  row from stagehost_progress and the group's committed offsets; then start again"
             ))),

@@ -1,12 +1,14 @@
 //! The log as the rest of the host needs it. Small traits, so that lanes can be run over a
 //! simulated log; [`kafka`] is the one real client, and the only module that names rdkafka.
 
+pub mod committed;
 pub mod kafka;
 
 use std::future::Future;
 
 use tokio_util::sync::CancellationToken;
 
+use self::committed::{Committed, RowMark};
 use crate::record::{Outgoing, Record};
 
 /// How much a lane takes at a time.
@@ -67,15 +69,39 @@ pub enum Gap {
         /// The partition's end.
         end: i64,
     },
+    /// The group's offset is of another topic of this name.
+    #[error(
+        "offset {expected} is to be read next, of a topic whose id was {before}, and now it is {now}: it was deleted and made anew"
+    )]
+    Replaced {
+        /// The offset to go on at.
+        expected: i64,
+        /// The topic's id when the offset was committed.
+        before: String,
+        /// The id of the topic that is there.
+        now: String,
+    },
+}
+
+/// Reading begins.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Started {
+    /// What the group has committed in the partition.
+    pub committed: Option<Committed>,
+    /// The topic's id, where the log tells it.
+    pub topic: Option<String>,
 }
 
 /// One assigned partition, as its lane reads it.
 pub trait Source: Send {
     /// Has the records from `offset` on read, or where it is `None` from the group's committed offset on, and
     /// where there is none from the first. To be called before `next`,
-    /// and again to go elsewhere, as after a gap. Returns when the log has said that there is no gap, or when
+    /// and again to go elsewhere, as after a gap. Returns when the log has said that there is no gap; `None` when
     /// the partition is to be given up.
-    fn start(&mut self, offset: Option<i64>) -> impl Future<Output = Result<(), Gap>> + Send;
+    fn start(
+        &mut self,
+        offset: Option<i64>,
+    ) -> impl Future<Output = Result<Option<Started>, Gap>> + Send;
 
     /// The next consecutive records, at least one; `None` once the partition is to be given up.
     ///
@@ -85,8 +111,15 @@ pub trait Source: Send {
         limits: &BatchLimits,
     ) -> impl Future<Output = Result<Option<Vec<Record>>, Gap>> + Send;
 
-    /// All records below `next_offset` are done, their effects durable: it may be committed.
-    fn done(&mut self, next_offset: i64);
+    /// All records below `next_offset` are done, their effects durable: it may be committed, and beside it what a
+    /// transactional lane's row says.
+    fn done(&mut self, next_offset: i64, row: Option<RowMark>);
+
+    /// The offset up to which no more records are to come, where the lane has taken all: behind markers of transactions and
+    /// what was aborted.
+    fn passed(&self) -> Option<i64> {
+        None
+    }
 
     /// Cancelled when the partition is to be given up: finish the message at hand and end.
     fn stopping(&self) -> CancellationToken;

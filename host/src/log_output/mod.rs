@@ -109,12 +109,12 @@ fn lines(
     budgets: Arc<Budgets>,
     writer: Lines,
 ) -> Box<dyn Layer<Registry> + Send + Sync> {
-    let layer = fmt::layer().with_writer(writer);
+    // Said of the layer too, for the fields of spans.
+    let is_coloured = io::stderr().is_terminal();
+    let layer = fmt::layer().with_writer(writer).with_ansi(is_coloured);
     match format {
         LogFormat::Text => {
-            let format = fmt::format()
-                .with_target(false)
-                .with_ansi(io::stderr().is_terminal());
+            let format = fmt::format().with_target(false).with_ansi(is_coloured);
             let bounded = Bounded {
                 format,
                 budgets,

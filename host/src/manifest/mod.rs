@@ -1,6 +1,7 @@
 //! The pipeline file as it is written: every key read, of the right type and in its range, with its
 //! place. What the keys mean together is [`pipeline`](crate::pipeline)'s matter.
 
+mod brackets;
 mod expand;
 mod reader;
 
@@ -220,27 +221,46 @@ pub(crate) fn read(text: &str, env: &Env<'_>, problems: &Problems) -> Option<Man
     Some(manifest(Table::root(&reader, document.get_ref())))
 }
 
-/// Reports the first error of each line: what follows it mostly follows from it.
+/// Reports the first error of each line: what follows it mostly follows from it. What follows a bracket that is not closed
+/// all does.
 fn report_syntax(text: &str, mut errors: Vec<Error>, problems: &Problems) {
     let start = |error: &Error| error.span().unwrap_or_default().start.min(text.len());
     errors.sort_by_key(start);
-    let mut line_end = None;
+    let line_end = |at: usize| text[at..].find('\n').map_or(text.len(), |end| at + end);
+    let unclosed = brackets::unclosed(text);
+    let mut reported = None;
     for error in errors {
-        let start = start(&error);
-        if line_end.is_some_and(|end| start <= end) {
+        let start = text.floor_char_boundary(start(&error));
+        if reported.is_some_and(|end| start <= end) {
             continue;
         }
         if problems.are_enough() {
             break;
         }
-        let rest = &text.as_bytes()[start..];
-        line_end = Some(start + rest.iter().position(|b| *b == b'\n').unwrap_or(rest.len()));
+        let unclosed = unclosed.filter(|(at, _)| start > *at);
+        // What is wrong on the bracket's own line says more: a text that is not closed, say.
+        if let Some((at, bracket)) = unclosed.filter(|(at, _)| start > line_end(*at)) {
+            problems.report(not_closed(at, bracket));
+            break;
+        }
         let span = error.span().unwrap_or_default();
         problems.report(
             Problem::at(&span, format!("the file is not TOML: {}", error.message()))
                 .help("the meaning of the file is checked once this is mended"),
         );
+        if unclosed.is_some() {
+            break;
+        }
+        reported = Some(line_end(start));
     }
+}
+
+fn not_closed(at: usize, bracket: char) -> Problem {
+    let closing = if bracket == '[' { ']' } else { '}' };
+    let message = format!("the file is not TOML: this `{bracket}` is not closed");
+    Problem::at(&(at..at + 1), message).help(format!(
+        "write the `{closing}`; what follows is checked once this is mended"
+    ))
 }
 
 /// Where a value is that is one too many.

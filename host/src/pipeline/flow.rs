@@ -4,15 +4,122 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::iter::successors;
 
 use super::delivery::default_ledger;
+use super::kafka::{is_embedded, is_topic_name};
 use super::load::Checks;
-use super::stages::{dead_letter_topics, sql_sections, texts};
-use crate::diagnostics::Problem;
+use super::stages::{DEAD_LETTER_SUFFIX, dead_letter_topics, sql_sections, texts};
+use crate::diagnostics::{Problem, Span, nearest};
 use crate::manifest::{DeliveryWord, Manifest, StageSection, Text};
 
 pub(super) fn check(checks: &Checks<'_>, manifest: &Manifest) {
     check_groups(checks, &manifest.stages);
     check_instance_ids(checks, &manifest.stages);
     check_cycles(checks, &manifest.stages);
+    check_topics(checks, manifest);
+    check_dead_letter_names(checks, manifest);
+}
+
+/// Kafka refuses to create topics whose names differ in `.` and `_` alone, those of dead letters too. Declared ones are held
+/// against each other elsewhere.
+fn check_dead_letter_names(checks: &Checks<'_>, manifest: &Manifest) {
+    let metric_name = |topic: &str| topic.replace('.', "_");
+    let declared = manifest.topics.iter().map(|topic| &topic.name);
+    // By what Kafka makes of a name: the name, and how messages may show it.
+    let mut first: BTreeMap<String, (String, String)> = declared
+        .map(|t| {
+            (
+                metric_name(&t.value),
+                (t.value.clone(), t.shown().to_owned()),
+            )
+        })
+        .collect();
+    for stage in &manifest.stages {
+        for (topic, shown, span) in letters_of(stage) {
+            let other = first.entry(metric_name(&topic));
+            let (other, other_shown) = other.or_insert_with(|| (topic.clone(), shown.clone()));
+            if *other == topic {
+                continue;
+            }
+            let message = format!("Kafka takes `{shown}` for the same name as `{other_shown}`");
+            checks.report(
+                Problem::at(span, message)
+                    .label(format!(
+                        "the dead letters of `{}` go there; `.` and `_` count as one in a name",
+                        stage.name.value
+                    ))
+                    .help("name another topic for them: `dead-letter = \"…\"`"),
+            );
+        }
+    }
+}
+
+/// The topics of a stage's dead letters: each with how messages may show it, and its place.
+fn letters_of(stage: &StageSection) -> Vec<(String, String, &Span)> {
+    let beside = |topic: &str| format!("{topic}{DEAD_LETTER_SUFFIX}");
+    match &stage.dead_letter {
+        Some(own) => vec![(own.value.clone(), own.shown().to_owned(), &own.span)],
+        None => texts(stage.input.as_ref())
+            .iter()
+            .map(|topic| (beside(&topic.value), beside(topic.shown()), &topic.span))
+            .collect(),
+    }
+}
+
+/// Warns of topics that a run would not find, unless somebody else has made them. On a cluster others may have, so there an
+/// input is left out that a stage here writes, and an output whose name is like no other.
+fn check_topics(checks: &Checks<'_>, manifest: &Manifest) {
+    let is_cluster = !is_embedded(manifest.kafka.as_ref());
+    let declared = manifest.topics.iter().map(|topic| &topic.name.value);
+    let letters = manifest.stages.iter().flat_map(dead_letter_topics);
+    let created: BTreeSet<String> = declared.cloned().chain(letters).collect();
+    let is_open = |topic: &Text| is_topic_name(&topic.value) && !created.contains(&topic.value);
+    for stage in &manifest.stages {
+        for topic in texts(stage.input.as_ref()).iter().filter(|t| is_open(t)) {
+            let mut outputs = manifest
+                .stages
+                .iter()
+                .flat_map(|s| texts(s.output.as_ref()));
+            if !is_cluster || !outputs.any(|output| output.value == topic.value) {
+                let near = nearest(&topic.value, others(manifest, topic));
+                checks.report(not_created(stage, topic, "reads", near));
+            }
+        }
+        for topic in texts(stage.output.as_ref()).iter().filter(|t| is_open(t)) {
+            let mut inputs = manifest.stages.iter().flat_map(inputs);
+            let near = nearest(&topic.value, others(manifest, topic));
+            let is_slip = near.is_some() && !inputs.any(|input| input == topic.value);
+            if !is_cluster || is_slip {
+                checks.report(not_created(stage, topic, "writes to", near));
+            }
+        }
+    }
+}
+
+/// The pipeline's other topics, as far as messages may show them: not those whose names came from variables.
+fn others<'a>(manifest: &'a Manifest, topic: &'a Text) -> impl Iterator<Item = &'a str> {
+    let used = manifest.stages.iter().flat_map(|stage| {
+        let (input, output) = (texts(stage.input.as_ref()), texts(stage.output.as_ref()));
+        input.iter().chain(output)
+    });
+    let declared = manifest.topics.iter().map(|topic| &topic.name);
+    let plain = declared
+        .chain(used)
+        .filter(|name| name.shown() == name.value);
+    let names = plain.map(|name| name.value.as_str());
+    names.filter(|name| *name != topic.value)
+}
+
+fn not_created(stage: &StageSection, topic: &Text, uses: &str, near: Option<&str>) -> Problem {
+    let (name, topic_shown) = (&stage.name.value, topic.shown());
+    let declare = format!("[topics.\"{topic_shown}\"]");
+    let help = match near {
+        Some(near) => format!("did you mean `{near}`? Else declare it: `{declare}`"),
+        None => format!("declare it to have it created: `{declare}`"),
+    };
+    let message = format!("`{name}` {uses} the topic `{topic_shown}`, which nothing here creates");
+    Problem::at(&topic.span, message)
+        .label("unless the log has it already, `run` will refuse to start")
+        .help(help)
+        .warning()
 }
 
 fn inputs(stage: &StageSection) -> BTreeSet<&str> {

@@ -10,6 +10,7 @@ use crate::log::kafka::properties::{self, PropertyFault};
 use crate::manifest::{KafkaSection, StageSection, Text, TopicSection};
 
 const EMBEDDED: &str = "embedded";
+const CLEANUP_POLICY: &str = "cleanup.policy";
 const DEFAULT_EMBEDDED_LISTEN: SocketAddr =
     SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
 const MAX_TOPIC_NAME: usize = 249;
@@ -185,8 +186,15 @@ fn instance_id_instead(mut problem: Problem, stages: &[StageSection]) -> Problem
 pub(super) fn topics(
     checks: &Checks<'_>,
     sections: &[TopicSection],
+    kafka: Option<&KafkaSection>,
 ) -> Option<BTreeMap<String, Topic>> {
     let mut good = true;
+    if is_embedded(kafka) {
+        let configs = sections.iter().flat_map(|section| &section.config);
+        for (key, value) in configs {
+            good &= embedded_config(checks, key, value);
+        }
+    }
     let mut metric_names: BTreeMap<String, &Text> = BTreeMap::new();
     for section in sections {
         good &= topic_name(checks, &section.name);
@@ -223,6 +231,32 @@ pub(super) fn topics(
         (section.name.value.clone(), topic)
     };
     good.then(|| sections.iter().map(topic).collect())
+}
+
+/// Whether the log is a broker inside the process.
+pub(super) fn is_embedded(kafka: Option<&KafkaSection>) -> bool {
+    let brokers = kafka.and_then(|kafka| kafka.brokers.as_ref());
+    brokers.is_some_and(|text| text.value == EMBEDDED)
+}
+
+/// Whether the embedded broker takes the value. Keys and policies that it does not know are left out when it runs.
+fn embedded_config(checks: &Checks<'_>, key: &Text, value: &Text) -> bool {
+    let name = key.value.as_str();
+    let is_known = embedded_kafka::TOPIC_CONFIGS.contains(&name) && name != CLEANUP_POLICY;
+    if !is_known || embedded_kafka::check_topic_config(name, &value.value).is_ok() {
+        return true;
+    }
+    checks.report(
+        Problem::at(
+            &value.span,
+            format!(
+                "the embedded broker can't have `{name}` = `{}`",
+                value.shown()
+            ),
+        )
+        .help("write a number within what Kafka takes; -1 is no limit for retention"),
+    );
+    false
 }
 
 /// Whether Kafka takes the name.

@@ -3,6 +3,7 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 
+use super::kafka::is_embedded;
 use super::load::Checks;
 use super::{Admin, Secret};
 use crate::diagnostics::{Problem, Span};
@@ -52,76 +53,91 @@ pub(super) fn admin(checks: &Checks<'_>, section: Option<&AdminSection>) -> Opti
     })
 }
 
-/// Binds each listen address for a moment. The embedded broker's is left out: it is let go of and
-/// taken again by the broker itself, which says best what is wrong with it.
+/// A listener of the pipeline's.
+struct Listener<'a> {
+    section: &'static str,
+    address: SocketAddr,
+    /// `None` where the address is the default, so that there is no text to point at.
+    span: Option<&'a Span>,
+}
+
+/// Binds the listen addresses for a moment, all at once, as a run would.
 pub(super) fn check_ports(checks: &Checks<'_>, manifest: &Manifest) {
-    let http = manifest.http.as_ref().and_then(|h| h.listen.as_ref());
-    let admin = manifest.admin.as_ref().and_then(|a| a.listen.as_ref());
-    let http_address = http.and_then(|text| parse(&text.value));
-    let admin_address = match admin {
-        Some(text) => parse(&text.value),
-        None => Some(DEFAULT_ADMIN_LISTEN),
-    };
-    if http_address.is_some_and(|a| a.port() != 0 && Some(a) == admin_address) {
-        let span = http.map(|text| text.span.clone());
-        report(
-            checks,
-            span.as_ref(),
-            "[http] and [admin] listen on the same address",
-            "",
-            "give each a port of its own",
-        );
-        return;
-    }
-    if let Some(address) = http_address {
-        check_port(checks, http.map(|t| &t.span), "[http]", address);
-    }
-    if let Some(address) = admin_address {
-        check_port(checks, admin.map(|t| &t.span), "[admin]", address);
+    let mut bound: Vec<(Listener<'_>, TcpListener)> = Vec::new();
+    for listener in listeners(manifest) {
+        match TcpListener::bind(listener.address) {
+            Ok(socket) => bound.push((listener, socket)),
+            Err(error) => {
+                let port = listener.address.port();
+                let other = bound.iter().find(|(_, s)| is_on(s, port));
+                let other = other.map(|(other, _)| other);
+                checks.report(not_bound(&listener, other, &error));
+            }
+        }
     }
 }
 
-fn check_port(checks: &Checks<'_>, span: Option<&Span>, section: &str, address: SocketAddr) {
-    let Err(error) = TcpListener::bind(address) else {
-        return;
+fn listeners(manifest: &Manifest) -> Vec<Listener<'_>> {
+    let admin = manifest.admin.as_ref().and_then(|a| a.listen.as_ref());
+    let admin = match admin {
+        Some(text) => given("[admin]", Some(text)),
+        None => Some(Listener {
+            section: "[admin]",
+            address: DEFAULT_ADMIN_LISTEN,
+            span: None,
+        }),
     };
+    let http = manifest.http.as_ref().and_then(|h| h.listen.as_ref());
+    let kafka = manifest.kafka.as_ref();
+    let kafka = kafka.filter(|_| is_embedded(kafka));
+    let broker = given("[kafka]", kafka.and_then(|k| k.listen.as_ref()));
+    let all = [admin, given("[http]", http), broker];
+    all.into_iter().flatten().collect()
+}
+
+fn given<'a>(section: &'static str, text: Option<&'a Text>) -> Option<Listener<'a>> {
+    let text = text?;
+    Some(Listener {
+        section,
+        address: parse(&text.value)?,
+        span: Some(&text.span),
+    })
+}
+
+fn is_on(socket: &TcpListener, port: u16) -> bool {
+    port != 0 && socket.local_addr().is_ok_and(|bound| bound.port() == port)
+}
+
+fn not_bound(listener: &Listener<'_>, other: Option<&Listener<'_>>, error: &io::Error) -> Problem {
+    const HELP: &str = "end that process, or give another `listen`";
+    let (section, address) = (listener.section, listener.address);
+    let is_taken = error.kind() == io::ErrorKind::AddrInUse;
+    if let Some(other) = other.filter(|_| is_taken) {
+        let message = format!("{section} and {} listen on the same address", other.section);
+        let problem = match listener.span {
+            Some(span) => Problem::at(span, message),
+            None => Problem::of_file(message),
+        };
+        let problem = match other.span {
+            Some(span) => problem.also(span, "the other one"),
+            None => problem.label(format!("{} listens on {}", other.section, other.address)),
+        };
+        return problem.help("give each a port of its own");
+    }
     let why = match error.kind() {
         io::ErrorKind::AddrInUse => "another process listens there already".to_owned(),
         io::ErrorKind::AddrNotAvailable => "this machine has no such address".to_owned(),
         io::ErrorKind::PermissionDenied => "this user may not listen there".to_owned(),
         _ => error.to_string(),
     };
-    match span {
-        Some(_) => {
-            let message = format!("{section} can't listen on this address");
-            report(
-                checks,
-                span,
-                &message,
-                &why,
-                "end that process, or give another `listen`",
-            );
-        }
-        // The address is the default, so there is no text to point at.
-        None => {
-            let message = format!("{section} can't listen on {address}: {why}");
-            report(
-                checks,
-                None,
-                &message,
-                "",
-                &format!("end that process, or write another `listen` under {section}"),
-            );
-        }
+    match listener.span {
+        Some(span) => Problem::at(span, format!("{section} can't listen on this address"))
+            .label(why)
+            .help(HELP),
+        None => Problem::of_file(format!("{section} can't listen on {address}: {why}")).help(
+            format!("end that process, or write another `listen` under {section}"),
+        ),
     }
-}
-
-fn report(checks: &Checks<'_>, span: Option<&Span>, message: &str, label: &str, help: &str) {
-    let problem = match span {
-        Some(span) => Problem::at(span, message).label(label),
-        None => Problem::of_file(message),
-    };
-    checks.report(problem.help(help));
 }
 
 fn parse(text: &str) -> Option<SocketAddr> {

@@ -6,12 +6,12 @@ use std::io::{self, Read};
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
-use super::{Pipeline, components, flow, http, kafka, listen, stages, stores};
+use super::{Pipeline, Source, components, files, flow, http, kafka, listen, stages, stores};
 use crate::diagnostics::{Diagnostics, Problem, Problems};
 use crate::manifest::{self, Env, Manifest, Text};
 
 const MAX_FILE_BYTES: u64 = 1 << 20;
-const DEFAULT_DATA_DIR: &str = "data";
+pub(super) const DEFAULT_DATA_DIR: &str = "data";
 const DEFAULT_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(30);
 const MAX_NAME: usize = 100;
 
@@ -20,20 +20,28 @@ const MAX_NAME: usize = 100;
 pub struct Probe {
     /// Read the stages' components, and hold what they import against what they are granted.
     pub components: bool,
+    /// Look at the files and folders that stores and log will open.
+    pub files: bool,
     /// Bind the listen addresses for a moment, to see whether they are free.
     pub ports: bool,
+    /// See whether another host has what is embedded. Who runs finds out by taking it.
+    pub embedded: bool,
 }
 
 impl Probe {
     /// All that running needs.
     pub const ALL: Self = Self {
         components: true,
+        files: true,
         ports: true,
+        embedded: false,
     };
     /// The text alone: for commands that talk to the log of a pipeline that may be running already.
     pub const NONE: Self = Self {
         components: false,
+        files: false,
         ports: false,
+        embedded: false,
     };
 }
 
@@ -48,13 +56,18 @@ impl Pipeline {
         let shown = path.display().to_string();
         let (text, dir) = match read_file(path) {
             Ok(read) => read,
-            Err(problem) => return Err(Diagnostics::new(shown, "", vec![problem])),
+            Err(problem) => return Err(Diagnostics::new(shown, "", vec![*problem])),
         };
         let problems = Problems::default();
         let pipeline = check(&text, env, &dir, probe, &problems);
+        let source = Source { path: shown, text };
         match pipeline {
-            Some(pipeline) if problems.is_empty() => Ok(pipeline),
-            _ => Err(Diagnostics::new(shown, text, problems.into_vec())),
+            Some(pipeline) if problems.are_warnings() => Ok(Self {
+                source,
+                warnings: problems.into_vec(),
+                ..pipeline
+            }),
+            _ => Err(source.diagnostics(problems.into_errors())),
         }
     }
 }
@@ -123,13 +136,12 @@ impl Checks<'_> {
     }
 }
 
-fn read_file(path: &Path) -> Result<(String, PathBuf), Problem> {
+fn read_file(path: &Path) -> Result<(String, PathBuf), Box<Problem>> {
     let cannot = |error: io::Error| {
-        Problem::of_file(format!(
-            "the pipeline file can't be read: {}",
-            describe_io(&error)
-        ))
-        .help("give the path of a pipeline file, such as `examples/blog/pipeline.toml`")
+        let why = describe_io(&error);
+        let problem = Problem::of_file(format!("the pipeline file can't be read: {why}"));
+        let help = "give the path of a pipeline file, such as `examples/blog/pipeline.toml`";
+        Box::new(problem.help(help))
     };
     let file = File::open(path).map_err(cannot)?;
     let mut bytes = Vec::new();
@@ -137,19 +149,16 @@ fn read_file(path: &Path) -> Result<(String, PathBuf), Problem> {
         .read_to_end(&mut bytes)
         .map_err(cannot)?;
     if bytes.len() as u64 > MAX_FILE_BYTES {
-        return Err(Problem::of_file("the pipeline file is larger than 1 MiB")
-            .help("is it the right file?"));
+        let problem = Problem::of_file("the pipeline file is larger than 1 MiB");
+        return Err(problem.help("is it the right file?").into());
     }
     let text = String::from_utf8(bytes).map_err(|error| {
         let line = error.as_bytes()[..error.utf8_error().valid_up_to()]
             .iter()
             .filter(|b| **b == b'\n')
             .count();
-        Problem::of_file(format!(
-            "the pipeline file is not UTF-8 in line {}",
-            line + 1
-        ))
-        .help("save it as UTF-8")
+        let message = format!("the pipeline file is not UTF-8 in line {}", line + 1);
+        Box::new(Problem::of_file(message).help("save it as UTF-8"))
     })?;
     let absolute = std::path::absolute(path).map_err(cannot)?;
     let dir = absolute.parent().unwrap_or(Path::new("/")).to_owned();
@@ -191,8 +200,14 @@ fn check(
     if probe.components {
         components::check(&checks, &manifest);
     }
+    if probe.files {
+        files::check(&checks, &manifest);
+    }
     if probe.ports {
         listen::check_ports(&checks, &manifest);
+    }
+    if probe.embedded {
+        files::check_none_runs(&checks, &manifest);
     }
     assemble(&checks, manifest)
 }
@@ -214,7 +229,7 @@ fn assemble(checks: &Checks<'_>, manifest: Manifest) -> Option<Pipeline> {
         .kafka
         .as_ref()
         .map(|k| kafka::kafka(checks, k, &manifest.stages));
-    let topics = kafka::topics(checks, &manifest.topics);
+    let topics = kafka::topics(checks, &manifest.topics, manifest.kafka.as_ref());
     let sql = stores::sql(checks, &manifest.sql);
     let redis = stores::redis(checks, &manifest.redis);
     stores::check_shared_paths(checks, &manifest.sql, &manifest.redis);
@@ -224,6 +239,8 @@ fn assemble(checks: &Checks<'_>, manifest: Manifest) -> Option<Pipeline> {
         .as_ref()
         .map_or(DEFAULT_DATA_DIR, |d| &d.value);
     Some(Pipeline {
+        source: Source::default(),
+        warnings: Vec::new(),
         name: named?.value,
         data_dir: checks.path(data_dir),
         shutdown_timeout: manifest

@@ -3,6 +3,7 @@
 
 mod components;
 mod delivery;
+mod files;
 mod flow;
 mod http;
 mod kafka;
@@ -11,6 +12,7 @@ mod load;
 mod stages;
 mod stores;
 mod template;
+mod url_faults;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -20,11 +22,15 @@ use std::time::Duration;
 
 pub use self::load::Probe;
 pub use self::template::{NoKey, Template};
+use crate::diagnostics::{Diagnostics, Problem, Span};
 pub use crate::log::BatchLimits;
 
 /// One validated `pipeline.toml`.
 #[derive(Debug)]
 pub struct Pipeline {
+    pub(crate) source: Source,
+    /// What may be meant, and is more likely a slip.
+    pub(crate) warnings: Vec<Problem>,
     pub(crate) name: String,
     /// Where what is embedded and the compile cache live. Absolute.
     pub(crate) data_dir: PathBuf,
@@ -37,6 +43,14 @@ pub struct Pipeline {
     pub(crate) stages: Vec<Stage>,
     pub(crate) http: Option<Http>,
     pub(crate) admin: Admin,
+}
+
+/// The file that a pipeline was read from, for what is found to be wrong with it later. `Debug` hides its text.
+#[derive(Default)]
+pub struct Source {
+    /// As the user wrote it.
+    path: String,
+    text: String,
 }
 
 /// `[kafka]`. `Debug` hides what the properties are set to.
@@ -121,6 +135,8 @@ pub enum RedisUrl {
 pub struct Stage {
     pub(crate) name: String,
     pub(crate) component: PathBuf,
+    /// Where the file names the component.
+    pub(crate) component_span: Span,
     pub(crate) input: Vec<String>,
     pub(crate) group: String,
     /// Topics that the stage may produce to.
@@ -300,6 +316,12 @@ impl Pipeline {
         self.http.as_ref()
     }
 
+    /// What may be meant, and is more likely a slip, if there is such.
+    pub fn warnings(&self) -> Option<Diagnostics> {
+        let some = !self.warnings.is_empty();
+        some.then(|| self.source.diagnostics(self.warnings.clone()))
+    }
+
     /// The stages, in the order of their names.
     pub fn stages(&self) -> &[Stage] {
         &self.stages
@@ -308,6 +330,13 @@ impl Pipeline {
     /// The `[redis]` stores by name.
     pub fn redis(&self) -> &BTreeMap<String, RedisStore> {
         &self.redis
+    }
+}
+
+impl Source {
+    /// The problems with what is printed of their places.
+    pub(crate) fn diagnostics(&self, problems: Vec<Problem>) -> Diagnostics {
+        Diagnostics::new(&*self.path, &*self.text, problems)
     }
 }
 
@@ -322,6 +351,12 @@ impl Secret {
     /// Hides the text.
     pub fn new(text: impl Into<String>) -> Self {
         Self(text.into())
+    }
+}
+
+impl fmt::Debug for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.path)
     }
 }
 

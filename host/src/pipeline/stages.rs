@@ -23,7 +23,7 @@ const DEFAULT_BATCH_BYTES: usize = 1 << 20;
 const DEFAULT_BATCH_TIME: Duration = Duration::from_secs(1);
 
 /// Where a dead letter goes that its stage has no topic for.
-const DEAD_LETTER_SUFFIX: &str = ".dlq";
+pub(super) const DEAD_LETTER_SUFFIX: &str = ".dlq";
 
 /// Redis commands that a grant may name, beyond those that have a function of their own.
 const COMMANDS: &[&str] = &[
@@ -82,6 +82,7 @@ pub(super) fn stage(
     Some(Stage {
         name: named.then(|| section.name.value.clone())?,
         component: checks.path(&section.component.as_ref()?.value),
+        component_span: section.component.as_ref()?.span.clone(),
         input: input?,
         group: group?,
         output: output?,

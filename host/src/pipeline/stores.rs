@@ -8,11 +8,14 @@ use std::path::PathBuf;
 use url::Url;
 
 use super::load::{Checks, describe_io};
+use super::url_faults::{self, UrlFault};
 use super::{RedisStore, RedisUrl, SqlStore, SqlUrl};
 use crate::capability::{redis as redis_store, sql as sql_store};
 use crate::diagnostics::Problem;
 use crate::manifest::{RedisSection, SqlSection, Text};
 
+/// What the client of Redis knows: it then takes any certificate.
+const REDIS_FRAGMENTS: &[&str] = &["insecure"];
 const DEFAULT_MAX_CONNECTIONS: u32 = 8;
 
 const SQL_HELP: &str =
@@ -150,7 +153,8 @@ fn migrations_fault(mut names: Vec<String>) -> Option<String> {
 
 fn sql_url(checks: &Checks<'_>, text: &Text) -> Option<SqlUrl> {
     let bad = |why: &str, help: &str| {
-        let message = format!("`{}` is not the URL of a SQL database", text.shown());
+        let shown = url_faults::shown(text);
+        let message = format!("`{shown}` is not the URL of a SQL database");
         checks.report(Problem::at(&text.span, message).label(why).help(help));
     };
     match sqlite_path(&text.value) {
@@ -161,8 +165,8 @@ fn sql_url(checks: &Checks<'_>, text: &Text) -> Option<SqlUrl> {
         }
         None => {}
     }
-    match Url::parse(&text.value) {
-        Err(error) => bad(&url_fault(error), SQL_HELP),
+    match url_faults::read(&text.value, &[]) {
+        Err(UrlFault { why, help }) => bad(&why, help.as_deref().unwrap_or(SQL_HELP)),
         Ok(url) if !["postgres", "postgresql"].contains(&url.scheme()) => {
             bad("no database has this scheme", SQL_HELP)
         }
@@ -173,12 +177,31 @@ fn sql_url(checks: &Checks<'_>, text: &Text) -> Option<SqlUrl> {
                 return None;
             }
             match sql_store::check_postgres_url(&text.value) {
-                Ok(()) => return Some(SqlUrl::Postgres(text.value.clone())),
+                Ok(()) => {
+                    warn_of_parameters(checks, text);
+                    return Some(SqlUrl::Postgres(text.value.clone()));
+                }
                 Err(why) => bad(&why, SQL_HELP),
             }
         }
     }
     None
+}
+
+fn warn_of_parameters(checks: &Checks<'_>, text: &Text) {
+    for (name, near) in sql_store::unknown_postgres_parameters(&text.value) {
+        // What came from a variable is not shown, for it may be a secret.
+        let is_shown = text.shown().contains(&name);
+        let help = match near.filter(|_| is_shown) {
+            Some(near) => format!("did you mean `{near}`?"),
+            None => "leave it out".to_owned(),
+        };
+        let message = match is_shown {
+            true => format!("the URL's parameter `{name}` means nothing here"),
+            false => "a parameter of the URL means nothing here".to_owned(),
+        };
+        checks.report(Problem::at(&text.span, message).help(help).warning());
+    }
 }
 
 /// The URL that stages log in with, beside the host's.
@@ -198,7 +221,7 @@ fn stage_url_of(checks: &Checks<'_>, text: &Text, url: Option<&SqlUrl>) -> Optio
 }
 
 /// The path of a `sqlite:` URL, or why it has none; `None` for other URLs.
-fn sqlite_path(url: &str) -> Option<Result<&str, &'static str>> {
+pub(super) fn sqlite_path(url: &str) -> Option<Result<&str, &'static str>> {
     let rest = url.strip_prefix("sqlite:")?;
     let path = rest.strip_prefix("//").unwrap_or(rest);
     Some(if path.is_empty() {
@@ -213,44 +236,38 @@ fn sqlite_path(url: &str) -> Option<Result<&str, &'static str>> {
 }
 
 fn redis_url(checks: &Checks<'_>, text: &Text) -> Option<RedisUrl> {
-    let bad = |why: &str| {
-        let message = format!("`{}` is not the URL of a Redis store", text.shown());
-        checks.report(Problem::at(&text.span, message).label(why).help(REDIS_HELP));
+    let bad = |why: &str, help: &str| {
+        let shown = url_faults::shown(text);
+        let message = format!("`{shown}` is not the URL of a Redis store");
+        checks.report(Problem::at(&text.span, message).label(why).help(help));
         None
     };
     if let Some(path) = text.value.strip_prefix("embedded:") {
         return match path {
-            "" => bad("there is no path"),
+            "" => bad("there is no path", REDIS_HELP),
             path => Some(RedisUrl::Embedded(checks.path(path))),
         };
     }
     if text.value == "memory:" {
         return Some(RedisUrl::Memory);
     }
-    let url = match Url::parse(&text.value) {
+    let url = match url_faults::read(&text.value, REDIS_FRAGMENTS) {
         Ok(url) => url,
-        Err(error) => return bad(&url_fault(error)),
+        Err(UrlFault { why, help }) => return bad(&why, help.as_deref().unwrap_or(REDIS_HELP)),
     };
     if !["redis", "rediss"].contains(&url.scheme()) {
-        return bad("no Redis store has this scheme");
+        return bad("no Redis store has this scheme", REDIS_HELP);
     }
     if url.host_str().is_none_or(str::is_empty) {
-        return bad("there is no host");
+        return bad("there is no host", REDIS_HELP);
     }
     let database = url.path().trim_matches('/');
     if !database.is_empty() && database.parse::<u32>().is_err() {
-        return bad("the path is the database's number");
+        return bad("the path is the database's number", REDIS_HELP);
     }
     match redis_store::check_url(&text.value) {
         Ok(()) => Some(RedisUrl::Remote(text.value.clone())),
-        Err(why) => bad(&why),
-    }
-}
-
-fn url_fault(error: url::ParseError) -> String {
-    match error {
-        url::ParseError::RelativeUrlWithoutBase => "it does not begin with a scheme".to_owned(),
-        error => error.to_string(),
+        Err(why) => bad(&why, REDIS_HELP),
     }
 }
 

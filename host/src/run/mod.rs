@@ -1,6 +1,8 @@
 //! A running pipeline: assembles log, stores, stages and listeners, and takes them down again.
 
 mod banner;
+mod broker;
+pub mod components;
 mod lanes;
 mod stage;
 mod topics;
@@ -14,11 +16,12 @@ use anyhow::{Context, anyhow, bail};
 use tokio::net::TcpListener;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{Instrument, info, info_span, warn};
 
+use self::components::Components;
 use self::lanes::LanesWatch;
 use self::wait::{GatedSink, LogWatch, Waiting};
-use crate::admin::{self, Readiness};
+use crate::admin;
 use crate::capability::{StoreError, StoreName, Stores, redis, sql};
 use crate::component::Runtime;
 use crate::delivery::breaker::Breaker;
@@ -29,6 +32,7 @@ use crate::log::kafka::producer::{Patience, Producer};
 use crate::log::kafka::topics::Admin;
 use crate::metrics::Metrics;
 use crate::pipeline::{Brokers, Delivery, Pipeline};
+use crate::readiness::Readiness;
 
 /// Where, in a data-dir, the embedded broker lives.
 pub const EMBEDDED_FOLDER: &str = "kafka";
@@ -57,7 +61,10 @@ pub async fn run(
         metrics.clone(),
         admin_stop.clone(),
     ));
-    let broker = start_broker(&pipeline).await?;
+    // Nothing is created for a pipeline whose components can't run.
+    let runtime = Runtime::new(&pipeline.data_dir.join(COMPILED_FOLDER))?;
+    let components = components::prepare(&pipeline, runtime).await?;
+    let broker = broker::start(&pipeline, &readiness).await?;
     let brokers = match (&broker, &pipeline.kafka.brokers) {
         (Some(broker), _) => broker.address().to_string(),
         (None, Brokers::Remote(brokers)) => brokers.clone(),
@@ -73,7 +80,10 @@ pub async fn run(
     };
     let serve = |listener| Starting::serve(listener, Arc::clone(&metrics));
     let starting = listeners.http.map(serve).transpose()?;
-    let result = match Host::start(&pipeline, &settings, &waiting, &metrics, starting).await {
+    let started = Host::start(
+        &pipeline, components, &settings, &waiting, &metrics, starting,
+    );
+    let result = match started.await {
         Ok(Some(mut host)) => {
             banner::print(&pipeline, &settings.brokers, &listeners.addresses);
             let failed = host.serve(&shutdown).await;
@@ -135,18 +145,6 @@ fn name_conditions(pipeline: &Pipeline, readiness: &Readiness) {
     }
 }
 
-async fn start_broker(pipeline: &Pipeline) -> anyhow::Result<Option<embedded_kafka::Broker>> {
-    let Brokers::Embedded { listen } = pipeline.kafka.brokers else {
-        return Ok(None);
-    };
-    let mut config = embedded_kafka::Config::new(pipeline.data_dir.join(EMBEDDED_FOLDER));
-    config.listen = listen;
-    let broker = embedded_kafka::Broker::start(config)
-        .await
-        .context("the embedded broker cannot start")?;
-    Ok(Some(broker))
-}
-
 /// Everything of a pipeline that runs, but for the admin listener and the embedded broker.
 struct Host {
     stages: Vec<StopHandle>,
@@ -164,6 +162,7 @@ impl Host {
     /// Waits for the log and the stores. `None` when it was told to shut down meanwhile.
     async fn start(
         pipeline: &Pipeline,
+        components: Components,
         settings: &ClientSettings,
         waiting: &Waiting<'_>,
         metrics: &Arc<Metrics>,
@@ -174,6 +173,7 @@ impl Host {
             return Ok(None);
         };
         let lanes = LanesWatch::start(admin.clone(), waiting.readiness.clone());
+        let cluster = admin.cluster().await;
         let watch = LogWatch::start(
             admin,
             settings.brokers.clone(),
@@ -184,8 +184,6 @@ impl Host {
         let Some(stores) = open_stores(pipeline, waiting).await? else {
             return Ok(None);
         };
-        let cache = pipeline.data_dir.join(COMPILED_FOLDER);
-        let runtime = Arc::new(Runtime::new(&cache)?);
         let mut host = Self {
             stages: Vec::new(),
             ended: JoinSet::new(),
@@ -194,20 +192,19 @@ impl Host {
             watch,
             _lanes: lanes,
             stores,
-            _runtime: runtime.clone(),
+            _runtime: components.runtime,
         };
         let shared = stage::Shared {
             settings: settings.clone(),
             breaker: Arc::new(breaker(pipeline, waiting.readiness, metrics)),
             readiness: waiting.readiness.clone(),
             metrics: metrics.clone(),
+            cluster,
         };
         let mut loaded = Vec::with_capacity(pipeline.stages.len());
-        for stage in &pipeline.stages {
-            loaded.push((
-                stage,
-                stage::load(settings, stage, &runtime, &host.stores).await?,
-            ));
+        for (stage, ready) in pipeline.stages.iter().zip(components.ready) {
+            let loading = stage::load(settings, stage, ready, &host.stores);
+            loaded.push((stage, loading.await?));
         }
         for (stage, loaded) in loaded {
             let ready = wait::stage(&stage.name);
@@ -316,14 +313,17 @@ async fn open_stores(pipeline: &Pipeline, waiting: &Waiting<'_>) -> anyhow::Resu
     for (name, settings) in &pipeline.sql {
         let what = format!("SQL store `{name}`");
         let pause = longest_pause(pipeline, name);
+        let open = async || {
+            let database = sql::Database::open(settings, pause).await?;
+            if pause.is_some() {
+                database.prepare_progress().await?;
+            }
+            Ok::<_, StoreError>(database)
+        };
+        // What the driver of the migrations says, and what they have the server say, has its store's name.
+        let named = || open().instrument(info_span!("sql", store = name));
         let opened = waiting
-            .until_available(&Breaker::condition(name), &what, async || {
-                let database = sql::Database::open(settings, pause).await?;
-                if pause.is_some() {
-                    database.prepare_progress().await?;
-                }
-                Ok::<_, StoreError>(database)
-            })
+            .until_available(&Breaker::condition(name), &what, named)
             .await?;
         let Some(database) = opened else {
             return Ok(None);
@@ -334,7 +334,7 @@ async fn open_stores(pipeline: &Pipeline, waiting: &Waiting<'_>) -> anyhow::Resu
         let what = format!("Redis store `{name}`");
         let opened = waiting
             .until_available(&Breaker::condition(name), &what, || {
-                redis::Store::open(settings)
+                redis::Store::open(settings).instrument(info_span!("redis", store = name))
             })
             .await?;
         let Some(store) = opened else {

@@ -4,13 +4,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
-use sha2::{Digest, Sha256};
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
+use super::components::Ready;
 use crate::capability::sql::Database;
 use crate::capability::{StoreName, Stores};
-use crate::component::{Runtime, StageComponent};
+use crate::component::StageComponent;
 use crate::delivery::breaker::Breaker;
 use crate::delivery::dead_letter::DeadLetters;
 use crate::delivery::progress::LaneId;
@@ -45,27 +45,19 @@ pub(super) struct Shared {
     pub(super) breaker: Arc<Breaker>,
     pub(super) readiness: Arc<Readiness>,
     pub(super) metrics: Arc<Metrics>,
+    /// Which cluster the log is.
+    pub(super) cluster: Arc<str>,
 }
 
-/// Reads and compiles a stage's component.
+/// Gives a stage's component its stores.
 pub(super) async fn load(
     settings: &ClientSettings,
     stage: &pipeline::Stage,
-    runtime: &Arc<Runtime>,
+    ready: Ready,
     stores: &Stores,
 ) -> anyhow::Result<LoadedStage> {
-    let bytes = tokio::fs::read(&stage.component)
-        .await
-        .with_context(|| format!("cannot read {}", stage.component.display()))?;
-    let hash: Arc<str> = hex(&Sha256::digest(&bytes)).into();
-    let (compiler, instances) = (runtime.clone(), stage.instances);
-    let compiled = tokio::task::spawn_blocking(move || compiler.compile(&bytes, instances))
-        .await
-        .context("compiling failed")?
-        .with_context(|| format!("{} does not compile", stage.component.display()))?;
-    let component = runtime
-        .bind(stage, &compiled, stores)
-        .with_context(|| format!("{} cannot be linked", stage.component.display()))?;
+    let Ready { component, hash } = ready;
+    let component = component.granted(stage, stores);
     component
         .warm_up()
         .await
@@ -113,19 +105,11 @@ fn ledger(
         return Ok(None);
     }
     let store = stage.sql.first_key_value().and_then(|(name, access)| {
-        let database = stores.sql.get(name)?.granted(*access);
+        let database = stores.sql.get(name)?.granted(*access).used_by(&stage.name);
         Some((StoreName::Sql(name.as_str().into()), Arc::new(database)))
     });
     let store = store.with_context(|| format!("stage {} has no SQL store", stage.name))?;
     Ok(Some(store))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write;
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }
 
 impl LoadedStage {
@@ -146,6 +130,7 @@ impl LoadedStage {
             breaker: shared.breaker.clone(),
             readiness: shared.readiness.clone(),
             metrics: shared.metrics.stage(&self.name),
+            cluster: shared.cluster.clone(),
         };
         let subscription = self.subscription.clone();
         let consumer =

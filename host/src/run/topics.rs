@@ -7,6 +7,7 @@ use tracing::{info, warn};
 
 use super::wait::{LOG, Waiting};
 use crate::delivery::dead_letter::default_topic;
+use crate::diagnostics::nearest;
 use crate::log::kafka::topics::Admin;
 use crate::pipeline::{Brokers, Pipeline, Stage, Topic};
 
@@ -23,23 +24,42 @@ pub(super) async fn prepare(
     let wanted = wanted(pipeline);
     info!("connecting to the log at {brokers}");
     let what = format!("the log at {brokers}");
-    let ensured = waiting.until_available(LOG, &what, || admin.ensure(&wanted));
-    let Some(there) = ensured.await? else {
+    let asked = waiting.until_available(LOG, &what, || admin.partitions());
+    let Some(there) = asked.await? else {
         return Ok(None);
     };
-    let missing: Vec<_> = used(pipeline)
-        .filter(|(_, topic)| !there.contains_key(*topic))
+    // Nothing is created for a pipeline that can't run.
+    check_used(pipeline, &wanted, &there)?;
+    let create = || admin.create_missing(&wanted, there.clone());
+    let created = waiting.until_available(LOG, &what, create).await?;
+    Ok(created.map(drop))
+}
+
+/// Whether every topic that a stage reads or writes is there, or will be created.
+fn check_used(
+    pipeline: &Pipeline,
+    wanted: &BTreeMap<String, Topic>,
+    there: &BTreeMap<String, usize>,
+) -> anyhow::Result<()> {
+    let is_missing = |topic: &String| !there.contains_key(topic) && !wanted.contains_key(topic);
+    let missing = used(pipeline).filter(|(_, topic)| is_missing(topic));
+    let missing: Vec<_> = missing
         .map(|(stage, topic)| {
+            let names = there.keys().chain(wanted.keys()).map(String::as_str);
+            let near = nearest(topic, names);
+            let near = near.map_or(String::new(), |near| {
+                format!("did you mean `{near}`? Else ")
+            });
             format!(
                 "topic `{topic}` of stage `{stage}` does not exist: \
-                 declare it as [topics.\"{topic}\"] to have it created"
+                 {near}declare it as [topics.\"{topic}\"] to have it created"
             )
         })
         .collect();
     if !missing.is_empty() {
         bail!(missing.join("\n"));
     }
-    Ok(Some(()))
+    Ok(())
 }
 
 /// All that the pipeline's stages and routes use.
@@ -73,7 +93,7 @@ fn fit_embedded(name: &str, topic: &mut Topic) {
     topic.replication = None;
     topic.config.retain(|key, value| {
         let known = embedded_kafka::TOPIC_CONFIGS.contains(&key.as_str());
-        let kept = known && (key != "cleanup.policy" || value == "delete");
+        let kept = known && (key != "message.timestamp.type" || value == "CreateTime");
         if !kept {
             warn!("topic {name}: the embedded broker leaves out `{key}` = `{value}`");
         }

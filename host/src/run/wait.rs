@@ -12,7 +12,6 @@ use tokio::task::AbortHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::admin::Readiness;
 use crate::capability::StoreError;
 use crate::delivery::retry::backoff;
 use crate::log::kafka::producer::Producer;
@@ -20,6 +19,7 @@ use crate::log::kafka::topics::Admin;
 use crate::log::{LogError, Sink, Unsent};
 use crate::metrics::Metrics;
 use crate::pipeline::Retry;
+use crate::readiness::Readiness;
 use crate::record::Outgoing;
 
 /// The condition that the log can be reached.

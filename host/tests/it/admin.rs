@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use expect_test::{Expect, expect};
-use host::admin::{self, Readiness};
+use host::admin;
 use host::metrics::Metrics;
 use host::pipeline::Secret;
+use host::readiness::Readiness;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;

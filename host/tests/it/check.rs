@@ -15,7 +15,8 @@ use host::pipeline::{Pipeline, Probe};
 /// Checks without the ports, which other tests may have.
 const TEXT_AND_COMPONENTS: Probe = Probe {
     components: true,
-    ports: false,
+    files: true,
+    ..Probe::NONE
 };
 
 fn cases() -> PathBuf {
@@ -27,12 +28,13 @@ fn prepare(pipeline: &str) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("pipeline.toml"), pipeline).unwrap();
     fs::write(folder.path().join("text.wasm"), "not a component at all\n").unwrap();
-    for (name, file) in [
-        ("migrations", "0001_posts.sql"),
-        ("no-migrations", "posts.sql"),
+    for (name, file, content) in [
+        ("migrations", "0001_posts.sql", &b"SELECT 1;"[..]),
+        ("no-migrations", "posts.sql", b"SELECT 1;"),
+        ("latin-1", "0001_posts.sql", b"SELECT '\xfc';"),
     ] {
         fs::create_dir(folder.path().join(name)).unwrap();
-        fs::write(folder.path().join(name).join(file), "SELECT 1;").unwrap();
+        fs::write(folder.path().join(name).join(file), content).unwrap();
     }
     for entry in fs::read_dir(cases().join("components")).unwrap() {
         let source = entry.unwrap().path();
@@ -49,7 +51,14 @@ fn prepare(pipeline: &str) -> tempfile::TempDir {
 
 /// What loading says, with the temporary folder left out of the paths.
 fn load(pipeline: &str, env: &[(&str, &str)], probe: Probe) -> Result<Pipeline, String> {
-    let folder = prepare(pipeline);
+    load_in(&prepare(pipeline), env, probe)
+}
+
+fn load_in(
+    folder: &tempfile::TempDir,
+    env: &[(&str, &str)],
+    probe: Probe,
+) -> Result<Pipeline, String> {
     let env: BTreeMap<&str, &str> = env.iter().copied().collect();
     let look_up = |name: &str| env.get(name).map(|value| (*value).to_owned());
     let place = format!("{}/", folder.path().display());
@@ -60,13 +69,19 @@ fn load(pipeline: &str, env: &[(&str, &str)], probe: Probe) -> Result<Pipeline, 
 fn check(case: &str, env: &[(&str, &str)], probe: Probe) {
     let folder = cases().join(case);
     let pipeline = fs::read_to_string(folder.join("pipeline.toml")).unwrap();
-    let said = match load(&pipeline, env, probe) {
+    let files = prepare(&pipeline);
+    let place = format!("{}/", files.path().display());
+    let said = match load_in(&files, env, probe) {
         Err(said) => said,
-        Ok(_) => panic!("{case} was taken for a good pipeline"),
+        Ok(pipeline) => match pipeline.warnings() {
+            Some(warnings) => warnings.to_string().replace(&place, ""),
+            None => panic!("{case} was taken for a good pipeline"),
+        },
     };
     for (_, secret) in env.iter().filter(|(name, _)| name.starts_with("SECRET")) {
         assert!(!said.contains(secret), "{case} shows a secret:\n{said}");
     }
+    assert!(!said.contains("hunter"), "{case} shows a secret:\n{said}");
     let expected = folder.join("expected.txt");
     expect_file![expected.to_str().unwrap()].assert_eq(&said);
 }
@@ -84,6 +99,8 @@ fn each_wrong_pipeline_has_its_message() {
         let env = [
             ("SECRET_URL", "mysql://me:hunter2@db/posts"),
             ("SECRET_NUMBER", "hunter3"),
+            ("SECRET_WITH_HASH", "postgres://me:hunter#4@db/posts"),
+            ("SECRET_WITH_LINE", "redis://:hunter5\n@cache"),
             ("TOPIC", "not a topic"),
         ];
         check(name, &env, TEXT_AND_COMPONENTS);

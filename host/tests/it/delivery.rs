@@ -212,6 +212,30 @@ async fn a_fault_may_have_few_words_only() {
     assert!(bench.host.log().len() < 50_000);
 }
 
+/// Where Python says what was wrong: behind as many lines as there were calls.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_words_of_a_trap_have_the_end_of_stderr_too() {
+    let frames = (1..=40).map(|line| format!("  File \"app.py\", line {line}, in handle"));
+    let lines: Vec<String> = std::iter::once("Traceback (most recent call last):".to_owned())
+        .chain(frames)
+        .chain(["ValueError: no such title".to_owned()])
+        .collect();
+    let bench = Bench::start("test-probe", 1, "");
+    let command = json!({ "do": "trap-after", "lines": lines });
+    let (_, dead) = bench.deliver(&[command]).await;
+    assert_eq!(dead[0].header("stagehost-cause"), Some("trap"));
+    let words = dead[0].header("__dlq.errors.message").unwrap_or_default();
+    assert!(
+        words.contains("Traceback (most recent call last): File"),
+        "{words}"
+    );
+    assert!(words.contains(" … "), "{words}");
+    assert!(
+        words.ends_with("line 40, in handle ValueError: no such title"),
+        "{words}"
+    );
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_endless_loop_meets_the_deadline() {
     check(

@@ -1,9 +1,11 @@
 //! Starting, sharing, waiting and stopping.
 
 use std::collections::BTreeSet;
+use std::io::Write;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::support::{Host, Log, component, get, server, unique, until};
+use crate::support::{Host, Log, component, get, http, server, unique, until};
 
 /// An echo between topics of its own.
 struct Echo {
@@ -352,22 +354,70 @@ fn a_component_that_cannot_be_instantiated_is_found_at_start() {
     );
     let host = Host::spawn(Arc::new(tempfile::tempdir().expect("a folder")), &text, &[]);
     let (status, said) = host.ended();
-    assert_eq!(status.code(), Some(1), "{said}");
-    assert!(
-        said.contains("stage echo: the component cannot be instantiated"),
-        "{said}"
-    );
+    assert_eq!(status.code(), Some(2), "{said}");
+    let words = "the component of `echo` can't be instantiated";
+    assert!(said.contains(words), "{said}");
+}
+
+/// Clients of the broker send again what it could not write, so posts hang; who looks at `/readyz` sees why.
+#[test]
+fn a_full_disk_under_the_embedded_broker_is_said_and_got_over() {
+    let settings = r#"
+        [http]
+        listen = "127.0.0.1:0"
+        [[http.routes]]
+        path = "/post"
+        method = "POST"
+        produce = { topic = "posts", key = "uid", fields = ["content"], generate = ["uid"] }
+        [topics.posts]
+        partitions = 1
+    "#;
+    let echo = Echo::on("embedded", settings);
+    let host = Host::spawn_on_small_disk(&echo.pipeline, 64);
+    host.ready();
+    let (admin, ingress) = (host.address("admin"), host.address("HTTP"));
+    let head = "POST /post HTTP/1.1\r\ncontent-type: application/x-www-form-urlencoded";
+    let body = format!("content={}", "x".repeat(10_000));
+    let post = || http(&ingress, head, &body).0;
+    assert!(post() < 300);
+    let filler = host.data().join("filler");
+    let mut file = std::fs::File::create(&filler).expect("a file on the small disk");
+    let zeros = vec![0; 4096];
+    while file.write_all(&zeros).is_ok() {}
+    let stopped = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stopped.load(Ordering::Relaxed) {
+                post();
+            }
+        });
+        host.wait_for("not ready", || {
+            let (status, why) = get(&admin, "/readyz");
+            let said = "embedded broker: records cannot be written to posts/0: No space left";
+            (status == 503 && why.contains(said)).then_some(())
+        });
+        drop(file);
+        std::fs::remove_file(&filler).expect("the filler is removed");
+        host.ready();
+        stopped.store(true, Ordering::Relaxed);
+    });
+    assert!(post() < 300);
+    let (status, said) = host.stop();
+    assert!(status.success(), "{said}");
+    assert!(said.contains("the broker can write again"), "{said}");
 }
 
 #[test]
 fn a_pipeline_for_a_cluster_runs_on_the_embedded_broker() {
     let echo = Echo::on("embedded", "");
-    let cluster = "replication = 3\nconfig = { \"min.insync.replicas\" = \"2\" }";
+    let cluster = "replication = 3\n\
+                   config = { \"min.insync.replicas\" = \"2\", \"cleanup.policy\" = \"compact\" }";
     let text = format!("{}\n[topics.more]\n{cluster}", echo.pipeline);
     let host = Host::start(&text);
     let (status, said) = host.stop();
     assert!(status.success(), "{said}");
     assert!(said.contains("leaves out `min.insync.replicas`"), "{said}");
+    assert!(!said.contains("leaves out `cleanup.policy`"), "{said}");
 }
 
 /// KIP-848: the broker assigns the partitions.

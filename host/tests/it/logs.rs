@@ -2,6 +2,7 @@
 
 use std::io::Read;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -245,4 +246,45 @@ async fn a_host_whose_log_nobody_reads_ends_all_the_same() {
     two.send(&two.loud, &vec![lines; 10]).await;
     two.log.wait_committed(&two.loud, &two.loud);
     assert!(host.stop(), "exit 0");
+}
+
+/// The driver of the migrations passes on what the server says, and knows of no stores.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_database_says_during_migrations_names_its_store() {
+    let (url, component) = (
+        crate::progress_row::database().await,
+        component("test-echo"),
+    );
+    let folder = Arc::new(tempfile::tempdir().expect("a folder"));
+    let migrations = folder.path().join("migrations");
+    std::fs::create_dir(&migrations).expect("a folder");
+    let statement = "DO $$ BEGIN RAISE WARNING 'look at this'; END $$;";
+    std::fs::write(migrations.join("0001_warn.sql"), statement).expect("a migration");
+    let pipeline = format!(
+        r#"
+        name = "migrated"
+        kafka.brokers = "embedded"
+        admin.listen = "127.0.0.1:0"
+        topics.a = {{}}
+        topics.b = {{}}
+        sql.posts = {{ url = "{url}", migrations = "migrations" }}
+        [stages.one]
+        component = "{component}"
+        input = ["a"]
+        group = "g"
+        output = ["b"]
+        config = {{ to = "b" }}
+        "#
+    );
+    let host = Host::spawn(folder, &pipeline, &[]);
+    host.ready();
+    let (_, log) = host.stop();
+    let line = log.lines().find(|line| line.contains("look at this"));
+    let line = line.unwrap_or_else(|| panic!("not said:\n{log}"));
+    assert!(line.contains(r#"sql{store="posts"}"#), "{line}");
+    let line = log.lines().find(|line| line.contains("migrations of "));
+    assert!(
+        line.is_some_and(|line| line.contains(r#"sql{store="posts"}"#)),
+        "{log}"
+    );
 }

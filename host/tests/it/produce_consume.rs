@@ -1,6 +1,7 @@
 //! `host produce` and `host consume`, as they are run in a shell.
 
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
@@ -9,7 +10,7 @@ use host::log::kafka::topics::Admin;
 use host::pipeline::Topic;
 use tempfile::TempDir;
 
-use crate::support::server;
+use crate::support::{server, unique};
 
 const PIPELINE: &str = r#"
     name = "test"
@@ -19,6 +20,13 @@ const PIPELINE: &str = r#"
 
     [topics."declared"]
     partitions = 1
+    # What is old stays.
+    [topics."from"]
+    partitions = 2
+    config = { "retention.ms" = -1 }
+    [topics."to"]
+    partitions = 2
+    config = { "retention.ms" = -1 }
 
     [http]
     listen = "127.0.0.1:0"
@@ -55,6 +63,17 @@ impl Shell {
             folder: tempfile::tempdir().unwrap(),
             log,
         }
+    }
+
+    /// One that talks to the real log by way of a pipeline that declares two topics, of two partitions each.
+    fn declaring(from: &str, to: &str) -> Self {
+        let pipeline = PIPELINE
+            .replace("\"embedded\"", &format!("\"{}\"", server("KAFKA_BROKERS")))
+            .replace("\"from\"", &format!("\"{from}\""))
+            .replace("\"to\"", &format!("\"{to}\""));
+        let shell = Self::embedded();
+        std::fs::write(shell.path().join("pipeline.toml"), pipeline).unwrap();
+        shell
     }
 
     fn path(&self) -> &Path {
@@ -153,6 +172,54 @@ impl Shell {
     }
 }
 
+/// Records with all that may be lost of one: order and repetitions of headers, nulls beside what is empty, any bytes.
+const RECORDS: &str = r#"
+{"key":"k","value":"ü \u0000 \n","headers":[{"name":"b","value":"2"},{"name":"a","value":"1"},{"name":"b","value":"3"}],"timestamp":1}
+{"key":{"base64":"/wA="},"value":{"base64":"/v8="},"headers":[{"name":"a","value":null},{"name":"a","value":""},{"name":"","value":{"base64":"gA=="}}],"timestamp":1700000000000}
+{"key":null,"value":"","partition":1,"timestamp":1700000000001}
+
+{"key":"","value":null,"partition":1,"timestamp":1700000000002}
+{"value":"null","headers":[{"name":"with\u0000NUL","value":"v\u0000"},{"name":"ü","value":"{\"base64\":\"\"}"}],"timestamp":1700000000003,"partition":1}
+"#;
+
+impl Shell {
+    /// What `consume` prints of a topic, with other words for the topic, in the order of the places.
+    fn consumed(&self, topic: &str) -> Vec<String> {
+        let output = self.run(&["consume", topic, "--exit"], b"");
+        assert!(output.status.success(), "{output:?}");
+        let printed = String::from_utf8(output.stdout).unwrap();
+        let topic = format!("{{\"topic\":\"{topic}\",");
+        let mut lines: Vec<_> = printed
+            .lines()
+            .map(|l| l.replacen(&topic, "{", 1))
+            .collect();
+        lines.sort();
+        lines
+    }
+
+    /// Two topics of two partitions each, without records.
+    fn check_a_round_trip(&self, from: &str, to: &str) {
+        let given = RECORDS.replace("{\"key\":\"k\"", "{\"partition\":0,\"key\":\"k\"");
+        let given = given.replace("{\"key\":{", "{\"partition\":0,\"key\":{");
+        let acknowledged = |topic: &str| format!(r#"{{"topic":"{topic}","records":5}}"#);
+        let json = ["produce", from, "--json", "--keep-partition"];
+        self.check(&json, given.as_bytes(), &acknowledged(from));
+        let consumed = self.consumed(from);
+        let expected = [
+            r#"{"partition":0,"offset":0,"timestamp":1,"key":"k","value":"ü \u0000 \n","headers":[{"name":"b","value":"2"},{"name":"a","value":"1"},{"name":"b","value":"3"}]}"#,
+            r#"{"partition":0,"offset":1,"timestamp":1700000000000,"key":{"base64":"/wA="},"value":{"base64":"/v8="},"headers":[{"name":"a","value":null},{"name":"a","value":""},{"name":"","value":{"base64":"gA=="}}]}"#,
+            r#"{"partition":1,"offset":0,"timestamp":1700000000001,"key":null,"value":"","headers":[]}"#,
+            r#"{"partition":1,"offset":1,"timestamp":1700000000002,"key":"","value":null,"headers":[]}"#,
+            r#"{"partition":1,"offset":2,"timestamp":1700000000003,"key":null,"value":"null","headers":[{"name":"with\u0000NUL","value":"v\u0000"},{"name":"ü","value":"{\"base64\":\"\"}"}]}"#,
+        ];
+        assert_eq!(consumed, expected);
+        let printed = self.run(&["consume", from, "--exit"], b"").stdout;
+        let json = ["produce", to, "--json", "--keep-partition"];
+        self.check(&json, &printed, &acknowledged(to));
+        assert_eq!(self.consumed(to), expected);
+    }
+}
+
 fn without_timestamp(line: &str) -> String {
     let Some((before, after)) = line.split_once("\"timestamp\":") else {
         return line.to_owned();
@@ -241,4 +308,67 @@ fn mistakes_are_told() {
     shell.check_fails(&start, 2, "write beginning, end or an offset");
     let no_file = ["consume", "declared", "--pipeline", "nowhere.toml"];
     shell.check_fails(&no_file, 2, "nowhere.toml");
+}
+
+#[test]
+fn what_consume_prints_can_be_produced() {
+    let shell = Shell::embedded();
+    shell.check_a_round_trip("from", "to");
+    let (from, to) = (unique("from"), unique("to"));
+    let shell = Shell::declaring(&from, &to);
+    shell.check_a_round_trip(&from, &to);
+    large_record(&shell, &to);
+}
+
+/// As large as the topic takes, which may be more than clients take by themselves.
+fn large_record(shell: &Shell, topic: &str) {
+    let value = "x".repeat(1_040_000);
+    let line = format!("{{\"value\":\"{value}\",\"key\":\"large\"}}");
+    let output = shell.run(&["produce", topic, "--json"], line.as_bytes());
+    assert!(output.status.success(), "{output:?}");
+    let consumed = shell.consumed(topic);
+    assert!(consumed.iter().any(|line| line.contains(&value)));
+}
+
+#[test]
+fn what_can_not_be_produced_byte_for_byte_is_said() {
+    let (shell, topic) = (Shell::real(), create_topic());
+    let said = |input: &[u8], code: i32, message: &str| {
+        let output = shell.run(&["produce", &topic, "--json"], input);
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(code), "{error}");
+        assert!(error.contains(message), "no {message:?} in {error}");
+    };
+    said(
+        b"{\"value\":\"a\",\"timestamp\":5}\n{\"value\":\"b\",\"timestamp\":0}\n",
+        0,
+        "1 record(s), the first in line 2, have the timestamp 0",
+    );
+    said(
+        b"{\"value\":\"c\"}\n\n{\"value\":\"d\",\"timestamp\":-5}\n{\"value\":\"e\"}",
+        1,
+        "line 3: a timestamp is not negative; 1 lines were acknowledged",
+    );
+    said(b"plain text\n", 1, "line 1: expected value (column 1)");
+    said(b"{\"key\":\"k\"}\n", 1, "line 1: missing field `value`");
+    let values = ["\"value\":\"a\"", "\"value\":\"b\"", "\"value\":\"c\""];
+    let consumed = shell.consumed(&topic);
+    assert_eq!(consumed.len(), values.len(), "{consumed:?}");
+    for (line, value) in consumed.iter().zip(values) {
+        assert!(line.contains(value), "{line}");
+    }
+    // A name that is no text, from a client that takes any.
+    let header = std::ffi::OsStr::from_bytes(b"\xff=v");
+    let mut kcat = Command::new("kcat")
+        .args(["-P", "-b", &server("KAFKA_BROKERS"), "-t", &topic, "-H"])
+        .arg(header)
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    kcat.stdin.take().unwrap().write_all(b"f").unwrap();
+    assert!(kcat.wait().unwrap().success());
+    let line = shell.consumed(&topic).pop().unwrap();
+    let name = r#""headers":[{"name":{"base64":"/w=="},"value":"v"}]"#;
+    assert!(line.contains(name), "{line}");
+    said(line.as_bytes(), 1, "a header's name must be UTF-8");
 }

@@ -31,6 +31,24 @@ fn with_servers_ends_all_that_its_command_started() {
     assert!(!is_alive(started), "{started} goes on");
 }
 
+/// One id of 64 begins with the sign that options begin with.
+#[test]
+fn with_servers_starts_kafka_whatever_its_cluster_is_called() {
+    let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts");
+    let script = Command::new(scripts.join("with-servers"))
+        .args(["sh", "-c", "kcat -L -b \"$KAFKA_BROKERS\" -m 5"])
+        .env_remove("KAFKA_BROKERS")
+        .env_remove("KAFKA_SASL_BROKERS")
+        .envs([("DATABASE_URL", "none"), ("REDIS_URL", "none")])
+        .env("KAFKA_CLUSTER_ID", "-AAAAAAAAAAAAAAAAAAAAA")
+        .output()
+        .unwrap();
+    let (listed, said) = (&script.stdout, String::from_utf8_lossy(&script.stderr));
+    assert!(script.status.success(), "{said}");
+    let listed = String::from_utf8_lossy(listed);
+    assert!(listed.contains("1 brokers:"), "{listed}");
+}
+
 /// Whether a process is there and has not ended.
 fn is_alive(pid: &str) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();

@@ -100,10 +100,37 @@ impl Host {
         variables: &[(&str, &str)],
         options: &[&str],
     ) -> Self {
-        let mut process = Command::new(env!("CARGO_BIN_EXE_host"))
-            .arg("run")
-            .arg(file)
-            .args(options)
+        let mut command = Command::new(env!("CARGO_BIN_EXE_host"));
+        command.arg("run").arg(file).args(options);
+        Self::started(folder, command, variables)
+    }
+
+    /// Starts `host run` with its data on a disk of so many MiB, which nobody else has.
+    pub(crate) fn spawn_on_small_disk(pipeline: &str, mib: u32) -> Self {
+        let folder = Arc::new(tempfile::tempdir().expect("a folder"));
+        let file = folder.path().join("pipeline.toml");
+        std::fs::write(&file, pipeline).expect("the pipeline file is written");
+        let data = folder.path().join("data");
+        std::fs::create_dir(&data).expect("a folder for the data");
+        let mount = format!("mount -t tmpfs -o size={mib}m tmpfs \"$1\" && exec \"$2\" run \"$3\"");
+        let mut command = Command::new("unshare");
+        command
+            .args(["--map-root-user", "--mount", "sh", "-c", &mount, "sh"])
+            .arg(data)
+            .arg(env!("CARGO_BIN_EXE_host"))
+            .arg(file);
+        Self::started(folder, command, &[])
+    }
+
+    /// The folder of its data, as the host sees it.
+    pub(crate) fn data(&self) -> PathBuf {
+        let data = self.folder.path().join("data");
+        let data = data.strip_prefix("/").expect("an absolute path");
+        PathBuf::from(format!("/proc/{}/root", self.process.id())).join(data)
+    }
+
+    fn started(folder: Arc<TempDir>, mut command: Command, variables: &[(&str, &str)]) -> Self {
+        let mut process = command
             .env_remove("KAFKA_BROKERS")
             .env_remove("DATABASE_URL")
             .env_remove("REDIS_URL")
@@ -442,6 +469,15 @@ impl Log {
         until(&format!("{count} records of {topic}"), || {
             Some(self.read(topic)).filter(|seen| seen.len() >= count)
         })
+    }
+
+    /// The names of all topics.
+    pub(crate) fn topics(&self) -> Vec<String> {
+        use rdkafka::producer::Producer as _;
+        let metadata = self.producer.client().fetch_metadata(None, ASK);
+        let metadata = metadata.expect("the log's topics");
+        let topics = metadata.topics().iter();
+        topics.map(|topic| topic.name().to_owned()).collect()
     }
 
     fn partitions(&self, consumer: &BaseConsumer, topic: &str) -> Vec<i32> {

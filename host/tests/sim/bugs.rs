@@ -6,11 +6,14 @@ use std::sync::{Arc, Mutex};
 
 use host::capability::StoreError;
 use host::delivery::progress::{self, Broken, Claim, Commit, CommitError, LaneId, Mode};
+use host::delivery::seen::HEADER;
 use host::delivery::{dead_letter, output};
-use host::log::{Addressed, BatchLimits, Gap, LogError, Sink as _, Unsent};
+use host::log::committed::RowMark;
+use host::log::{Addressed, BatchLimits, Gap, LogError, Sink as _, Started, Unsent};
 use host::record::{Outgoing, Record};
 use tokio_util::sync::CancellationToken;
 
+use crate::hosts::CLUSTER;
 use crate::world::client::{Client, Open};
 use crate::world::producer::Producer;
 use crate::world::source::PartitionSource;
@@ -56,6 +59,10 @@ pub(crate) enum Bug {
     NoOrder,
     /// What a row holds may go anywhere.
     GrantsAll,
+    /// A lane whose database went back goes on with the generation that its row has.
+    GenerationsFall,
+    /// An id counts wherever it is found.
+    TrustsIds,
 }
 
 /// What an adapter is to break, if anything.
@@ -74,26 +81,41 @@ pub(crate) struct Source {
 }
 
 impl host::log::Source for Source {
-    async fn start(&mut self, offset: Option<i64>) -> Result<(), Gap> {
+    async fn start(&mut self, offset: Option<i64>) -> Result<Option<Started>, Gap> {
         let offset = offset.filter(|_| !self.planted.is(Bug::TrustsLog));
         self.inner.start(offset).await
     }
 
     async fn next(&mut self, limits: &BatchLimits) -> Result<Option<Vec<Record>>, Gap> {
-        let records = self.inner.next(limits).await?;
+        let mut records = self.inner.next(limits).await?;
+        if self.planted.is(Bug::TrustsIds) {
+            records.iter_mut().flatten().for_each(address_anew);
+        }
         let last = records.as_ref().and_then(|records| records.last());
         if let Some(last) = last.filter(|_| self.planted.is(Bug::OffsetBeforeEffects)) {
-            self.inner.done(last.offset + 1);
+            self.inner.done(last.offset + 1, None);
         }
         Ok(records)
     }
 
-    fn done(&mut self, next_offset: i64) {
-        self.inner.done(next_offset);
+    fn done(&mut self, next_offset: i64, row: Option<RowMark>) {
+        self.inner.done(next_offset, row);
     }
 
     fn stopping(&self) -> CancellationToken {
         self.inner.stopping()
+    }
+}
+
+/// As if its id had been sent to where it is found.
+fn address_anew(record: &mut Record) {
+    let (topic, partition) = (record.topic.clone(), record.partition);
+    for header in record.headers.iter_mut().filter(|h| h.name == HEADER) {
+        let id = String::from_utf8_lossy(header.value.as_deref().unwrap_or_default()).into_owned();
+        if let Some(lane) = id.strip_prefix('@').and_then(|id| id.splitn(4, '/').nth(3)) {
+            let here = format!("@{CLUSTER}/{topic}/{partition}/{lane}");
+            header.value = Some(here.into_bytes());
+        }
     }
 }
 
@@ -206,6 +228,18 @@ impl progress::Ledger for Ledger {
             self.spoil(lane, claim);
         }
         Ok(claim)
+    }
+
+    async fn raise(
+        &self,
+        lane: &LaneId,
+        epoch: i64,
+        generation: i64,
+    ) -> Result<Option<Claim>, StoreError> {
+        match self.planted.is(Bug::GenerationsFall) {
+            true => Ok(self.inner.database().lane(lane)),
+            false => self.inner.raise(lane, epoch, generation).await,
+        }
     }
 
     async fn begin(&self, mode: Mode) -> Result<Transaction, StoreError> {

@@ -5,7 +5,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use host::admin::Readiness;
 use host::capability::StoreName;
 use host::delivery::breaker::Breaker;
 use host::delivery::dead_letter::DeadLetters;
@@ -13,6 +12,7 @@ use host::lane::{Equipment, Policy, concurrent, ordered, transactional};
 use host::log::BatchLimits;
 use host::metrics::Metrics;
 use host::pipeline::{OnGap, Order, Retry};
+use host::readiness::Readiness;
 use tokio::sync::Semaphore;
 
 use crate::bugs::{self, Bug, Planted};
@@ -32,6 +32,9 @@ const COMMIT_INTERVAL: u64 = 250;
 
 /// Messages of a partition that a stage has side by side, where it may.
 const CONCURRENCY: usize = 4;
+
+/// Which cluster the log is.
+pub(crate) const CLUSTER: &str = "here";
 
 /// A topic that the first stage is not granted.
 pub(crate) const FOREIGN: &str = "side";
@@ -164,6 +167,7 @@ impl Host {
                 breaker: breaker.clone(),
                 readiness: readiness.clone(),
                 metrics: servers.metrics.stage(stage.name),
+                cluster: CLUSTER.into(),
             };
             equipment.push((equipped, ledger));
         }
@@ -252,13 +256,11 @@ impl Host {
     }
 
     fn commit_settled(&self, slot: &Slot) {
-        if let Some(offset) = slot.uncommitted()
-            && !self.process.is_dead()
-            && self
-                .servers
-                .broker
-                .commit(self.process.number(), slot.seat, offset)
-        {
+        let Some(commit) = slot.uncommitted().filter(|_| !self.process.is_dead()) else {
+            return;
+        };
+        let (broker, offset) = (&self.servers.broker, commit.offset);
+        if broker.commit(self.process.number(), slot.seat, commit) {
             slot.committed(offset);
         }
     }

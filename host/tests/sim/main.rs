@@ -154,5 +154,6 @@ mod finds {
         lost_dead_letters: LosesLetters,
         values_without_versions: NoVersions,
         keys_without_order: NoOrder,
+        ids_that_count_anywhere: TrustsIds,
     }
 }

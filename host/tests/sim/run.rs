@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use host::metrics::Metrics;
-use host::record::Outgoing;
+use host::record::{Header, Outgoing};
 
 use crate::bugs::{Bug, Planted};
 use crate::cluster::Cluster;
@@ -180,7 +180,7 @@ impl Run {
         world.note(0, "removed below", subject, [below, 0]);
     }
 
-    fn input(&self, id: u32, key: Option<u32>) {
+    pub(crate) fn input(&self, id: u32, key: Option<u32>) {
         let world = &self.servers.world;
         let (topic, partitions) = &world.topology().topics[0];
         let key = key.map(|key| format!("k{key}"));
@@ -192,9 +192,27 @@ impl Run {
             timestamp: None,
             key: key.map(String::into_bytes),
             value: Some(id.to_string().into_bytes()),
-            headers: Vec::new(),
+            headers: self.headers_of_others(),
         };
         self.servers.broker.append(0, &record);
+    }
+
+    /// Other programs copy headers: what came out of a topic goes into another with all that the host wrote beside it.
+    fn headers_of_others(&self) -> Vec<Header> {
+        let world = &self.servers.world;
+        if !world.one_in(3) {
+            return Vec::new();
+        }
+        let topics = &world.topology().topics;
+        let (topic, partitions) = &topics[world.roll(0..=topics.len() - 1)];
+        let number = world.roll(0..=partitions - 1);
+        let records = (self.servers.broker)
+            .partition(topic, i32::try_from(number).unwrap_or(0))
+            .records;
+        match records.len() {
+            0 => Vec::new(),
+            count => records[world.roll(0..=count - 1)].headers.clone(),
+        }
     }
 
     /// Nothing goes wrong any more: waits until everything is processed, which must not take for ever.

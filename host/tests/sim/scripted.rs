@@ -1,13 +1,16 @@
 //! Runs that are written down, for what random ones do not do.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use host::delivery::output;
 use host::delivery::progress::LaneId;
-use host::record::Outgoing;
+use host::delivery::seen::{Admitted, HEADER, OutputId, Seen};
+use host::pipeline::OnGap;
+use host::record::{Header, Outgoing};
 
 use crate::bugs::Bug;
-use crate::hosts::FOREIGN;
+use crate::hosts::{CLUSTER, FOREIGN};
 use crate::run::{Run, simulate};
 use crate::schedule::Schedule;
 use crate::topology::Kind;
@@ -170,4 +173,202 @@ async fn recreate(seed: u64) {
         assert_eq!(host.readiness.reasons(), Vec::<String>::new());
     }
     run.servers.world.end();
+}
+
+/// Its database goes back to an older copy and forth again: what a lane sends then is not taken for what it has sent before.
+#[test]
+fn a_database_that_goes_back_loses_no_outputs() {
+    let mut dropped = 0;
+    for seed in 1..=30 {
+        assert_eq!(simulate(go_back(seed, None)), 0, "seed {seed}");
+        dropped += simulate(go_back(seed, Some(Bug::GenerationsFall)));
+    }
+    assert!(dropped > 0, "generations that fall were not noticed");
+}
+
+/// How many outputs whoever reads drops as repetitions, though they are none.
+async fn go_back(seed: u64, bug: Option<Bug>) -> usize {
+    let mut schedule = Schedule::calm(seed);
+    schedule.on_gap = OnGap::Continue;
+    let run = Run::begin(schedule, bug).await;
+    run.play().await;
+    run.heal().await;
+    let (_, database) = first_lane(&run);
+    let copy = database.copy();
+    let empty = (Vec::new(), BTreeMap::new());
+    for (from, to) in [(10_000, empty), (20_000, copy)] {
+        for host in run.cluster.hosts() {
+            host.crash();
+        }
+        database.restore(to);
+        run.cluster.tend(true).await;
+        for n in 0..12 {
+            run.input(from + n, Some(n % 3));
+        }
+        run.heal().await;
+    }
+    let dropped = wrongly_dropped(&run);
+    run.servers.world.end();
+    dropped
+}
+
+fn wrongly_dropped(run: &Run) -> usize {
+    let mut dropped = 0;
+    for (topic, partitions) in &run.schedule.topology.topics {
+        for number in 0..i32::try_from(*partitions).unwrap_or(0) {
+            let (mut seen, mut known) = (Seen::default(), BTreeSet::new());
+            for record in run.servers.broker.partition(topic, number).records {
+                let id = OutputId::of(&record, CLUSTER).map(|id| id.to_string());
+                let is_known = id.is_some_and(|id| !known.insert(id));
+                let is_dropped = seen.admit(&record, CLUSTER) != Admitted::New;
+                dropped += usize::from(is_dropped && !is_known);
+            }
+        }
+    }
+    dropped
+}
+
+/// A database that was emptied is noticed, and who sets the group's offset says where to go on.
+#[test]
+fn a_lane_stops_where_its_database_was_emptied() {
+    for seed in 1..=20 {
+        simulate(empty(seed));
+    }
+}
+
+async fn empty(seed: u64) {
+    let mut schedule = Schedule::calm(seed);
+    schedule.on_gap = OnGap::Stop;
+    let run = Run::begin(schedule, None).await;
+    run.play().await;
+    run.heal().await;
+    let (lane, database) = first_lane(&run);
+    let next = database
+        .lane(&lane)
+        .and_then(|row| row.checkpoint.next_offset);
+    // What commits offsets has said the last of it.
+    pause(SETTLED).await;
+    let restart = async || {
+        for host in run.cluster.hosts() {
+            host.crash();
+        }
+        run.cluster.tend(true).await;
+        pause(SETTLED).await;
+    };
+    database.restore((Vec::new(), BTreeMap::new()));
+    restart().await;
+    let Some(next) = next else {
+        run.servers.world.end();
+        return;
+    };
+    let halted = run.cluster.halted();
+    assert!(
+        halted.contains(&(0, lane.partition)),
+        "seed {seed}: {halted:?}"
+    );
+    let said = reasons(&run);
+    let told = |reason: &&String| reason.contains("emptied") && reason.contains("--reset-offsets");
+    assert!(
+        said.iter().any(|reason| told(&reason)),
+        "seed {seed}: {said:?}"
+    );
+    run.servers.broker.reset((0, lane.partition), next);
+    restart().await;
+    let halted = run.cluster.halted();
+    assert!(
+        !halted.contains(&(0, lane.partition)),
+        "seed {seed}: {halted:?}"
+    );
+    run.servers.world.end();
+}
+
+/// Somebody sets the group's offset: nothing is done twice, and nothing is left out.
+#[test]
+fn the_row_counts_whatever_the_groups_offset_is_set_to() {
+    for seed in 1..=20 {
+        simulate(set(seed));
+    }
+}
+
+async fn set(seed: u64) {
+    let run = Run::begin(Schedule::calm(seed), None).await;
+    run.play().await;
+    run.heal().await;
+    let (lane, database) = first_lane(&run);
+    let rows = || {
+        let rows = database.rows().into_iter().filter(|row| row.stage == 0);
+        rows.map(|row| row.id).collect::<Vec<_>>()
+    };
+    let before = rows();
+    let next = database
+        .lane(&lane)
+        .and_then(|row| row.checkpoint.next_offset);
+    if next.is_some() {
+        run.servers.broker.reset((0, lane.partition), 0);
+    }
+    for host in run.cluster.hosts() {
+        host.crash();
+    }
+    run.cluster.tend(true).await;
+    pause(SETTLED).await;
+    assert_eq!(rows(), before, "seed {seed}");
+    run.servers.world.end();
+}
+
+/// Records that were copied from another cluster, with what its hosts wrote beside them, blind no lane.
+#[test]
+fn ids_of_another_cluster_do_not_count() {
+    for seed in 1..=30 {
+        simulate(mirror(seed, None));
+    }
+    let anomalies: usize = (1..=30)
+        .map(|seed| simulate(mirror(seed, Some(Bug::TrustsIds))))
+        .sum();
+    assert!(anomalies > 0, "ids that count anywhere were not noticed");
+}
+
+/// How many outputs of the first stage the second has not done.
+async fn mirror(seed: u64, bug: Option<Bug>) -> usize {
+    let run = Run::begin(Schedule::calm(seed), bug).await;
+    let topology = run.schedule.topology.clone();
+    let (first, middle) = (&topology.stages[0], &topology.stages[1].input);
+    for number in 0..i32::try_from(topology.partitions(middle)).unwrap_or(0) {
+        for from in 0..i32::try_from(topology.partitions(&first.input)).unwrap_or(0) {
+            let LaneId { group, topic, .. } = first.lane(from);
+            let id = format!("@there/{middle}/{number}/{group}/{topic}/{from}/9999999999/0/0");
+            let record = Outgoing {
+                topic: middle.clone(),
+                partition: Some(number),
+                timestamp: None,
+                key: None,
+                value: Some(format!("mirrored-{from}").into_bytes()),
+                headers: vec![Header::new(HEADER, id)],
+            };
+            run.servers.broker.append(0, &record);
+        }
+    }
+    run.play().await;
+    run.heal().await;
+    let letters: BTreeSet<_> = values(&run, &topology.stages[1].letters);
+    let effects = run.servers.world.evidence().effects();
+    let undone = values(&run, middle).into_iter().filter(|value| {
+        let id: Arc<str> = value.as_str().into();
+        !letters.contains(value) && !effects.contains(&(1, id))
+    });
+    let undone: Vec<_> = undone.collect();
+    if bug.is_none() && run.cluster.halted().is_empty() {
+        assert_eq!(undone, Vec::<String>::new(), "seed {seed}");
+    }
+    run.servers.world.end();
+    undone.len()
+}
+
+fn values(run: &Run, topic: &Arc<str>) -> BTreeSet<String> {
+    let partitions = run.schedule.topology.partitions(topic);
+    let numbers = 0..i32::try_from(partitions).unwrap_or(0);
+    let records = numbers.flat_map(|number| run.servers.broker.partition(topic, number).records);
+    let value = |record: host::record::Record| {
+        String::from_utf8_lossy(record.value.as_deref().unwrap_or_default()).into_owned()
+    };
+    records.map(value).collect()
 }

@@ -63,7 +63,7 @@ impl Outgoing {
         Ok(self.with_value(json))
     }
 
-    /// With one header more. Names that begin with `stagehost-` belong to the host.
+    /// With one header more. Names that begin with `stagehost-` belong to the host: they are left out.
     pub fn with_header(mut self, name: impl Into<String>, value: impl Into<Vec<u8>>) -> Self {
         self.headers.push(Header::new(name, value));
         self

@@ -122,6 +122,10 @@ fn act(message: &Message, action: &Action) -> Result<Json, Failure> {
         Action::RetryUntil { .. } => Ok(json!(message.attempt)),
         Action::Reject => Err(Fault::reject("as told").into()),
         Action::Trap => panic!("as told"),
+        Action::TrapAfter { lines } => {
+            lines.iter().for_each(|line| eprintln!("{line}"));
+            std::process::abort()
+        }
         Action::Spin => sandbox::spin(),
         Action::Overflow => Ok(json!(sandbox::overflow(0))),
         Action::Exit { code } => std::process::exit(*code),

@@ -37,6 +37,11 @@ pub enum Action {
     Reject,
     /// Panic.
     Trap,
+    /// Write lines to stderr and trap, as a language runtime does at an exception that nobody caught.
+    TrapAfter {
+        /// The lines.
+        lines: Vec<String>,
+    },
     /// Compute for ever.
     Spin,
     /// Call itself for ever.

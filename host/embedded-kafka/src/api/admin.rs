@@ -1,6 +1,6 @@
 //! CreateTopics, DeleteTopics, CreatePartitions and DeleteRecords.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use kafka_protocol::ResponseError;
 use kafka_protocol::messages::create_partitions_response::CreatePartitionsTopicResult;
@@ -10,9 +10,14 @@ use kafka_protocol::messages::delete_records_response::{
     DeleteRecordsPartitionResult, DeleteRecordsTopicResult,
 };
 use kafka_protocol::messages::delete_topics_response::DeletableTopicResult;
+use kafka_protocol::messages::describe_log_dirs_request::DescribableLogDirTopic;
+use kafka_protocol::messages::describe_log_dirs_response::{
+    DescribeLogDirsPartition, DescribeLogDirsResult, DescribeLogDirsTopic,
+};
 use kafka_protocol::messages::{
     CreatePartitionsRequest, CreatePartitionsResponse, CreateTopicsRequest, CreateTopicsResponse,
     DeleteRecordsRequest, DeleteRecordsResponse, DeleteTopicsRequest, DeleteTopicsResponse,
+    DescribeLogDirsRequest, DescribeLogDirsResponse, TopicName,
 };
 
 use super::{Call, code, text, wire};
@@ -178,9 +183,50 @@ pub(super) async fn delete_records(
     response
 }
 
+/// The only folder for records, with what each partition takes of it.
+pub(super) fn describe_log_dirs(
+    call: &Call,
+    request: DescribeLogDirsRequest,
+) -> DescribeLogDirsResponse {
+    let wanted = request.topics.map(|topics| {
+        let of_topic = |topic: DescribableLogDirTopic| (topic.topic, topic.partitions);
+        topics.into_iter().map(of_topic).collect::<HashMap<_, _>>()
+    });
+    let mut described = Vec::new();
+    for topic in call.node.topics.all() {
+        let name = TopicName(wire(topic.name.clone()));
+        let indexes = match &wanted {
+            Some(wanted) => match wanted.get(&name) {
+                Some(indexes) => Some(indexes),
+                None => continue,
+            },
+            None => None,
+        };
+        let partitions = topic
+            .partitions()
+            .iter()
+            .zip(0..)
+            .filter(|(_, index)| indexes.is_none_or(|indexes| indexes.contains(index)))
+            .map(|(partition, index)| {
+                DescribeLogDirsPartition::default()
+                    .with_partition_index(index)
+                    .with_partition_size(i64::try_from(partition.bytes()).unwrap_or(i64::MAX))
+            });
+        let topic = DescribeLogDirsTopic::default()
+            .with_name(name)
+            .with_partitions(partitions.collect());
+        described.push(topic);
+    }
+    let folder = call.node.config.folder.to_string_lossy().into_owned();
+    let result = DescribeLogDirsResult::default()
+        .with_log_dir(wire(folder))
+        .with_topics(described);
+    DescribeLogDirsResponse::default().with_results(vec![result])
+}
+
 /// The parts of a request, up to the shutdown of the node: these requests are worked on to their end though nobody
 /// waits for the answer, and a shutdown waits for them.
-fn until_shutdown<T>(call: &Call, parts: Vec<T>) -> impl Iterator<Item = T> {
+pub(super) fn until_shutdown<T>(call: &Call, parts: Vec<T>) -> impl Iterator<Item = T> {
     parts
         .into_iter()
         .take_while(|_| !call.node.shutdown.is_cancelled())

@@ -9,14 +9,17 @@ use kafka_protocol::messages::join_group_response::JoinGroupResponseMember;
 use kafka_protocol::messages::leave_group_response::MemberResponse;
 use kafka_protocol::messages::list_groups_response::ListedGroup;
 use kafka_protocol::messages::{
-    DeleteGroupsRequest, DeleteGroupsResponse, DescribeGroupsRequest, DescribeGroupsResponse,
-    GroupId, HeartbeatRequest, HeartbeatResponse, JoinGroupRequest, JoinGroupResponse,
-    LeaveGroupRequest, LeaveGroupResponse, ListGroupsRequest, ListGroupsResponse, SyncGroupRequest,
-    SyncGroupResponse,
+    ConsumerGroupHeartbeatRequest, ConsumerGroupHeartbeatResponse, DeleteGroupsRequest,
+    DeleteGroupsResponse, DescribeGroupsRequest, DescribeGroupsResponse, GroupId, HeartbeatRequest,
+    HeartbeatResponse, JoinGroupRequest, JoinGroupResponse, LeaveGroupRequest, LeaveGroupResponse,
+    ListGroupsRequest, ListGroupsResponse, SyncGroupRequest, SyncGroupResponse,
 };
+
+use kafka_protocol::protocol::StrBytes;
 
 use super::{Call, code, once, text, wire};
 use crate::group::{Caller, Description, JoinRequest, Joined};
+use crate::node::NO_CONSUMER_GROUPS;
 use crate::storage::journal_state::Entry;
 
 /// The first version of JoinGroup in which a newcomer is told its id before it joins.
@@ -28,6 +31,12 @@ const FIRST_WITH_MEMBERS: i16 = 3;
 
 /// What groups without members are for, as far as anybody can tell from their offsets.
 const CONSUMER: &str = "consumer";
+const EMPTY: &str = "Empty";
+/// The only way to be a group here.
+const CLASSIC: &str = "classic";
+/// The first versions of ListGroups that tell states and types.
+const FIRST_WITH_STATES: i16 = 4;
+const FIRST_WITH_TYPES: i16 = 5;
 
 pub(super) async fn join(call: &Call, request: JoinGroupRequest) -> JoinGroupResponse {
     let rebalance_timeout_ms = match call.version {
@@ -123,22 +132,48 @@ pub(super) fn leave(call: &Call, request: LeaveGroupRequest) -> LeaveGroupRespon
     LeaveGroupResponse::default().with_members(members.collect())
 }
 
+/// Refuses KIP-848's protocol with an error that clients take as final.
+pub(super) fn consumer_heartbeat(
+    call: &Call,
+    request: ConsumerGroupHeartbeatRequest,
+) -> ConsumerGroupHeartbeatResponse {
+    call.node.tell_of_consumer_groups();
+    ConsumerGroupHeartbeatResponse::default()
+        .with_error_code(ResponseError::UnsupportedVersion.code())
+        .with_error_message(Some(wire(NO_CONSUMER_GROUPS)))
+        .with_member_id(Some(request.member_id))
+}
+
 /// Groups with members, and groups with nothing but offsets.
-pub(super) fn list(call: &Call, _: ListGroupsRequest) -> ListGroupsResponse {
+pub(super) fn list(call: &Call, request: ListGroupsRequest) -> ListGroupsResponse {
     let with_offsets = call
         .node
         .journal
         .look(|state| state.offsets.keys().cloned().collect::<Vec<_>>());
-    let mut groups: BTreeMap<String, String> = with_offsets
+    let mut groups: BTreeMap<String, (String, &str)> = with_offsets
         .into_iter()
-        .map(|group| (group, CONSUMER.to_owned()))
+        .map(|group| (group, (CONSUMER.to_owned(), EMPTY)))
         .collect();
     groups.extend(call.node.groups.list());
-    let listed = groups.into_iter().map(|(group, protocol_type)| {
-        ListedGroup::default()
-            .with_group_id(wire(group).into())
-            .with_protocol_type(wire(protocol_type))
-    });
+    let is_wanted = |filter: &[StrBytes], is: &str| {
+        filter.is_empty() || filter.iter().any(|wanted| wanted.eq_ignore_ascii_case(is))
+    };
+    let listed = groups
+        .into_iter()
+        .filter(|(_, (_, state))| is_wanted(&request.states_filter, state))
+        .filter(|_| is_wanted(&request.types_filter, CLASSIC))
+        .map(|(group, (protocol_type, state))| {
+            let listed = ListedGroup::default()
+                .with_group_id(wire(group).into())
+                .with_protocol_type(wire(protocol_type));
+            match call.version {
+                FIRST_WITH_TYPES.. => listed
+                    .with_group_state(wire(state))
+                    .with_group_type(wire(CLASSIC)),
+                FIRST_WITH_STATES.. => listed.with_group_state(wire(state)),
+                _ => listed,
+            }
+        });
     ListGroupsResponse::default().with_groups(listed.collect())
 }
 
@@ -153,7 +188,7 @@ pub(super) fn describe(call: &Call, request: DescribeGroupsRequest) -> DescribeG
             .journal
             .look(|state| state.offsets.contains_key(id.as_str()));
         let (state, protocol_type) = if has_offsets {
-            ("Empty", CONSUMER)
+            (EMPTY, CONSUMER)
         } else {
             ("Dead", "")
         };

@@ -9,16 +9,21 @@ use kafka_protocol::messages::metadata_response::{
 };
 use kafka_protocol::messages::{
     ApiVersionsRequest, ApiVersionsResponse, FindCoordinatorRequest, FindCoordinatorResponse,
-    MetadataRequest, MetadataResponse,
+    MetadataRequest, MetadataResponse, TopicName,
 };
+use uuid::Uuid;
 
 use super::{BadRequest, Call, TAKEN, once, wire};
-use crate::node::NODE_ID;
+use crate::node::{NO_TRANSACTIONS, NODE_ID};
 use crate::storage::topics::Topic;
 
 /// The first version in which a client says whether a topic may be created.
 const FIRST_WITH_CREATION: i16 = 4;
 const GROUP_COORDINATOR: i8 = 0;
+/// The first version of FindCoordinator that librdkafka does not know.
+const FIRST_WITH_SHOWN_ERROR: i16 = 3;
+/// The first version of Metadata in which a topic can be named by its id alone.
+const FIRST_WITH_IDS: i16 = 12;
 
 /// The versions taken; to a version of this request that is not taken, the same with an error.
 pub(super) fn api_versions(call: &Call) -> Result<ApiVersionsResponse, BadRequest> {
@@ -51,13 +56,12 @@ pub(super) async fn metadata(call: &Call, request: MetadataRequest) -> MetadataR
         .with_controller_id(NODE_ID.into());
     match request.topics {
         Some(topics) if !(topics.is_empty() && call.version == 0) => {
-            let names = topics.into_iter().filter_map(|topic| topic.name).collect();
-            for name in once(names) {
-                let topic = match describe(call, &name, may_create).await {
-                    Ok(topic) => topic_metadata(&topic),
-                    Err(error) => MetadataResponseTopic::default().with_error_code(error.code()),
-                };
-                response.topics.push(topic.with_name(Some(name)));
+            let named = topics.into_iter().map(|topic| (topic.name, topic.topic_id));
+            for (name, id) in once(named.collect()) {
+                response.topics.push(match name {
+                    Some(name) => named_topic(call, name, may_create).await,
+                    None => topic_with_id(call, id),
+                });
             }
         }
         _ => response
@@ -67,22 +71,44 @@ pub(super) async fn metadata(call: &Call, request: MetadataRequest) -> MetadataR
     response
 }
 
-/// This node, for groups. Transactions have no coordinator.
+/// This node. Transactions have no coordinator: whose client shows people what it is told is told so. librdkafka, which
+/// asks in a lower version, would look for one for ever; it hears of it when it asks for a producer id.
 pub(super) fn find_coordinator(
     call: &Call,
     request: FindCoordinatorRequest,
 ) -> FindCoordinatorResponse {
     let address = call.node.address;
-    if request.key_type != GROUP_COORDINATOR {
+    if request.key_type != GROUP_COORDINATOR && call.version >= FIRST_WITH_SHOWN_ERROR {
+        call.node.tell_of_transactions();
         return FindCoordinatorResponse::default()
-            .with_error_code(ResponseError::TransactionalIdAuthorizationFailed.code())
-            .with_error_message(Some(wire("the embedded broker has no transactions")))
+            .with_error_code(ResponseError::UnsupportedVersion.code())
+            .with_error_message(Some(wire(NO_TRANSACTIONS)))
             .with_node_id((-1).into());
     }
     FindCoordinatorResponse::default()
         .with_node_id(NODE_ID.into())
         .with_host(wire(address.ip().to_string()))
         .with_port(i32::from(address.port()))
+}
+
+async fn named_topic(call: &Call, name: TopicName, may_create: bool) -> MetadataResponseTopic {
+    match describe(call, &name, may_create).await {
+        Ok(topic) => topic_metadata(&topic),
+        Err(error) => MetadataResponseTopic::default()
+            .with_error_code(error.code())
+            .with_name(Some(name)),
+    }
+}
+
+fn topic_with_id(call: &Call, id: Uuid) -> MetadataResponseTopic {
+    match call.node.topics.with_id(id) {
+        Some(topic) => topic_metadata(&topic),
+        // Only the versions in which it can be asked for have room for a topic without a name.
+        None => MetadataResponseTopic::default()
+            .with_error_code(ResponseError::UnknownTopicId.code())
+            .with_topic_id(id)
+            .with_name((call.version < FIRST_WITH_IDS).then(TopicName::default)),
+    }
 }
 
 async fn describe(call: &Call, name: &str, may_create: bool) -> Result<Arc<Topic>, ResponseError> {
@@ -130,5 +156,6 @@ fn topic_metadata(topic: &Topic) -> MetadataResponseTopic {
     });
     MetadataResponseTopic::default()
         .with_name(Some(wire(topic.name.clone()).into()))
+        .with_topic_id(topic.uuid())
         .with_partitions(partitions.collect())
 }

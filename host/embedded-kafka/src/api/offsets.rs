@@ -8,12 +8,15 @@ use kafka_protocol::messages::offset_commit_request::OffsetCommitRequestPartitio
 use kafka_protocol::messages::offset_commit_response::{
     OffsetCommitResponsePartition, OffsetCommitResponseTopic,
 };
+use kafka_protocol::messages::offset_delete_response::{
+    OffsetDeleteResponsePartition, OffsetDeleteResponseTopic,
+};
 use kafka_protocol::messages::offset_fetch_response::{
     OffsetFetchResponsePartition, OffsetFetchResponseTopic,
 };
 use kafka_protocol::messages::{
     ListOffsetsRequest, ListOffsetsResponse, OffsetCommitRequest, OffsetCommitResponse,
-    OffsetFetchRequest, OffsetFetchResponse, TopicName,
+    OffsetDeleteRequest, OffsetDeleteResponse, OffsetFetchRequest, OffsetFetchResponse, TopicName,
 };
 
 use super::{Call, code, once, text, wire};
@@ -23,6 +26,10 @@ use crate::storage::journal_state::{Committed, Entry};
 /// Timestamps that stand for the ends of a partition.
 const LATEST: i64 = -1;
 const EARLIEST: i64 = -2;
+/// The record whose timestamp is the largest.
+const NEWEST: i64 = -3;
+/// The first version in which it can be asked for.
+const FIRST_WITH_NEWEST: i16 = 7;
 /// Offset and timestamp where no record is new enough.
 const NONE: (i64, i64) = (-1, -1);
 
@@ -60,6 +67,12 @@ async fn find(
     match timestamp {
         LATEST => Ok((partition.high_watermark(), -1)),
         EARLIEST => Ok((partition.start(), -1)),
+        NEWEST if call.version >= FIRST_WITH_NEWEST => {
+            let found = tokio::task::spawn_blocking(move || partition.find_newest()).await;
+            found
+                .unwrap_or(Err(ResponseError::UnknownServerError))
+                .map(|found| found.unwrap_or(NONE))
+        }
         timestamp if timestamp < 0 => Err(ResponseError::InvalidRequest),
         timestamp => {
             let found =
@@ -133,6 +146,54 @@ fn entry(
         offset: partition.committed_offset,
         metadata,
     })
+}
+
+/// Deletes offsets that a group committed, of topics that no member of it reads.
+pub(super) async fn delete(call: &Call, request: OffsetDeleteRequest) -> OffsetDeleteResponse {
+    let group = request.group_id.as_str();
+    let described = call.node.groups.describe(group);
+    let has_offsets = call
+        .node
+        .journal
+        .look(|state| state.offsets.contains_key(group));
+    if described.is_none() && !has_offsets {
+        let error = ResponseError::GroupIdNotFound.code();
+        return OffsetDeleteResponse::default().with_error_code(error);
+    }
+    let is_read = |topic: &str| {
+        described
+            .as_ref()
+            .is_some_and(|described| described.reads(topic))
+    };
+    let mut entries = Vec::new();
+    let mut topics = Vec::with_capacity(request.topics.len());
+    for topic in request.topics {
+        let mut answer = OffsetDeleteResponseTopic::default().with_name(topic.name.clone());
+        for partition in topic.partitions {
+            let index = partition.partition_index;
+            let found = call.node.topics.partition(&topic.name, index);
+            let deleted = match found {
+                Ok(_) if is_read(&topic.name) => Err(ResponseError::GroupSubscribedToTopic),
+                found => found.map(|_| ()),
+            };
+            answer.partitions.push(
+                OffsetDeleteResponsePartition::default()
+                    .with_partition_index(index)
+                    .with_error_code(code(&deleted)),
+            );
+            entries.extend(deleted.ok().map(|()| Entry::OffsetDeleted {
+                group: group.to_owned(),
+                topic: text(topic.name.0.clone()),
+                partition: index,
+            }));
+        }
+        topics.push(answer);
+    }
+    let response = OffsetDeleteResponse::default();
+    if !entries.is_empty() && call.node.journal.write(entries).await.is_err() {
+        return response.with_error_code(ResponseError::CoordinatorNotAvailable.code());
+    }
+    response.with_topics(topics)
 }
 
 /// The offsets that a group committed: of the partitions named, or all.

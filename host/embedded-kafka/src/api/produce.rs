@@ -80,8 +80,10 @@ pub(super) async fn init_producer_id(
             .with_producer_epoch(-1)
     };
     if request.transactional_id.is_some() {
-        // Of the errors that clients take as final, this is the one that fits best.
-        return refused(ResponseError::TransactionalIdAuthorizationFailed);
+        // What clients make words of are the code's: this one says that there is no such thing here. librdkafka takes only
+        // errors of authorization as final, which would send people to look for ACLs; with this it logs and waits.
+        call.node.tell_of_transactions();
+        return refused(ResponseError::UnsupportedVersion);
     }
     match call.node.next_producer_id().await {
         Ok(id) => InitProducerIdResponse::default()
@@ -93,7 +95,7 @@ pub(super) async fn init_producer_id(
 
 fn refuse_all(request: &ProduceRequest) -> Option<ResponseError> {
     if request.transactional_id.is_some() {
-        Some(ResponseError::TransactionalIdAuthorizationFailed)
+        Some(ResponseError::UnsupportedVersion)
     } else if !(-1..=1).contains(&request.acks) {
         Some(ResponseError::InvalidRequiredAcks)
     } else {

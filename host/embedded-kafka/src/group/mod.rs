@@ -191,11 +191,14 @@ impl Groups {
         }
     }
 
-    /// The groups with members: id and protocol type.
-    pub(crate) fn list(&self) -> Vec<(String, String)> {
+    /// The groups with members: id, protocol type and state.
+    pub(crate) fn list(&self) -> Vec<(String, (String, &'static str))> {
         lock(&self.by_id)
             .iter()
-            .map(|(id, group)| (id.clone(), group.protocol_type().to_owned()))
+            .map(|(id, group)| {
+                let protocol_type = group.protocol_type().to_owned();
+                (id.clone(), (protocol_type, group.state_name()))
+            })
             .collect()
     }
 

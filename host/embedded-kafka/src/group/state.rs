@@ -12,6 +12,9 @@ use tokio::sync::oneshot;
 
 use super::{Caller, JoinRefused};
 
+/// The protocol type of groups that consume.
+const CONSUMER: &str = "consumer";
+
 /// One group. Methods are told the time.
 #[derive(Debug)]
 pub(crate) struct Group {
@@ -109,6 +112,34 @@ pub(crate) struct DescribedMember {
     pub(crate) assignment: Bytes,
 }
 
+impl Description {
+    /// Whether a member reads a topic, as far as can be told: what members of other kinds say is not known.
+    pub(crate) fn reads(&self, topic: &str) -> bool {
+        self.members.iter().any(|member| {
+            self.protocol_type != CONSUMER
+                || subscribed(&member.subscription)
+                    .is_none_or(|topics| topics.contains(&topic.as_bytes()))
+        })
+    }
+}
+
+/// The topics that the subscription of a consumer names.
+fn subscribed(mut subscription: &[u8]) -> Option<Vec<&[u8]>> {
+    let mut take = |len: usize| -> Option<&[u8]> {
+        let (taken, rest) = subscription.split_at_checked(len)?;
+        subscription = rest;
+        Some(taken)
+    };
+    let _version = take(2)?;
+    let count = i32::from_be_bytes(take(4)?.try_into().ok()?);
+    (0..count)
+        .map(|_| {
+            let len = i16::from_be_bytes(take(2)?.try_into().ok()?);
+            take(usize::try_from(len).ok()?)
+        })
+        .collect()
+}
+
 impl Group {
     pub(super) fn new(rebalance_delay: Duration) -> Self {
         Self {
@@ -128,6 +159,16 @@ impl Group {
         &self.protocol_type
     }
 
+    /// The state as tools know it.
+    pub(super) fn state_name(&self) -> &'static str {
+        match self.phase {
+            Phase::Empty => "Empty",
+            Phase::Preparing { .. } => "PreparingRebalance",
+            Phase::Completing { .. } => "CompletingRebalance",
+            Phase::Stable => "Stable",
+        }
+    }
+
     /// Whether nothing would be lost by forgetting the group.
     pub(super) fn is_forgettable(&self) -> bool {
         self.phase == Phase::Empty && self.newcomers.is_empty()
@@ -143,12 +184,7 @@ impl Group {
             assignment: member.assignment.clone(),
         });
         Description {
-            state: match self.phase {
-                Phase::Empty => "Empty",
-                Phase::Preparing { .. } => "PreparingRebalance",
-                Phase::Completing { .. } => "CompletingRebalance",
-                Phase::Stable => "Stable",
-            },
+            state: self.state_name(),
             protocol_type: self.protocol_type.clone(),
             members: members.collect(),
             protocol,

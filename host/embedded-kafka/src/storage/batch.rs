@@ -1,4 +1,6 @@
-//! The header of a record batch (format v2): all that the broker reads of the records it keeps.
+//! The header of a record batch (format v2): all that the broker reads of most records it keeps.
+
+use super::records::Records;
 
 /// Bytes of the header; the records follow.
 pub(crate) const HEADER_LEN: usize = 61;
@@ -14,12 +16,17 @@ const MAGIC: i8 = 2;
 const CODEC_MASK: i16 = 0b111;
 const TRANSACTIONAL: i16 = 1 << 4;
 const CONTROL: i16 = 1 << 5;
+/// The base timestamp is the time at which compaction may remove the tombstones of the batch, as Kafka has it.
+const DELETE_HORIZON: i16 = 1 << 6;
 const LAST_CODEC: i16 = 4;
 
 /// The header of a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Header {
     pub(crate) base_offset: i64,
+    /// Offsets before the batch whose records were compacted away. On the disk it stands where a client is told the
+    /// leader epoch, so that a segment says of each of its offsets what became of it.
+    pub(crate) skipped: i32,
     /// Bytes of the whole batch, header included.
     pub(crate) len: usize,
     pub(crate) crc: u32,
@@ -68,6 +75,7 @@ impl Header {
         }
         let header = Self {
             base_offset: i64::from_be_bytes(field(bytes, 0)),
+            skipped: i32::from_be_bytes(field(bytes, LEADER_EPOCH.start)).max(0),
             len,
             crc: u32::from_be_bytes(field(bytes, 17)),
             attributes: i16::from_be_bytes(field(bytes, 21)),
@@ -79,12 +87,14 @@ impl Header {
             base_sequence: i32::from_be_bytes(field(bytes, 53)),
             record_count: i32::from_be_bytes(field(bytes, 57)),
         };
-        let counted =
-            header.record_count > 0 && header.record_count - 1 == header.last_offset_delta;
+        // Fewer records than offsets, or none, are left by compaction.
+        let counted = header.last_offset_delta >= 0
+            && header.record_count >= 0
+            && i64::from(header.record_count) <= i64::from(header.last_offset_delta) + 1;
         if counted
             && header
                 .base_offset
-                .checked_add(i64::from(header.record_count))
+                .checked_add(i64::from(header.last_offset_delta) + 1)
                 .is_some()
         {
             Ok(header)
@@ -93,11 +103,14 @@ impl Header {
         }
     }
 
-    /// Reads the header and checks the whole of `batch`, which is exactly one batch.
+    /// Reads the header and checks the whole of `batch`, which is exactly one batch as a producer makes it.
     pub(crate) fn check(batch: &[u8]) -> Result<Self, BadBatch> {
         let header = Self::parse(batch)?;
         if header.len != batch.len() {
             return Err(BadBatch::Length((header.len - PREFIX_LEN) as i32));
+        }
+        if !header.is_whole() {
+            return Err(BadBatch::Count);
         }
         header.verify(batch)?;
         Ok(header)
@@ -111,6 +124,25 @@ impl Header {
         } else {
             Err(BadBatch::Checksum)
         }
+    }
+
+    /// The offset after that of the batch before this one.
+    pub(crate) fn first_offset(&self) -> i64 {
+        self.base_offset - i64::from(self.skipped)
+    }
+
+    /// Whether each offset of the batch has its record.
+    fn is_whole(&self) -> bool {
+        self.record_count - 1 == self.last_offset_delta
+    }
+
+    /// When the tombstones of the batch may go, if a compaction said so.
+    pub(crate) fn delete_horizon(&self) -> Option<i64> {
+        (self.attributes & DELETE_HORIZON != 0).then_some(self.base_timestamp)
+    }
+
+    pub(crate) fn codec(&self) -> i16 {
+        self.attributes & CODEC_MASK
     }
 
     /// The offset after the last record.
@@ -129,12 +161,8 @@ impl Header {
 
     /// Whether the batch asks for what this broker does not do: transactions, control records, unknown codecs.
     pub(crate) fn is_unsupported(&self) -> bool {
-        self.attributes & (TRANSACTIONAL | CONTROL) != 0
+        self.attributes & (TRANSACTIONAL | CONTROL | DELETE_HORIZON) != 0
             || self.attributes & CODEC_MASK > LAST_CODEC
-    }
-
-    pub(crate) fn is_compressed(&self) -> bool {
-        self.attributes & CODEC_MASK != 0
     }
 }
 
@@ -146,52 +174,106 @@ pub(crate) fn stamp(batch: &[u8], base_offset: i64, into: &mut Vec<u8>) {
     into[LEADER_EPOCH].fill(0);
 }
 
-/// Offset and timestamp of the first record of a batch that is not older than `timestamp`.
-///
-/// The records of a compressed batch stay opaque: then the answer is the start of the batch, which is never too late.
+/// Takes out what only the disk is told, before a batch goes to a client.
+pub(crate) fn unstamp(batch: &mut [u8]) {
+    batch[LEADER_EPOCH].fill(0);
+}
+
+/// Says on the disk how many offsets before the batch are gone.
+pub(crate) fn set_skipped(batch: &mut [u8], skipped: i32) {
+    batch[LEADER_EPOCH].copy_from_slice(&skipped.to_be_bytes());
+}
+
+/// A batch with these records, which are compressed as `header` says; its length and checksum are found here.
+pub(crate) fn assemble(header: &Header, records: &[u8]) -> Vec<u8> {
+    let mut batch = vec![0; HEADER_LEN];
+    batch.extend_from_slice(records);
+    let len = (batch.len() - PREFIX_LEN) as i32;
+    batch[..8].copy_from_slice(&header.base_offset.to_be_bytes());
+    batch[8..12].copy_from_slice(&len.to_be_bytes());
+    batch[16] = MAGIC as u8;
+    batch[21..23].copy_from_slice(&header.attributes.to_be_bytes());
+    batch[23..27].copy_from_slice(&header.last_offset_delta.to_be_bytes());
+    batch[27..35].copy_from_slice(&header.base_timestamp.to_be_bytes());
+    batch[35..43].copy_from_slice(&header.max_timestamp.to_be_bytes());
+    batch[43..51].copy_from_slice(&header.producer_id.to_be_bytes());
+    batch[51..53].copy_from_slice(&header.producer_epoch.to_be_bytes());
+    batch[53..57].copy_from_slice(&header.base_sequence.to_be_bytes());
+    batch[57..61].copy_from_slice(&header.record_count.to_be_bytes());
+    let crc = crc32c::crc32c(&batch[CHECKED_FROM..]);
+    batch[17..21].copy_from_slice(&crc.to_be_bytes());
+    batch
+}
+
+/// A batch without records: it keeps the place of `count` offsets from `base_offset` on.
+pub(crate) fn placeholder(base_offset: i64, count: i32) -> Vec<u8> {
+    let header = Header {
+        base_offset,
+        skipped: 0,
+        len: HEADER_LEN,
+        crc: 0,
+        attributes: 0,
+        last_offset_delta: count - 1,
+        base_timestamp: -1,
+        max_timestamp: -1,
+        producer_id: -1,
+        producer_epoch: -1,
+        base_sequence: -1,
+        record_count: 0,
+    };
+    assemble(&header, &[])
+}
+
+/// What is left of a batch when all its records are gone: what its producer sent last.
+pub(crate) fn emptied(header: &Header) -> Vec<u8> {
+    let header = Header {
+        attributes: 0,
+        base_timestamp: -1,
+        max_timestamp: -1,
+        record_count: 0,
+        ..*header
+    };
+    assemble(&header, &[])
+}
+
+impl Header {
+    /// With the base timestamp as the time when its tombstones may go.
+    pub(crate) fn with_delete_horizon(self, horizon: i64) -> Self {
+        Self {
+            attributes: self.attributes | DELETE_HORIZON,
+            base_timestamp: horizon,
+            ..self
+        }
+    }
+}
+
+/// Offset and timestamp of the first record of a batch that is not older than `timestamp`. Where the records cannot be
+/// read, for nobody has looked into them before, it is the start of the batch, which is never too late.
 pub(crate) fn find_timestamp(header: &Header, batch: &[u8], timestamp: i64) -> (i64, i64) {
     let start = (header.base_offset, header.base_timestamp);
-    if header.is_compressed() || header.base_timestamp >= timestamp {
+    if header.is_whole() && header.delete_horizon().is_none() && header.base_timestamp >= timestamp
+    {
         return start;
     }
-    let mut records = batch.get(HEADER_LEN..header.len).unwrap_or_default();
-    for _ in 0..header.record_count {
-        let Some((offset_delta, timestamp_delta)) = next_record(&mut records) else {
-            break;
-        };
-        let found = header.base_timestamp.saturating_add(timestamp_delta);
-        if !(0..=i64::from(header.last_offset_delta)).contains(&offset_delta) {
-            // Nobody has looked into the records before: these are none.
-            break;
-        }
-        if found >= timestamp {
-            return (header.base_offset + offset_delta, found);
-        }
-    }
-    start
+    first_record(header, batch, |of| of >= timestamp).unwrap_or(start)
 }
 
-/// Offset delta and timestamp delta of the record at the start of `records`, which then begins with the next one.
-fn next_record(records: &mut &[u8]) -> Option<(i64, i64)> {
-    let len = usize::try_from(varint(records)?).ok()?;
-    let (mut record, rest) = records.split_at_checked(len)?;
-    *records = rest;
-    record = record.get(1..)?; // attributes
-    let timestamp_delta = varint(&mut record)?;
-    let offset_delta = varint(&mut record)?;
-    Some((offset_delta, timestamp_delta))
+/// Offset and timestamp of the first of the newest records of a batch.
+pub(crate) fn find_newest(header: &Header, batch: &[u8]) -> (i64, i64) {
+    let newest = header.max_timestamp;
+    first_record(header, batch, |of| of >= newest).unwrap_or((header.base_offset, newest))
 }
 
-/// A zigzag varint.
-fn varint(bytes: &mut &[u8]) -> Option<i64> {
-    const MAX_VARINT_BYTES: usize = 10;
-    let mut value = 0u64;
-    for i in 0..MAX_VARINT_BYTES {
-        let (&byte, rest) = bytes.split_first()?;
-        *bytes = rest;
-        value |= u64::from(byte & 0x7f) << (7 * i);
-        if byte < 0x80 {
-            return Some((value >> 1) as i64 ^ -((value & 1) as i64));
+fn first_record(
+    header: &Header,
+    batch: &[u8],
+    is_wanted: impl Fn(i64) -> bool,
+) -> Option<(i64, i64)> {
+    let mut records = Records::open(header, batch).ok()?;
+    while let Some(record) = records.next().ok()? {
+        let timestamp = header.base_timestamp.saturating_add(record.timestamp_delta);
+        if is_wanted(timestamp) {
+            return Some((header.base_offset + record.offset_delta, timestamp));
         }
     }
     None
@@ -222,6 +304,35 @@ pub(crate) mod tests {
         bytes[57..61].copy_from_slice(&count.to_be_bytes());
         seal(&mut bytes);
         bytes
+    }
+
+    /// A batch of records with these keys and values, all of the time `timestamp`.
+    pub(crate) fn keyed(
+        records: &[(&str, Option<&str>)],
+        codec: i16,
+        timestamp: i64,
+        producer: Option<(i64, i16, i32)>,
+    ) -> Vec<u8> {
+        let count = records.len() as i32;
+        let (producer_id, producer_epoch, base_sequence) = producer.unwrap_or((-1, -1, -1));
+        let header = Header {
+            base_offset: 0,
+            skipped: 0,
+            len: 0,
+            crc: 0,
+            attributes: codec,
+            last_offset_delta: count - 1,
+            base_timestamp: timestamp,
+            max_timestamp: timestamp,
+            producer_id,
+            producer_epoch,
+            base_sequence,
+            record_count: count,
+        };
+        assemble(
+            &header,
+            &super::super::records::tests::encoded(records, codec),
+        )
     }
 
     /// Gives a batch the checksum of its content.

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use kafka_protocol::ResponseError;
 use tracing::error;
 
-use super::batch::{BadBatch, HEADER_LEN, Header};
+use super::batch::{self, BadBatch, HEADER_LEN, Header};
 use super::segment::IndexEntry;
 
 /// A segment file, read up to the high watermark.
@@ -50,7 +50,14 @@ impl<'a> Cursor<'a> {
         entry: IndexEntry,
         wanted: impl Fn(&Header) -> bool,
     ) -> Result<Option<Place>, ResponseError> {
-        let (mut position, mut offset) = (entry.position, entry.offset);
+        self.find_from((entry.position, entry.offset), wanted)
+    }
+
+    fn find_from(
+        &self,
+        (mut position, mut offset): (u64, i64),
+        wanted: impl Fn(&Header) -> bool,
+    ) -> Result<Option<Place>, ResponseError> {
         while offset < self.high_watermark && position < self.limit {
             let mut bytes = [0; HEADER_LEN];
             self.read(position, &mut bytes)?;
@@ -66,6 +73,25 @@ impl<'a> Cursor<'a> {
         Ok(None)
     }
 
+    /// Of the batches from `entry` on that are `wanted`, the first of those with the largest timestamp.
+    pub(crate) fn newest(
+        &self,
+        entry: IndexEntry,
+        wanted: impl Fn(&Header) -> bool,
+    ) -> Result<Option<Place>, ResponseError> {
+        let mut newest: Option<Place> = None;
+        let mut from = (entry.position, entry.offset);
+        while let Some(place) = self.find_from(from, |header| {
+            let known = newest.map_or(-1, |place| place.header.max_timestamp);
+            wanted(header) && header.record_count > 0 && header.max_timestamp > known
+        })? {
+            let header = &place.header;
+            from = (place.position + header.len as u64, header.next_offset());
+            newest = Some(place);
+        }
+        Ok(newest)
+    }
+
     /// Whole batches from `first` on, up to `max_bytes`; with `at_least_one`, the first however large it is.
     pub(crate) fn batches_from(
         &self,
@@ -79,12 +105,13 @@ impl<'a> Cursor<'a> {
         let left = usize::try_from(self.limit - first.position).unwrap_or(usize::MAX);
         let mut buffer = vec![0; left.min(max_bytes.max(first.header.len))];
         self.read(first.position, &mut buffer)?;
-        let (mut end, mut expected) = (0, first.header.base_offset);
+        let (mut end, mut expected) = (0, first.header.first_offset());
         while expected < self.high_watermark && buffer.len() - end >= HEADER_LEN {
             let position = first.position + end as u64;
             match self.header(&buffer[end..], position, expected) {
                 Ok(header) if header.len > buffer.len() - end => break,
                 Ok(header) if header.verify(&buffer[end..]).is_ok() => {
+                    batch::unstamp(&mut buffer[end..]);
                     end += header.len;
                     expected = header.next_offset();
                 }
@@ -100,10 +127,10 @@ impl<'a> Cursor<'a> {
 
     fn header(&self, bytes: &[u8], position: u64, expected: i64) -> Result<Header, BadBatch> {
         let header = Header::parse(bytes)?;
-        if header.base_offset != expected {
+        if header.first_offset() != expected {
             return Err(BadBatch::Offset {
                 expected,
-                found: header.base_offset,
+                found: header.first_offset(),
             });
         }
         if header.len as u64 > self.limit - position {

@@ -45,7 +45,11 @@ pub(crate) struct NotWritten;
 pub(crate) struct Journal {
     state: Arc<Mutex<State>>,
     queue: mpsc::Sender<Change>,
+    trouble: Trouble,
 }
+
+/// Why the last change could not be written, if it could not.
+type Trouble = Arc<Mutex<Option<String>>>;
 
 #[derive(Debug)]
 struct Change {
@@ -68,6 +72,7 @@ impl Journal {
             state.next_producer_id = 1;
         }
         let state = Arc::new(Mutex::new(state));
+        let trouble = Trouble::default();
         let mut file = Writer {
             folder: folder.to_owned(),
             fsync,
@@ -75,6 +80,7 @@ impl Journal {
             file: None,
             len: 0,
             floor: 0,
+            trouble: trouble.clone(),
         };
         file.compact().map_err(StartError::io("write", &path))?;
         let (queue, changes) = mpsc::channel(QUEUE);
@@ -86,7 +92,17 @@ impl Journal {
                 drop(lock);
             })
             .map_err(StartError::io("start a thread for", &path))?;
-        Ok((Self { state, queue }, thread))
+        let journal = Self {
+            state,
+            queue,
+            trouble,
+        };
+        Ok((journal, thread))
+    }
+
+    /// Why the last change could not be written, if it could not.
+    pub(crate) fn trouble(&self) -> Option<String> {
+        hold(&self.trouble).clone()
     }
 
     /// Looks at the state; `look` must not wait.
@@ -124,14 +140,21 @@ struct Writer {
     len: u64,
     /// Bytes of the file after it was last replaced.
     floor: u64,
+    trouble: Trouble,
 }
 
 impl Writer {
     fn run(mut self, mut changes: mpsc::Receiver<Change>) {
         let mut group = Vec::with_capacity(MAX_GROUP);
         while changes.blocking_recv_many(&mut group, MAX_GROUP) > 0 {
-            let answer = self.append(&group).map_err(|error| {
-                error!(file = %self.folder.join(NAME).display(), %error, "could not write; the change is refused");
+            let written = self.append(&group);
+            let trouble = written.as_ref().err().map(io::Error::to_string);
+            let before = std::mem::replace(&mut *hold(&self.trouble), trouble);
+            let answer = written.map_err(|error| {
+                // Clients try again and again: what is the same as before is not said again.
+                if before.is_none_or(|before| before != error.to_string()) {
+                    error!(file = %self.folder.join(NAME).display(), %error, "could not write; the change is refused");
+                }
                 NotWritten
             });
             for Change { entries, done } in group.drain(..) {
@@ -158,6 +181,9 @@ impl Writer {
         }
         if self.file.is_none() {
             self.compact()?;
+        }
+        if lines.is_empty() {
+            return Ok(());
         }
         let written = self.write(&lines);
         if written.is_err() {
@@ -357,6 +383,7 @@ mod tests {
             file: None,
             len: 0,
             floor: 0,
+            trouble: Trouble::default(),
         };
         let change = |entry| {
             let (done, _) = oneshot::channel();

@@ -19,6 +19,8 @@ pub(crate) enum Entry {
         partitions: i32,
         config: Overrides,
     },
+    /// A topic has another configuration.
+    Config { topic: String, config: Overrides },
     /// A topic has more partitions.
     Partitions { topic: String, count: i32 },
     /// A topic is no more, nor are the offsets committed for it.
@@ -36,6 +38,12 @@ pub(crate) enum Entry {
         partition: i32,
         offset: i64,
         metadata: Option<String>,
+    },
+    /// The offset that a group committed for a partition was deleted.
+    OffsetDeleted {
+        group: String,
+        topic: String,
+        partition: i32,
     },
     /// The offsets of a group were deleted.
     GroupDeleted { group: String },
@@ -92,6 +100,11 @@ impl State {
                     },
                 );
             }
+            Entry::Config { topic, config } => {
+                if let Some(topic) = self.topics.get_mut(&topic) {
+                    topic.config = config;
+                }
+            }
             Entry::Partitions { topic, count } => {
                 if let Some(topic) = self.topics.get_mut(&topic) {
                     topic.partitions = count;
@@ -127,6 +140,18 @@ impl State {
                     .insert((topic, partition), Committed { offset, metadata });
             }
             Entry::Offset { .. } => {}
+            Entry::OffsetDeleted {
+                group,
+                topic,
+                partition,
+            } => {
+                if let Some(offsets) = self.offsets.get_mut(&group) {
+                    offsets.remove(&(topic, partition));
+                    if offsets.is_empty() {
+                        self.offsets.remove(&group);
+                    }
+                }
+            }
             Entry::GroupDeleted { group } => {
                 self.offsets.remove(&group);
             }

@@ -1,11 +1,14 @@
 //! Records, topics and committed offsets on the disk.
 
 pub(crate) mod batch;
+mod codec;
+mod compaction;
 mod cursor;
 pub(crate) mod journal;
 pub(crate) mod journal_state;
 pub(crate) mod partition;
 pub(crate) mod producers;
+mod records;
 mod recovery;
 pub(crate) mod segment;
 pub(crate) mod topic_config;

@@ -7,7 +7,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use bytes::Bytes;
 use kafka_protocol::ResponseError;
@@ -15,12 +15,14 @@ use tokio::sync::Notify;
 use tracing::{error, warn};
 
 use super::batch::{self, Header};
-use super::cursor::Cursor;
+use super::compaction::{self, Abandoned, Closed, MAX_KEYS, Pass, Progress, Replacement, swap};
+use super::cursor::{Cursor, Place};
 use super::producers::{Producers, Verdict};
+use super::records;
 use super::recovery::{self, Recovered};
 use super::segment::Segment;
 use super::topic_config::Settings;
-use super::{lock, sync_folder};
+use super::{lock, now_ms, sync_folder};
 use crate::config::StartError;
 
 /// A partition of a topic.
@@ -29,13 +31,17 @@ pub(crate) struct Partition {
     /// `topic/index`, for messages.
     name: String,
     folder: PathBuf,
-    settings: Settings,
+    settings: RwLock<Arc<Settings>>,
     log: Mutex<Log>,
+    compaction: Mutex<Compaction>,
     /// First offset that may be read.
     start: AtomicI64,
     /// First offset that may not be read yet, or does not exist.
     high_watermark: AtomicI64,
     deleted: AtomicBool,
+    trouble: Mutex<Option<Trouble>>,
+    /// Whether there is trouble, without a lock.
+    has_trouble: AtomicBool,
     /// Fetches that wait for records.
     waiting: Mutex<Vec<Weak<Notify>>>,
     syncs: AtomicU64,
@@ -46,9 +52,26 @@ struct Log {
     /// The last one is written to.
     segments: VecDeque<Segment>,
     next_offset: i64,
+    /// When the last segment was begun, or opened.
+    active_since_ms: i64,
     producers: Producers,
     state: State,
     scratch: Vec<u8>,
+}
+
+/// Why the last write failed.
+#[derive(Debug)]
+struct Trouble {
+    why: String,
+    /// Bytes that there was no room for.
+    len: u64,
+}
+
+#[derive(Debug, Default)]
+struct Compaction {
+    progress: Progress,
+    /// A segment is damaged: there is nothing to be done before somebody looks at it.
+    is_stuck: bool,
 }
 
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -96,16 +119,20 @@ impl Partition {
             log.next_offset = next_offset;
             log.producers = producers;
         }
+        log.active_since_ms = now_ms();
         let first = log.segments.front().map_or(0, Segment::base_offset);
         let next = log.next_offset;
         Ok(Self {
             name,
             folder,
-            settings,
+            settings: RwLock::new(Arc::new(settings)),
             log: Mutex::new(log),
+            compaction: Mutex::default(),
             start: AtomicI64::new(start.clamp(first, next)),
             high_watermark: AtomicI64::new(next),
             deleted: AtomicBool::new(false),
+            trouble: Mutex::default(),
+            has_trouble: AtomicBool::new(false),
             waiting: Mutex::default(),
             syncs: AtomicU64::new(0),
         })
@@ -116,8 +143,23 @@ impl Partition {
         &self.name
     }
 
-    pub(crate) fn settings(&self) -> &Settings {
-        &self.settings
+    pub(crate) fn settings(&self) -> Arc<Settings> {
+        let settings = self.settings.read();
+        settings.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Has other settings hold from now on.
+    pub(crate) fn set_settings(&self, settings: Settings) {
+        let mut held = self
+            .settings
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        *held = Arc::new(settings);
+    }
+
+    /// Bytes of all records.
+    pub(crate) fn bytes(&self) -> u64 {
+        lock(&self.log).segments.iter().map(Segment::len).sum()
     }
 
     /// First offset that may be read.
@@ -152,6 +194,14 @@ impl Partition {
 
     /// Writes a batch, whose header was checked, at the end. It is not durable, nor to be seen, before [`Self::sync`].
     pub(crate) fn append(&self, batch: &[u8], header: &Header) -> Result<Appended, ResponseError> {
+        let settings = self.settings();
+        if settings.compacts && !records::have_keys(header, batch).unwrap_or(false) {
+            warn!(
+                partition = self.name,
+                "a record without a key was refused: the topic is compacted by its keys"
+            );
+            return Err(ResponseError::InvalidRecord);
+        }
         let log = &mut *lock(&self.log);
         log.usable()?;
         match log.producers.check(header) {
@@ -165,24 +215,78 @@ impl Partition {
         };
         let header = Header {
             base_offset,
+            skipped: 0,
             ..*header
         };
         batch::stamp(batch, base_offset, &mut log.scratch);
-        let written = self.prepare(log, header.len as u64).and_then(|()| {
-            let active = log
-                .segments
-                .back_mut()
-                .ok_or_else(|| io::Error::other("no segment"))?;
-            active.append(&log.scratch, &header)
-        });
+        let written = self
+            .prepare(log, header.len as u64, &settings)
+            .and_then(|()| {
+                let active = log
+                    .segments
+                    .back_mut()
+                    .ok_or_else(|| io::Error::other("no segment"))?;
+                active.append(&log.scratch, &header)
+            });
         if let Err(error) = written {
-            error!(partition = self.name, %error, "a produced batch could not be written, and is refused");
+            // Clients send it again and again: what is the same as before is not said again.
+            if self.set_trouble(&error, header.len as u64) {
+                error!(partition = self.name, %error, "a produced batch could not be written, and is refused");
+            }
             log.producers.refuse(&header);
             return Err(ResponseError::KafkaStorageError);
+        }
+        if self.has_trouble.load(Ordering::Relaxed) {
+            self.clear_trouble();
         }
         log.next_offset = next_offset;
         log.producers.record(&header);
         Ok(Appended { base_offset })
+    }
+
+    /// Why records cannot be written, if the last could not: looks whether the same could be now. Writes what it takes
+    /// back at once; what a crash leaves of it is cut as the end of any other write.
+    pub(crate) fn trouble(&self) -> Option<String> {
+        if !self.has_trouble.load(Ordering::Relaxed) {
+            return None;
+        }
+        let len = lock(&self.trouble).as_ref()?.len;
+        let log = &mut *lock(&self.log);
+        match log.state {
+            State::Deleted => return None,
+            State::Offline => {}
+            State::Online => {
+                let tried = self.prepare(log, len, &self.settings()).and_then(|()| {
+                    log.segments
+                        .back_mut()
+                        .map_or(Ok(()), |active| active.try_room(len))
+                });
+                match tried {
+                    Ok(()) => self.clear_trouble(),
+                    Err(error) => drop(self.set_trouble(&error, len)),
+                }
+            }
+        }
+        lock(&self.trouble)
+            .as_ref()
+            .map(|trouble| trouble.why.clone())
+    }
+
+    /// Whether it is news.
+    fn set_trouble(&self, error: &io::Error, len: u64) -> bool {
+        let why = error.to_string();
+        let mut trouble = lock(&self.trouble);
+        self.has_trouble.store(true, Ordering::Relaxed);
+        let before = trouble.replace(Trouble {
+            why: why.clone(),
+            len,
+        });
+        before.is_none_or(|before| before.why != why)
+    }
+
+    fn clear_trouble(&self) {
+        *lock(&self.trouble) = None;
+        self.has_trouble.store(false, Ordering::Relaxed);
     }
 
     /// Makes all that was appended durable, then lets readers see it.
@@ -193,7 +297,7 @@ impl Partition {
             (log.segments.back().map(Segment::file), log.next_offset)
         };
         let synced = match file {
-            Some(file) if self.settings.fsync => file.and_then(|file| file.sync_data()),
+            Some(file) if self.settings().fsync => file.and_then(|file| file.sync_data()),
             _ => Ok(()),
         };
         self.syncs.fetch_add(1, Ordering::Relaxed);
@@ -213,7 +317,7 @@ impl Partition {
         max_bytes: usize,
         at_least_one: bool,
     ) -> Result<Read, ResponseError> {
-        let (file, entry, limit) = {
+        let empty = {
             let log = lock(&self.log);
             if log.state == State::Deleted {
                 return Err(ResponseError::UnknownTopicOrPartition);
@@ -223,29 +327,60 @@ impl Partition {
             if offset < start || offset > log.next_offset {
                 return Err(ResponseError::OffsetOutOfRange);
             }
-            if offset >= high_watermark {
-                return Ok(Read {
-                    records: Bytes::new(),
-                    start,
-                    high_watermark,
-                });
-            }
-            let segment = log
-                .segment_of(offset)
-                .ok_or(ResponseError::OffsetOutOfRange)?;
-            (segment.file(), segment.seek_offset(offset), segment.len())
+            offset >= high_watermark
         };
         let high_watermark = self.high_watermark();
-        let cursor = Cursor::new(&self.name, self.readable(file)?, limit, high_watermark);
-        let records = match cursor.find(entry, |header| header.next_offset() > offset)? {
-            Some(first) => cursor.batches_from(first, max_bytes, at_least_one)?,
-            None => Bytes::new(),
+        let records = if empty {
+            Bytes::new()
+        } else {
+            // What compaction left without records is only handed out where nothing else follows: it shows where to go on.
+            match self.read_from(offset, max_bytes, at_least_one, |header| {
+                header.record_count > 0
+            })? {
+                Some(records) => records,
+                None => self
+                    .read_from(offset, max_bytes, at_least_one, |_| true)?
+                    .unwrap_or_default(),
+            }
         };
         Ok(Read {
             records,
             start: self.start(),
             high_watermark,
         })
+    }
+
+    /// Reads from the first batch on that reaches beyond `offset` and is wanted.
+    fn read_from(
+        &self,
+        mut offset: i64,
+        max_bytes: usize,
+        at_least_one: bool,
+        is_wanted: impl Fn(&Header) -> bool,
+    ) -> Result<Option<Bytes>, ResponseError> {
+        let high_watermark = self.high_watermark();
+        while offset < high_watermark {
+            let (file, entry, limit, next) = {
+                let log = lock(&self.log);
+                let segment = log
+                    .segment_of(offset)
+                    .ok_or(ResponseError::OffsetOutOfRange)?;
+                let (entry, next) = (segment.seek_offset(offset), segment.next_offset());
+                (segment.file(), entry, segment.len(), next)
+            };
+            let cursor = Cursor::new(&self.name, self.readable(file)?, limit, high_watermark);
+            let wanted = |header: &Header| header.next_offset() > offset && is_wanted(header);
+            if let Some(first) = cursor.find(entry, wanted)? {
+                return cursor
+                    .batches_from(first, max_bytes, at_least_one)
+                    .map(Some);
+            }
+            if next <= offset {
+                break;
+            }
+            offset = next;
+        }
+        Ok(None)
     }
 
     /// Offset and timestamp of the first record that is not older than `timestamp`.
@@ -272,8 +407,11 @@ impl Partition {
                 )
             };
             let cursor = Cursor::new(&self.name, self.readable(file)?, limit, high_watermark);
-            let newer =
-                |header: &Header| header.max_timestamp >= timestamp && header.next_offset() > from;
+            let newer = |header: &Header| {
+                header.max_timestamp >= timestamp
+                    && header.next_offset() > from
+                    && header.record_count > 0
+            };
             if let Some(first) = cursor.find(entry, newer)? {
                 let batch = cursor.batches_from(first, 0, true)?;
                 let (offset, timestamp) = batch::find_timestamp(&first.header, &batch, timestamp);
@@ -281,6 +419,50 @@ impl Partition {
             }
             from = next;
         }
+    }
+
+    /// Offset and timestamp of the newest record by its timestamp; of several, the first.
+    pub(crate) fn find_newest(&self) -> Result<Option<(i64, i64)>, ResponseError> {
+        let (high_watermark, start) = (self.high_watermark(), self.start());
+        let mut found: Option<(Cursor<'_>, Place)> = None;
+        let mut base = start;
+        while base < high_watermark {
+            let (file, entry, limit, next, newest) = {
+                let log = lock(&self.log);
+                let Some(segment) = log.segment_of(base) else {
+                    break;
+                };
+                let (entry, next) = (segment.seek_offset(base), segment.next_offset());
+                (
+                    segment.file(),
+                    entry,
+                    segment.len(),
+                    next,
+                    segment.max_timestamp(),
+                )
+            };
+            let known = found
+                .as_ref()
+                .map_or(-1, |(_, place)| place.header.max_timestamp);
+            if newest > known {
+                let file = self.readable(file)?;
+                let cursor = Cursor::new(&self.name, file.clone(), limit, high_watermark);
+                let best = cursor.newest(entry, |header| header.next_offset() > start)?;
+                if let Some(best) = best.filter(|best| best.header.max_timestamp > known) {
+                    found = Some((cursor, best));
+                }
+            }
+            if next <= base {
+                break;
+            }
+            base = next;
+        }
+        let Some((cursor, place)) = found else {
+            return Ok(None);
+        };
+        let batch = cursor.batches_from(place, 0, true)?;
+        let (offset, timestamp) = batch::find_newest(&place.header, &batch);
+        Ok(Some((offset.max(start), timestamp)))
     }
 
     /// Has `notify` notified when records become readable. The caller looks again after this.
@@ -314,17 +496,19 @@ impl Partition {
         if log.usable().is_err() {
             return Ok(());
         }
+        let settings = self.settings();
         let flushed = self.high_watermark() == log.next_offset;
         let mut total: u64 = log.segments.iter().map(Segment::len).sum();
         while let Some(oldest) = log.segments.front() {
-            let too_old = self.settings.retention_ms.is_some_and(|keep| {
-                oldest.len() > 0 && oldest.max_timestamp().saturating_add(keep) < now_ms
+            let too_old = settings.retention_ms.is_some_and(|keep| {
+                settings.deletes
+                    && oldest.len() > 0
+                    && oldest.max_timestamp().saturating_add(keep) < now_ms
             });
             // Kafka keeps at least what it is asked to keep: a segment goes when the rest is enough.
-            let too_much = self
-                .settings
+            let too_much = settings
                 .retention_bytes
-                .is_some_and(|keep| total - oldest.len() >= keep);
+                .is_some_and(|keep| settings.deletes && total - oldest.len() >= keep);
             let below_start = oldest.next_offset() <= self.start();
             let is_last = log.segments.len() == 1;
             let goes = if is_last {
@@ -352,6 +536,65 @@ impl Partition {
         Ok(())
     }
 
+    /// Compacts what is closed, if the topic is to be compacted and there is enough that is new. Gives up when
+    /// `is_unwanted`.
+    pub(crate) fn compact(&self, now_ms: i64, is_unwanted: &dyn Fn() -> bool) {
+        let settings = self.settings();
+        let mut state = lock(&self.compaction);
+        if !settings.compacts || state.is_stuck || lock(&self.log).usable().is_err() {
+            return;
+        }
+        let closed = lock(&self.log).closed();
+        let Some(segments) = compaction::plan(closed, &state.progress, &settings, now_ms) else {
+            return;
+        };
+        let pass = Pass {
+            segments,
+            settings: &settings,
+            now_ms,
+            is_unwanted: &|| is_unwanted() || self.is_deleted(),
+            max_keys: MAX_KEYS,
+            is_last_of_producer: &|header| lock(&self.log).producers.is_last(header),
+        };
+        match pass.run(state.progress.clean_until, |replacement| {
+            self.replace(replacement)
+        }) {
+            Ok(progress) => state.progress = progress,
+            Err(Abandoned::Unwanted) => {}
+            Err(_) if self.is_deleted() => {}
+            Err(Abandoned::Io(error)) => {
+                warn!(partition = self.name, %error, "could not compact; the next round tries again");
+            }
+            Err(damaged @ Abandoned::Damaged { .. }) => {
+                error!(
+                    partition = self.name,
+                    "is not compacted any more: {damaged}"
+                );
+                state.is_stuck = true;
+            }
+        }
+    }
+
+    /// Puts what compaction left of some segments in their place.
+    fn replace(&self, Replacement { olds, mut new }: Replacement) -> Result<(), Abandoned> {
+        let log = &mut *lock(&self.log);
+        let at = log.position_of(&olds);
+        let (Some(at), Ok(())) = (at, log.usable()) else {
+            remove_file(new.path())?;
+            return Err(Abandoned::Unwanted);
+        };
+        let paths: Vec<PathBuf> = olds.iter().map(|old| old.path.clone()).collect();
+        if let Err(error) = swap::publish(&mut new).and_then(|()| swap::finish(&mut new, &paths)) {
+            self.go_offline(log, &error);
+            return Err(error.into());
+        }
+        let rest = log.segments.split_off(at + olds.len());
+        log.segments.truncate(at);
+        log.segments.push_back(new);
+        log.segments.extend(rest);
+        Ok(())
+    }
+
     /// Ends all use of the partition, before its files are removed.
     pub(crate) fn delete(&self) {
         let mut log = lock(&self.log);
@@ -363,14 +606,17 @@ impl Partition {
     }
 
     /// Makes room for `len` bytes: a segment to write to, a new one when the last is full.
-    fn prepare(&self, log: &mut Log, len: u64) -> io::Result<()> {
+    fn prepare(&self, log: &mut Log, len: u64, settings: &Settings) -> io::Result<()> {
+        let now = now_ms();
+        let is_old = now.saturating_sub(log.active_since_ms) > settings.max_segment_ms();
         match log.segments.back() {
             Some(active)
-                if active.len() == 0 || active.len() + len <= self.settings.segment_bytes =>
+                if active.len() == 0
+                    || (!is_old && active.len() + len <= settings.segment_bytes) =>
             {
                 return Ok(());
             }
-            Some(active) if self.settings.fsync => {
+            Some(active) if settings.fsync => {
                 if let Err(error) = active.file().and_then(|file| file.sync_data()) {
                     self.go_offline(log, &error);
                     return Err(error);
@@ -380,7 +626,7 @@ impl Partition {
             None => {
                 fs::create_dir_all(&self.folder)?;
                 // Not only if it is new: an attempt before this one may have failed just here.
-                if let (Some(topic), true) = (self.folder.parent(), self.settings.fsync) {
+                if let (Some(topic), true) = (self.folder.parent(), settings.fsync) {
                     sync_folder(topic)?;
                     topic.parent().map_or(Ok(()), sync_folder)?;
                 }
@@ -391,6 +637,7 @@ impl Partition {
             full.close();
         }
         log.segments.push_back(next);
+        log.active_since_ms = now;
         Ok(())
     }
 
@@ -398,7 +645,7 @@ impl Partition {
     /// segment before it goes on with.
     fn new_segment(&self, base_offset: i64) -> io::Result<Segment> {
         let next = Segment::create(&self.folder, base_offset)?;
-        if self.settings.fsync
+        if self.settings().fsync
             && let Err(error) = sync_folder(&self.folder)
         {
             if let Err(error) = remove_file(next.path()) {
@@ -415,9 +662,12 @@ impl Partition {
         error!(
             partition = self.name,
             %error,
-            "could not flush the partition: it takes no more records until the broker is started again"
+            "could not write the partition: it takes no more records until the broker is started again"
         );
         log.state = State::Offline;
+        let what =
+            format!("{error}; nothing more is written there until the broker is started again");
+        self.set_trouble(&io::Error::new(error.kind(), what), 0);
     }
 
     fn readable(&self, file: io::Result<Arc<File>>) -> Result<Arc<File>, ResponseError> {
@@ -449,6 +699,35 @@ impl Log {
         }
     }
 
+    /// The segments that nothing is written to any more.
+    fn closed(&self) -> Vec<Closed> {
+        let count = self.segments.len().saturating_sub(1);
+        let closed = |segment: &Segment| Closed {
+            base_offset: segment.base_offset(),
+            next_offset: segment.next_offset(),
+            path: segment.path().to_owned(),
+            len: segment.len(),
+            max_timestamp: segment.max_timestamp(),
+        };
+        self.segments.iter().take(count).map(closed).collect()
+    }
+
+    /// Where these closed segments are, if all of them are here still.
+    fn position_of(&self, closed: &[Closed]) -> Option<usize> {
+        let first = closed.first()?;
+        let at = self
+            .segments
+            .iter()
+            .position(|segment| segment.base_offset() == first.base_offset)?;
+        let here = self.segments.iter().skip(at).zip(closed);
+        let all_here = here.clone().count() == closed.len()
+            && here
+                .into_iter()
+                .all(|(segment, closed)| segment.path() == closed.path)
+            && at + closed.len() < self.segments.len();
+        all_here.then_some(at)
+    }
+
     fn segment_of(&self, offset: i64) -> Option<&Segment> {
         let after = self
             .segments
@@ -465,5 +744,7 @@ fn remove_file(path: &Path) -> io::Result<()> {
     }
 }
 
+#[cfg(test)]
+mod compaction_tests;
 #[cfg(test)]
 mod tests;

@@ -75,6 +75,15 @@ impl Producers {
         in_order(header.base_sequence == producer.next)
     }
 
+    /// Whether nothing newer is known of the producer of a batch that was kept.
+    pub(crate) fn is_last(&self, header: &Header) -> bool {
+        let producer = self.by_id.get(&header.producer_id);
+        header.is_idempotent()
+            && producer
+                .and_then(|producer| producer.batches.back())
+                .is_some_and(|last| last.base_offset == header.base_offset)
+    }
+
     /// Remembers that a batch could not be written, lest the one after it be taken as the first of its producer.
     pub(crate) fn refuse(&mut self, header: &Header) {
         if header.is_idempotent() {

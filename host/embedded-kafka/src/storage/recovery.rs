@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use tracing::warn;
 
 use super::batch::BadBatch;
+use super::compaction::swap::{self, BadSwap};
 use super::producers::Producers;
 use super::segment::{Depth, Segment, Walk};
 use super::sync_folder;
@@ -38,6 +39,9 @@ pub(crate) fn recover(
     settings: &Settings,
     intact: bool,
 ) -> Result<Recovered, StartError> {
+    swap::recover(folder)
+        .map_err(StartError::io("finish a compaction in", folder))?
+        .map_err(|bad| damaged_swap(name, bad))?;
     let files = Segment::list(folder).map_err(StartError::io("read", folder))?;
     // After it there are at most segments without records, which nothing was written after.
     let last = last_with_records(&files).map_err(StartError::io("read", folder))?;
@@ -137,6 +141,16 @@ fn last_with_records(files: &[(i64, PathBuf)]) -> io::Result<usize> {
 fn is_leftover(path: &Path, base_offset: i64, found: &Recovered, is_cut: bool) -> bool {
     (is_cut || base_offset < found.next_offset)
         && fs::metadata(path).is_ok_and(|metadata| metadata.len() == 0)
+}
+
+fn damaged_swap(name: &str, bad: BadSwap) -> StartError {
+    StartError::Corrupt {
+        file: bad.file,
+        position: bad.position,
+        what: format!("{} in what was compacted of {name}", bad.bad),
+        mend: "put back a good copy of the file, or remove it if the segments that it replaces are still there"
+            .to_owned(),
+    }
 }
 
 fn missing(name: &str, file: PathBuf, base_offset: i64, next_offset: i64) -> StartError {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::batch::{BadBatch, HEADER_LEN, Header};
 
-const EXTENSION: &str = "log";
+pub(crate) const EXTENSION: &str = "log";
 
 /// At most this many bytes lie between two entries of the index, but for batches that are larger.
 pub(crate) const INDEX_EVERY: u64 = 4096;
@@ -47,6 +47,16 @@ pub(crate) struct Walk {
     pub(crate) file_len: u64,
 }
 
+/// Reads a file batch by batch.
+pub(crate) struct Batches<'a> {
+    reader: BufReader<&'a File>,
+    position: u64,
+    end: u64,
+    expected: i64,
+    depth: Depth,
+    bytes: Vec<u8>,
+}
+
 /// How much of each batch a walk reads.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Depth {
@@ -59,8 +69,11 @@ pub(crate) enum Depth {
 impl Segment {
     /// A new file. The caller makes its name durable.
     pub(crate) fn create(folder: &Path, base_offset: i64) -> io::Result<Self> {
-        let path = folder.join(format!("{base_offset:020}.{EXTENSION}"));
-        // A file of this name can only be one whose creation was not finished.
+        Self::create_at(path_of(folder, base_offset, EXTENSION), base_offset)
+    }
+
+    /// A new file under another name. One of this name can only be one whose creation was not finished.
+    pub(crate) fn create_at(path: PathBuf, base_offset: i64) -> io::Result<Self> {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -75,21 +88,15 @@ impl Segment {
 
     /// The segment files of a folder, in order.
     pub(crate) fn list(folder: &Path) -> io::Result<Vec<(i64, PathBuf)>> {
-        let mut found = Vec::new();
-        for entry in fs::read_dir(folder)? {
-            let path = entry?.path();
-            if path
-                .extension()
-                .is_some_and(|extension| extension == EXTENSION)
-                && let Some(base) = path
-                    .file_stem()
-                    .and_then(|stem| stem.to_str()?.parse().ok())
-            {
-                found.push((base, path));
-            }
-        }
-        found.sort_unstable();
-        Ok(found)
+        list(folder, EXTENSION)
+    }
+
+    /// Gives the file its name, and the segment that path.
+    pub(crate) fn rename(&mut self, extension: &str) -> io::Result<()> {
+        let to = self.path.with_extension(extension);
+        fs::rename(&self.path, &to)?;
+        self.path = to;
+        Ok(())
     }
 
     /// Reads a file from its start, and calls `seen` for each good batch.
@@ -102,11 +109,10 @@ impl Segment {
         let file = OpenOptions::new().read(true).write(true).open(&path)?;
         let file_len = file.metadata()?.len();
         let mut segment = Self::empty(path, base_offset);
-        let mut reader = BufReader::with_capacity(WALK_BUFFER, &file);
-        let mut batch = Vec::new();
+        let mut batches = Batches::new(&file, base_offset, file_len, depth);
         let mut bad = None;
-        while segment.len < file_len {
-            match segment.next_batch(&mut reader, file_len, depth, &mut batch)? {
+        while let Some(next) = batches.next()? {
+            match next {
                 Ok(header) => {
                     seen(&header);
                     segment.note(&header);
@@ -117,45 +123,13 @@ impl Segment {
                 }
             }
         }
-        drop(reader);
+        drop(batches);
         segment.file = Some(Arc::new(file));
         Ok(Walk {
             segment,
             bad,
             file_len,
         })
-    }
-
-    /// The batch at the end of what is known so far.
-    fn next_batch(
-        &self,
-        reader: &mut BufReader<&File>,
-        file_len: u64,
-        depth: Depth,
-        batch: &mut Vec<u8>,
-    ) -> io::Result<Result<Header, BadBatch>> {
-        let left = file_len - self.len;
-        if left < HEADER_LEN as u64 {
-            return Ok(Err(BadBatch::Short));
-        }
-        batch.resize(HEADER_LEN, 0);
-        reader.read_exact(batch)?;
-        let header = match Header::parse(batch) {
-            Ok(header) if header.len as u64 > left => return Ok(Err(BadBatch::Short)),
-            Ok(header) => header,
-            Err(reason) => return Ok(Err(reason)),
-        };
-        if header.base_offset != self.next_offset {
-            let (expected, found) = (self.next_offset, header.base_offset);
-            return Ok(Err(BadBatch::Offset { expected, found }));
-        }
-        if depth == Depth::Headers {
-            reader.seek_relative((header.len - HEADER_LEN) as i64)?;
-            return Ok(Ok(header));
-        }
-        batch.resize(header.len, 0);
-        reader.read_exact(&mut batch[HEADER_LEN..])?;
-        Ok(header.verify(batch).map(|()| header))
     }
 
     fn empty(path: PathBuf, base_offset: i64) -> Self {
@@ -202,6 +176,15 @@ impl Segment {
         }
         self.note(header);
         Ok(())
+    }
+
+    /// Finds out whether there is room for so many bytes more, and leaves none of them.
+    pub(crate) fn try_room(&mut self, len: u64) -> io::Result<()> {
+        let file = self.file()?;
+        let len = usize::try_from(len).unwrap_or(usize::MAX);
+        let tried = file.write_all_at(&vec![0; len], self.len);
+        file.set_len(self.len)?;
+        tried
     }
 
     /// Cuts off what is after the last good batch.
@@ -263,7 +246,7 @@ impl Segment {
             .is_none_or(|last| self.len - last.position >= INDEX_EVERY)
         {
             self.index.push(IndexEntry {
-                offset: header.base_offset,
+                offset: header.first_offset(),
                 position: self.len,
                 max_timestamp_before: self.max_timestamp,
             });
@@ -271,6 +254,81 @@ impl Segment {
         self.len += header.len as u64;
         self.next_offset = header.next_offset();
         self.max_timestamp = self.max_timestamp.max(header.max_timestamp);
+    }
+}
+
+fn path_of(folder: &Path, base_offset: i64, extension: &str) -> PathBuf {
+    folder.join(format!("{base_offset:020}.{extension}"))
+}
+
+/// The files of a folder that are named by an offset and end so, in order.
+pub(crate) fn list(folder: &Path, extension: &str) -> io::Result<Vec<(i64, PathBuf)>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|has| has == extension)
+            && let Some(base) = path
+                .file_stem()
+                .and_then(|stem| stem.to_str()?.parse().ok())
+        {
+            found.push((base, path));
+        }
+    }
+    found.sort_unstable();
+    Ok(found)
+}
+
+impl<'a> Batches<'a> {
+    /// The batches of the first `end` bytes of a file that begins at `base_offset`.
+    pub(crate) fn new(file: &'a File, base_offset: i64, end: u64, depth: Depth) -> Self {
+        Self {
+            reader: BufReader::with_capacity(WALK_BUFFER, file),
+            position: 0,
+            end,
+            expected: base_offset,
+            depth,
+            bytes: Vec::new(),
+        }
+    }
+
+    /// The next batch, or why what is there is none; nothing can be read after that.
+    pub(crate) fn next(&mut self) -> io::Result<Option<Result<Header, BadBatch>>> {
+        let left = self.end - self.position;
+        if left == 0 {
+            return Ok(None);
+        }
+        if left < HEADER_LEN as u64 {
+            return Ok(Some(Err(BadBatch::Short)));
+        }
+        self.bytes.resize(HEADER_LEN, 0);
+        self.reader.read_exact(&mut self.bytes)?;
+        let header = match Header::parse(&self.bytes) {
+            Ok(header) if header.len as u64 > left => return Ok(Some(Err(BadBatch::Short))),
+            Ok(header) => header,
+            Err(reason) => return Ok(Some(Err(reason))),
+        };
+        if header.first_offset() != self.expected {
+            let (expected, found) = (self.expected, header.first_offset());
+            return Ok(Some(Err(BadBatch::Offset { expected, found })));
+        }
+        if self.depth == Depth::Headers {
+            self.reader
+                .seek_relative((header.len - HEADER_LEN) as i64)?;
+        } else {
+            self.bytes.resize(header.len, 0);
+            self.reader.read_exact(&mut self.bytes[HEADER_LEN..])?;
+            if let Err(reason) = header.verify(&self.bytes) {
+                return Ok(Some(Err(reason)));
+            }
+        }
+        self.position += header.len as u64;
+        self.expected = header.next_offset();
+        Ok(Some(Ok(header)))
+    }
+
+    /// The bytes of the batch that came last.
+    pub(crate) fn bytes(&mut self) -> &mut [u8] {
+        &mut self.bytes
     }
 }
 

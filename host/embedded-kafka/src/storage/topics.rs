@@ -98,6 +98,11 @@ impl Topics {
         self.read().get(name).cloned()
     }
 
+    pub(crate) fn with_id(&self, id: Uuid) -> Option<Arc<Topic>> {
+        let topics = self.read();
+        topics.values().find(|topic| topic.uuid() == id).cloned()
+    }
+
     /// A partition, or the error of the protocol.
     pub(crate) fn partition(
         &self,
@@ -229,6 +234,48 @@ impl Topics {
         Ok(())
     }
 
+    /// Gives a topic another configuration, which `change` makes of the one that it has; with `only_check`, says whether
+    /// it could be.
+    pub(crate) async fn configure(
+        &self,
+        journal: &Journal,
+        name: &str,
+        change: impl FnOnce(&Overrides) -> Result<Overrides, String> + Send,
+        only_check: bool,
+    ) -> Result<(), Refused> {
+        let _changing = self.changing.lock().await;
+        let Some(old) = self.get(name) else {
+            return Err(unknown());
+        };
+        let invalid = |why| (ResponseError::InvalidConfig, why);
+        let config = change(&old.config).map_err(invalid)?;
+        let settings = self.defaults.with(&config).map_err(invalid)?;
+        if only_check {
+            return Ok(());
+        }
+        let entry = Entry::Config {
+            topic: name.to_owned(),
+            config: config.clone(),
+        };
+        journal
+            .write(vec![entry])
+            .await
+            .map_err(|_| not_written())?;
+        for partition in &old.partitions {
+            partition.set_settings(settings.clone());
+        }
+        let configured = Topic {
+            name: name.to_owned(),
+            id: old.id.clone(),
+            config,
+            settings,
+            partitions: old.partitions.clone(),
+        };
+        self.write().insert(name.to_owned(), Arc::new(configured));
+        info!(topic = name, "changed the configuration of a topic");
+        Ok(())
+    }
+
     /// Deletes a topic, its records, and the offsets committed for it.
     pub(crate) async fn delete(&self, journal: &Journal, name: &str) -> Result<(), Refused> {
         let _changing = self.changing.lock().await;
@@ -270,6 +317,10 @@ impl Topics {
         // One at a time, so that the journal's last word is the largest offset, and is about this topic.
         let _changing = self.changing.lock().await;
         let partition = self.partition(topic, index)?;
+        // As Kafka has it: of a topic that is only compacted, nothing goes but what is replaced.
+        if !partition.settings().deletes {
+            return Err(ResponseError::PolicyViolation);
+        }
         let start = partition.start_from(offset)?;
         let entry = Entry::Start {
             topic: topic.to_owned(),
@@ -380,6 +431,11 @@ impl Topics {
 }
 
 impl Topic {
+    /// Its id as the protocol has it.
+    pub(crate) fn uuid(&self) -> Uuid {
+        Uuid::parse_str(&self.id).unwrap_or_default()
+    }
+
     pub(crate) fn partitions(&self) -> &[Arc<Partition>] {
         &self.partitions
     }

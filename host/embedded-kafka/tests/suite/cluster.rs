@@ -43,6 +43,7 @@ impl Cluster {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let mut config = Config::new(folder.path());
         config.default_partitions = 1;
+        config.compaction_check = Duration::from_millis(100);
         Self::embedded_with(config, folder)
     }
 

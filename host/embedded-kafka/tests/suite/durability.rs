@@ -172,6 +172,76 @@ fn kill_9_loses_nothing_and_keeps_the_order() {
     );
 }
 
+/// Compaction goes on all the time, and the process is killed again and again: of each key, what was acknowledged last is
+/// there, at its offset.
+#[test]
+fn a_compacted_topic_survives_kill_9_at_any_moment() {
+    const KEYS: usize = 20;
+    const ROUNDS: usize = 8;
+    let folder = tempfile::tempdir().unwrap();
+    let start = |address: &str| {
+        Process::run(
+            Command::new(env!("CARGO_BIN_EXE_embedded-kafka"))
+                .arg(folder.path())
+                .args([address, "1"]),
+        )
+    };
+    let mut process = start("127.0.0.1:0");
+    let runtime = runtime();
+    let compacted = [
+        ("cleanup.policy", "compact"),
+        ("segment.bytes", "2000"),
+        ("min.cleanable.dirty.ratio", "0"),
+        ("delete.retention.ms", "0"),
+    ];
+    create_topic_with(&runtime, &process.config(), &compacted);
+    let mut latest: HashMap<String, (i64, Option<String>)> = HashMap::new();
+    for round in 0..ROUNDS {
+        let mut config = process.config();
+        let producer: FutureProducer = config.set("linger.ms", "0").create().unwrap();
+        for i in 0..150 + round * 37 {
+            let key = format!("key {}", i * 7 % KEYS);
+            let value = (i % 5 > 0).then(|| format!("{round} {i} {}", "x".repeat(40)));
+            let mut record = FutureRecord::<str, str>::to(TOPIC).partition(0).key(&key);
+            record.payload = value.as_deref();
+            let delivery = runtime.block_on(producer.send(record, PATIENCE)).unwrap();
+            latest.insert(key, (delivery.offset, value));
+        }
+        let address = process.address.clone();
+        process.kill();
+        process = start(&address);
+        assert_eq!(process.address, address);
+    }
+    process.kill();
+    let cluster = Cluster::embedded_with(Config::new(folder.path()), folder);
+    let end = latest.values().map(|(offset, _)| *offset).max().unwrap();
+    let reader = cluster.reader(TOPIC, 0, Offset::Beginning, &[]);
+    let (mut found, mut count) = (HashMap::new(), 0);
+    loop {
+        let seen = read(&reader, 1).remove(0);
+        let offset = seen.offset;
+        found.insert(
+            text(seen.key),
+            (offset, seen.value.map(|value| text(Some(value)))),
+        );
+        count += 1;
+        if offset == end {
+            break;
+        }
+    }
+    for (key, (offset, value)) in &latest {
+        match value {
+            Some(_) => assert_eq!(found.get(key), Some(&(*offset, value.clone())), "{key}"),
+            // Its tombstone may be gone, but nothing that was before it is left.
+            None => assert!(
+                found.get(key).is_none_or(|found| found.0 == *offset),
+                "{key}"
+            ),
+        }
+    }
+    assert!(count < end / 2, "{count} records of {end} are left");
+}
+
 /// Each acknowledged value is where the broker said, and each producer's values are in order, none twice.
 fn check_numbers(cluster: Cluster, acknowledged: &HashMap<String, (i32, i64)>) {
     let mut found = HashMap::new();
@@ -512,9 +582,20 @@ fn a_process_ends_with_its_input_and_says_what_is_wrong() {
 }
 
 fn create_topic(runtime: &tokio::runtime::Runtime, config: &ClientConfig) {
+    create_topic_with(runtime, config, &[]);
+}
+
+fn create_topic_with(
+    runtime: &tokio::runtime::Runtime,
+    config: &ClientConfig,
+    settings: &[(&str, &str)],
+) {
     use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
     let admin: AdminClient<_> = config.create().unwrap();
     let topic = NewTopic::new(TOPIC, PARTITIONS, TopicReplication::Fixed(1));
+    let topic = settings
+        .iter()
+        .fold(topic, |topic, (key, value)| topic.set(key, value));
     let created = runtime
         .block_on(admin.create_topics(&[topic], &AdminOptions::new()))
         .unwrap();

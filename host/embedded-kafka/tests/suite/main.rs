@@ -9,6 +9,7 @@ mod durability;
 mod folder;
 mod malformed;
 mod raw;
+mod refused;
 mod retention;
 mod topics;
 
@@ -56,6 +57,30 @@ on_both! {
         a_repeat_is_answered_with_its_old_offset
         bad_batches_are_refused
         a_batch_for_an_unknown_topic_is_refused;
+    compaction:
+        the_newest_record_of_each_key_stays_where_it_is
+        a_tombstone_removes_its_key_and_goes_when_it_was_seen
+        a_record_without_a_key_is_refused
+        records_of_a_topic_that_is_only_compacted_cannot_be_deleted;
+    configs:
+        an_altered_configuration_takes_effect
+        a_single_key_is_altered
+        bad_alterations_are_refused;
+    requests:
+        a_topic_has_an_id_that_is_its_own
+        committed_offsets_are_deleted_unless_they_are_in_use
+        the_record_with_the_largest_timestamp_is_found
+        folders_and_their_sizes_are_told
+        groups_are_listed_with_their_states;
+    clients:
+        kafka_python
+        aiokafka
+        confluent_kafka
+        kafkajs
+        franz_go
+        kafka_go
+        sarama
+        kafkas_own_tools;
     kcat:
         lists_a_topic
         produces_and_consumes

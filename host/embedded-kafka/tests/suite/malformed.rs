@@ -9,8 +9,9 @@ use crate::raw::{Connection, framed, request, string};
 /// The requests that the broker takes, and those that it does not.
 const KEYS: std::ops::Range<i16> = -1..75;
 /// The requests that the broker takes.
-const TAKEN: [i16; 21] = [
-    0, 1, 2, 3, 8, 9, 10, 11, 12, 13, 14, 15, 16, 18, 19, 20, 21, 22, 32, 37, 42,
+const TAKEN: [i16; 26] = [
+    0, 1, 2, 3, 8, 9, 10, 11, 12, 13, 14, 15, 16, 18, 19, 20, 21, 22, 32, 33, 35, 37, 42, 44, 47,
+    68,
 ];
 const API_VERSIONS: i16 = 18;
 

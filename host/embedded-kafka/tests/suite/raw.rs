@@ -62,6 +62,13 @@ impl Connection {
         self.answer()
     }
 
+    /// [`Self::call`], in a version whose headers end with tagged fields, of which there are none.
+    pub(crate) fn call_flexible(&mut self, key: i16, version: i16, body: &[u8]) -> Vec<u8> {
+        let mut answer = self.call(key, version, &[&[0], body].concat());
+        assert_eq!(answer.remove(0), 0, "tagged fields");
+        answer
+    }
+
     pub(crate) fn answer(&mut self) -> Vec<u8> {
         let mut len = [0; 4];
         self.stream.read_exact(&mut len).expect("an answer");
@@ -155,6 +162,49 @@ pub(crate) fn request(key: i16, version: i16, correlation: i32, body: &[u8]) -> 
 
 pub(crate) fn framed(bytes: &[u8]) -> Vec<u8> {
     [&(bytes.len() as i32).to_be_bytes(), bytes].concat()
+}
+
+/// A string of a flexible version.
+pub(crate) fn compact(text: &str) -> Vec<u8> {
+    [&[text.len() as u8 + 1], text.as_bytes()].concat()
+}
+
+/// Reads an answer from its start.
+pub(crate) struct Answer(pub(crate) Vec<u8>);
+
+impl Answer {
+    pub(crate) fn take<const N: usize>(&mut self) -> [u8; N] {
+        let taken = self.0.drain(..N).collect::<Vec<_>>();
+        taken.try_into().expect("so many bytes")
+    }
+
+    pub(crate) fn i16(&mut self) -> i16 {
+        i16::from_be_bytes(self.take())
+    }
+
+    pub(crate) fn i32(&mut self) -> i32 {
+        i32::from_be_bytes(self.take())
+    }
+
+    pub(crate) fn i64(&mut self) -> i64 {
+        i64::from_be_bytes(self.take())
+    }
+
+    /// A string, or nothing for null.
+    pub(crate) fn string(&mut self) -> String {
+        let len = self.i16().max(0);
+        self.text(len as usize)
+    }
+
+    /// A string of a flexible version, or nothing for null.
+    pub(crate) fn compact(&mut self) -> String {
+        let [len] = self.take();
+        self.text(usize::from(len.saturating_sub(1)))
+    }
+
+    fn text(&mut self, len: usize) -> String {
+        String::from_utf8(self.0.drain(..len).collect()).expect("UTF-8")
+    }
 }
 
 pub(crate) fn string(text: &str) -> Vec<u8> {

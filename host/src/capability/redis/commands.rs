@@ -77,6 +77,12 @@ pub fn lookup(name: &str) -> Option<&'static Command> {
         .find(|command| command.name.eq_ignore_ascii_case(name))
 }
 
+/// Where a command of the table stands in it, or [`INCRBY`].
+pub(super) fn index(command: &Command) -> usize {
+    let at = COMMANDS.iter().position(|c| c.name == command.name);
+    at.unwrap_or(COMMANDS.len())
+}
+
 /// All names, for messages.
 pub fn names() -> impl Iterator<Item = &'static str> {
     COMMANDS.iter().map(|command| command.name)
@@ -89,6 +95,18 @@ impl Command {
             First => arguments.get(..1).unwrap_or_default(),
             All => arguments,
         }
+    }
+
+    /// The command on a key, with as many arguments as it needs.
+    pub(super) fn example(&self, key: &[u8]) -> Vec<Vec<u8>> {
+        let arguments = match self.arguments {
+            Exactly(count) | AtLeast(count) => count,
+            KeyAndPairs => 3,
+        };
+        let mut words = vec![b"1".to_vec(); arguments + 1];
+        words[0] = self.name.as_bytes().to_vec();
+        words[1] = key.to_vec();
+        words
     }
 
     /// Refuses a wrong number of arguments, in Redis's words.

@@ -6,6 +6,7 @@
 //!
 //! After an error of the disk, redb refuses all else until it is opened again, which the writer does.
 
+use std::fs::TryLockError;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -16,7 +17,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::commands::{Command, Keys};
 use super::transition;
-use super::{Clock, Error, MAX_ANSWER_BYTES, Reply, Set, StoreError};
+use super::{Clock, Error, HOST_PREFIX, MAX_ANSWER_BYTES, Reply, Set, StoreError};
 
 mod keyspace;
 
@@ -30,6 +31,8 @@ const QUEUE: usize = 256;
 const BATCH: usize = 256;
 /// How often expired entries are removed that nobody asks for.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
+/// Bytes that are written to see whether something can be.
+const PROBE_BYTES: usize = 4096;
 /// Memory for pages of the file.
 const CACHE_BYTES: usize = 64 * 1024 * 1024;
 
@@ -57,6 +60,12 @@ enum Message {
     Close(oneshot::Sender<()>),
 }
 
+/// Whether a process has the store of a folder open. Makes nothing.
+pub(super) fn is_in_use(folder: &Path) -> bool {
+    let file = std::fs::File::open(folder.join(FILE));
+    file.is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
+}
+
 /// Opens the store of a folder, or one in memory.
 pub(super) async fn open(folder: Option<&Path>, clock: Clock) -> Result<Embedded, StoreError> {
     let folder = folder.map(Path::to_owned);
@@ -81,8 +90,10 @@ async fn start(
         clock: clock.clone(),
     };
     let thread = std::thread::Builder::new().name("embedded-redis".to_owned());
+    // What it says has the name of the store that is being opened.
+    let span = tracing::Span::current();
     thread
-        .spawn(move || writer.run(messages))
+        .spawn(move || span.in_scope(|| writer.run(messages)))
         .map_err(|error| StoreError::Unavailable(error.to_string()))?;
     tokio::spawn(sweep(sender.downgrade()));
     Ok(Embedded {
@@ -147,6 +158,17 @@ fn open_database(folder: Option<&Path>) -> Result<Database, StoreError> {
 impl Embedded {
     pub(super) async fn ping(&self) -> Result<(), Error> {
         self.read(|_, _| Ok(())).await
+    }
+
+    /// Writes something of the host's own, which is gone soon.
+    pub(super) async fn probe_write(&self) -> Result<(), Error> {
+        let key = format!("{HOST_PREFIX}probe").into_bytes();
+        let probe = Set {
+            entries: vec![(key, vec![0; PROBE_BYTES])],
+            ttl: Some(1),
+            ..Set::default()
+        };
+        self.set(probe).await.map(drop)
     }
 
     /// Waits for the writes that were begun, and closes the file.

@@ -6,9 +6,10 @@ use std::sync::Arc;
 use wasmtime::component::{HasData, Linker, Resource, ResourceTable};
 
 use super::{
-    HOST_PREFIX, MAX_KEY_BYTES, MAX_KEYS, MAX_REQUEST_BYTES, MAX_VALUE_BYTES, Set, Store, commands,
+    HOST_PREFIX, MAX_KEY_BYTES, MAX_KEYS, MAX_REQUEST_BYTES, MAX_VALUE_BYTES, Set, Store, WAS_DONE,
+    commands, remote,
 };
-use crate::capability::{Pending, StoreError, StoreName};
+use crate::capability::{Action, Away, Pending, StoreError, StoreName};
 use crate::pipeline::RedisGrant;
 use bindings::{Error, Reply, SetOptions};
 
@@ -52,10 +53,10 @@ impl RedisGrants {
         Self(granted.collect())
     }
 
-    /// Sees whether a store answers.
-    pub async fn ping(&self, name: &str) -> Result<(), StoreError> {
+    /// Sees whether a store does what it did not do, without an effect.
+    pub async fn probe(&self, name: &str, action: &Action) -> Result<(), StoreError> {
         match self.0.get(name) {
-            Some(granted) => granted.store.ping().await,
+            Some(granted) => granted.store.probe(&granted.grant.prefix, action).await,
             None => Err(StoreError::Refused(format!(
                 "there is no Redis store `{name}`"
             ))),
@@ -68,7 +69,7 @@ pub struct RedisCtx {
     grants: Arc<RedisGrants>,
     pending: Arc<Pending>,
     denied: Option<String>,
-    away: Option<StoreName>,
+    away: Option<Away>,
 }
 
 impl RedisCtx {
@@ -92,8 +93,8 @@ impl RedisCtx {
         self.denied.take()
     }
 
-    /// The first store that was not available since this was last asked.
-    pub fn take_away(&mut self) -> Option<StoreName> {
+    /// The first store that did not do what it was asked since this was last asked.
+    pub fn take_away(&mut self) -> Option<Away> {
         self.away.take()
     }
 
@@ -270,19 +271,33 @@ fn check_count(count: usize) -> Result<(), Error> {
 
 impl RedisView<'_> {
     /// Runs a call on a handle's store, notes for how long the instance waits for it, and remembers a denial, and that the
-    /// store was away.
+    /// store did not do it, which is known by this name.
     async fn call<T>(
         &mut self,
         handle: &Resource<Connection>,
+        (name, writes): (&'static str, bool),
         call: impl AsyncFnOnce(Arc<Granted>) -> Result<T, Error>,
     ) -> wasmtime::Result<Result<T, Error>> {
         let granted = self.table.get(handle)?.granted.clone();
         let store = StoreName::Redis(granted.name.clone());
         let answer = self.ctx.pending.during(store.clone(), call(granted)).await;
-        if let Err(Error::Unavailable(_)) = &answer {
-            self.ctx.away.get_or_insert(store);
+        if let Err(Error::Unavailable(why)) = &answer {
+            let action = match (why.starts_with(WAS_DONE), writes) {
+                (true, _) => Action::Command(name),
+                (false, true) => Action::Write,
+                (false, false) => Action::Read,
+            };
+            let why = why.clone();
+            (self.ctx.away).get_or_insert(Away { store, action, why });
         }
         Ok(self.ctx.note(answer))
+    }
+}
+
+fn kind_of_set(options: Option<&SetOptions>) -> &'static str {
+    match options {
+        Some(options) if options.condition.is_some() || options.version.is_some() => remote::SET_IF,
+        _ => remote::SET,
     }
 }
 
@@ -304,8 +319,10 @@ impl redis::HostConnection for RedisView<'_> {
         handle: Resource<Connection>,
         key: String,
     ) -> wasmtime::Result<Result<Option<Vec<u8>>, Error>> {
-        self.call(&handle, async |granted| granted.get(key).await)
-            .await
+        self.call(&handle, (remote::GET, false), async |granted| {
+            granted.get(key).await
+        })
+        .await
     }
 
     async fn get_many(
@@ -313,8 +330,10 @@ impl redis::HostConnection for RedisView<'_> {
         handle: Resource<Connection>,
         keys: Vec<String>,
     ) -> wasmtime::Result<Result<Vec<Option<Vec<u8>>>, Error>> {
-        self.call(&handle, async |granted| granted.get_many(keys).await)
-            .await
+        self.call(&handle, (remote::GET_MANY, false), async |granted| {
+            granted.get_many(keys).await
+        })
+        .await
     }
 
     async fn set(
@@ -324,7 +343,8 @@ impl redis::HostConnection for RedisView<'_> {
         value: Vec<u8>,
         options: Option<SetOptions>,
     ) -> wasmtime::Result<Result<bool, Error>> {
-        self.call(&handle, async |granted| {
+        let kind = (kind_of_set(options.as_ref()), true);
+        self.call(&handle, kind, async |granted| {
             let written = granted.set(vec![(key, value)], options).await?;
             Ok(written == [true])
         })
@@ -337,7 +357,8 @@ impl redis::HostConnection for RedisView<'_> {
         entries: Vec<(String, Vec<u8>)>,
         options: Option<SetOptions>,
     ) -> wasmtime::Result<Result<(), Error>> {
-        self.call(&handle, async |granted| {
+        let kind = (kind_of_set(options.as_ref()), true);
+        self.call(&handle, kind, async |granted| {
             granted.set(entries, options).await.map(drop)
         })
         .await
@@ -348,8 +369,10 @@ impl redis::HostConnection for RedisView<'_> {
         handle: Resource<Connection>,
         keys: Vec<String>,
     ) -> wasmtime::Result<Result<u64, Error>> {
-        self.call(&handle, async |granted| granted.delete(keys).await)
-            .await
+        self.call(&handle, (remote::DELETE, true), async |granted| {
+            granted.delete(keys).await
+        })
+        .await
     }
 
     async fn increment(
@@ -358,8 +381,10 @@ impl redis::HostConnection for RedisView<'_> {
         key: String,
         delta: i64,
     ) -> wasmtime::Result<Result<i64, Error>> {
-        self.call(&handle, async |granted| granted.increment(key, delta).await)
-            .await
+        self.call(&handle, (commands::INCRBY.name, true), async |granted| {
+            granted.increment(key, delta).await
+        })
+        .await
     }
 
     async fn execute(
@@ -368,7 +393,9 @@ impl redis::HostConnection for RedisView<'_> {
         command: String,
         arguments: Vec<Vec<u8>>,
     ) -> wasmtime::Result<Result<Reply, Error>> {
-        self.call(&handle, async |granted| {
+        // One that is not known is denied.
+        let known = commands::lookup(&command).map_or(("", false), |c| (c.name, c.writes));
+        self.call(&handle, known, async |granted| {
             granted.execute(&command, arguments).await
         })
         .await
@@ -499,7 +526,7 @@ mod tests {
         };
         let opened = view.open("cache".to_owned()).await;
         let handle = opened.expect("no trap").expect("a grant").rep();
-        assert!(grants.ping("cache").await.is_ok());
+        assert!(grants.probe("cache", &Action::Answer).await.is_ok());
         granted.store.close().await;
         for _ in 0..2 {
             let handle = Resource::new_borrow(handle);
@@ -508,11 +535,11 @@ mod tests {
             assert!(matches!(away, Err(Error::Unavailable(_))), "{away:?}");
         }
         let cache = StoreName::Redis("cache".into());
-        assert_eq!(ctx.take_away(), Some(cache));
-        assert_eq!(ctx.take_away(), None);
-        let ping = grants.ping("cache").await;
+        assert_eq!(ctx.take_away().map(|away| away.store), Some(cache));
+        assert!(ctx.take_away().is_none());
+        let ping = grants.probe("cache", &Action::Answer).await;
         assert!(matches!(ping, Err(StoreError::Unavailable(_))), "{ping:?}");
-        let unknown = grants.ping("others").await;
+        let unknown = grants.probe("others", &Action::Answer).await;
         assert!(
             matches!(unknown, Err(StoreError::Refused(_))),
             "{unknown:?}"

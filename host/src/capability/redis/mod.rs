@@ -4,7 +4,9 @@
 //! `remote`, a Redis server, and `embedded`, one file or memory. What commands exist, how they
 //! find their keys and how many arguments they take is one table for both, [`commands`].
 
+mod answers;
 pub mod commands;
+mod connection;
 mod embedded;
 mod guest;
 mod remote;
@@ -19,7 +21,7 @@ use tokio::sync::Semaphore;
 pub use guest::bindings::{Condition, Error, Reply, SetOptions};
 pub use guest::{RedisCtx, RedisGrants, RedisView, add_to_linker};
 
-use super::StoreError;
+use super::{Action, Concern, StoreError};
 use crate::pipeline::{RedisStore, RedisUrl};
 use commands::Command;
 
@@ -41,8 +43,17 @@ const SMALL_VALUE_BYTES: usize = 256 * 1024;
 const MAX_LARGE_VALUES: usize = 16;
 /// Milliseconds that a key may live: what can be added to any time without an overflow.
 const MAX_TTL: u64 = 1 << 62;
+/// What is said before Redis's words where it refuses what it did before.
+const WAS_DONE: &str = "it refuses what it did before: ";
+/// What a key ends with that the host asks for to see whether it could be read or written.
+const PROBE_SUFFIX: &str = "stagehost-probe";
 /// What keys of the host begin with; no stage may use them.
 pub(crate) const HOST_PREFIX: &str = "stagehost:";
+
+/// Whether a process has the embedded store of a folder open. Makes nothing.
+pub fn is_in_use(folder: &Path) -> bool {
+    embedded::is_in_use(folder)
+}
 
 /// Milliseconds since the Unix epoch. The embedded store asks it for what has expired.
 pub type Clock = Arc<dyn Fn() -> u64 + Send + Sync>;
@@ -97,6 +108,21 @@ impl Store {
         let answer = match &self.kind {
             Kind::Remote(store) => store.ping().await,
             Kind::Embedded(store) => store.ping().await,
+        };
+        answer.map_err(StoreError::from)
+    }
+
+    /// Sees whether the store does what it did not do, at keys that begin so. Nothing changes.
+    pub async fn probe(&self, prefix: &str, action: &Action) -> Result<(), StoreError> {
+        let key = format!("{prefix}{PROBE_SUFFIX}").into_bytes();
+        let answer = match (&self.kind, action) {
+            (_, Action::Answer) | (Kind::Embedded(_), Action::Read) => return self.ping().await,
+            (Kind::Embedded(store), _) => store.probe_write().await,
+            (Kind::Remote(store), Action::Read) => store.probe_read(&key).await,
+            (Kind::Remote(store), Action::Command(name)) => store.probe_call(name, &key).await,
+            (Kind::Remote(store), Action::Write | Action::Statement(..)) => {
+                store.probe_write(&key).await
+            }
         };
         answer.map_err(StoreError::from)
     }

@@ -1,41 +1,35 @@
-//! A Redis server: one multiplexed connection, made again when it breaks.
+//! A Redis server.
 
-use std::sync::LazyLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
-use redis::aio::{ConnectionManager, ConnectionManagerConfig};
+use redis::aio::MultiplexedConnection;
 use redis::io::tcp::TcpSettings;
 use redis::io::tcp::socket2::TcpKeepalive;
 use redis::{
-    Client, Cmd, ErrorKind, FromRedisValue, IntoConnectionInfo, Pipeline, RedisError, Script,
-    ScriptInvocation, Value, cmd, pipe,
+    Client, FromRedisValue, IntoConnectionInfo, Pipeline, RedisError, Script, ScriptInvocation,
+    Value, cmd, pipe,
 };
 
-use super::commands::Command;
+use super::answers::Refusal;
+use super::commands::{self, Command};
+use super::connection::{Connection, rehearse};
 use super::{
-    Condition, Error, MAX_ANSWER_BYTES, MAX_ANSWER_ITEMS, Reply, Set, StoreError, version_key,
+    Concern, Condition, Error, MAX_ANSWER_BYTES, MAX_ANSWER_ITEMS, Reply, Set, StoreError,
+    WAS_DONE, version_key,
 };
 
-/// How long making a connection may take.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long the server may take to answer a command.
-const RESPONSE_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a call may take in all, waiting for a connection that is being made again included.
-const CALL_TIMEOUT: Duration = Duration::from_secs(12);
-/// Tries to make the connection again before the calls that wait for it are told so.
-const RECONNECT_TRIES: usize = 2;
-const RECONNECT_MIN_DELAY: Duration = Duration::from_millis(50);
-const RECONNECT_MAX_DELAY: Duration = Duration::from_secs(1);
 /// How long what was sent may stay without the acknowledgement of the server's system. Then the connection is
-/// broken, and made again: a response that is late alone leaves it as it is.
+/// broken, and made again.
 #[cfg(target_os = "linux")]
 const USER_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a connection may be silent before it is probed, how often, and how many probes may get no answer.
 const KEEPALIVE_TIME: Duration = Duration::from_secs(10);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 const KEEPALIVE_PROBES: u32 = 3;
-/// Commands that may wait to be written; more wait for their turn.
-const PIPELINE_BUFFER: usize = 512;
+/// Bytes of the value that a probe would write.
+const PROBE_BYTES: usize = 1024;
 
 /// Why a URL can't be used, without any of it.
 pub(super) fn check_url(url: &str) -> Result<(), String> {
@@ -45,33 +39,39 @@ pub(super) fn check_url(url: &str) -> Result<(), String> {
 /// A Redis server.
 #[derive(Clone)]
 pub(super) struct Remote {
-    connection: ConnectionManager,
+    connection: Connection,
+    /// What it has done for this host so far, a bit for each kind of call.
+    done: Arc<AtomicU64>,
 }
 
 pub(super) async fn open(url: &str) -> Result<Remote, StoreError> {
     let client = client(url).map_err(|why| StoreError::Refused(format!("the Redis URL: {why}")))?;
     let place = format!("Redis at {}", client.get_connection_info().addr());
-    let config = ConnectionManagerConfig::new()
-        .set_connection_timeout(Some(CONNECT_TIMEOUT))
-        .set_response_timeout(Some(RESPONSE_TIMEOUT))
-        .set_number_of_retries(RECONNECT_TRIES)
-        .set_min_delay(RECONNECT_MIN_DELAY)
-        .set_max_delay(RECONNECT_MAX_DELAY)
-        .set_pipeline_buffer_size(PIPELINE_BUFFER);
-    let connecting = ConnectionManager::new_with_config(client, config);
-    let connection = tokio::time::timeout(CALL_TIMEOUT, connecting)
-        .await
-        .map_err(|_| StoreError::Unavailable(format!("{place}: {}", out_of_time())))?
-        .map_err(|error| open_error(&place, &error))?;
-    let store = Remote { connection };
-    match store.run::<Value>(&cmd("PING")).await {
-        Ok(_) => Ok(store),
-        Err(Error::Unavailable(why)) => Err(StoreError::Unavailable(format!("{place}: {why}"))),
-        Err(error) => Err(StoreError::Refused(format!(
-            "{place}: {}",
-            StoreError::from(error)
-        ))),
+    let store = Remote {
+        connection: Connection::new(client),
+        done: Arc::default(),
+    };
+    let at = |error: Error| match error {
+        Error::Unavailable(why) => StoreError::Unavailable(format!("{place}: {why}")),
+        error => StoreError::Refused(format!("{place}: {}", StoreError::from(error))),
+    };
+    if let Err(refusal) = store.connection.ask(async |c| ping(c).await).await {
+        return Err(match refusal {
+            // As the pipeline has them, they are wrong, and waiting is no help.
+            Refusal {
+                is_login: true,
+                error: Error::Unavailable(why),
+                ..
+            } => StoreError::Refused(format!("{place}: {why}")),
+            refusal => at(refusal.error),
+        });
     }
+    store.connection.check().await.map_err(at)?;
+    Ok(store)
+}
+
+async fn ping(connection: &mut MultiplexedConnection) -> Result<(), RedisError> {
+    cmd("PING").exec_async(connection).await
 }
 
 fn client(url: &str) -> Result<Client, String> {
@@ -99,37 +99,145 @@ fn tcp_settings() -> TcpSettings {
     settings
 }
 
+/// A kind of call, as rights are given for them.
+#[derive(Clone, Copy)]
+enum Kind {
+    Get,
+    GetMany,
+    /// Without a script.
+    Set,
+    /// With one: a condition, or a version.
+    SetIf,
+    Delete,
+    Execute(&'static Command),
+}
+
+impl Kind {
+    /// What a grant of it is remembered by.
+    fn bit(self) -> u64 {
+        1 << match self {
+            Self::Get => 0,
+            Self::GetMany => 1,
+            Self::Set => 2,
+            Self::SetIf => 3,
+            Self::Delete => 4,
+            Self::Execute(command) => 5 + commands::index(command),
+        }
+    }
+
+    /// The commands that it takes, on this key, each with its arguments. Their values are not looked at.
+    fn commands(self, key: &[u8]) -> Vec<Vec<Vec<u8>>> {
+        let words = |words: &[&[u8]]| words.iter().map(|word| word.to_vec()).collect();
+        let value = [b'x'; PROBE_BYTES];
+        let script = [
+            &b"EVALSHA"[..],
+            SET_IF_NEWER.get_hash().as_bytes(),
+            b"1",
+            key,
+        ];
+        match self {
+            Self::Get => vec![
+                words(&[b"GETRANGE", key, b"0", b"0"]),
+                words(&[b"GET", key]),
+            ],
+            Self::GetMany => vec![words(&[b"MGET", key]), words(&script)],
+            Self::Set => vec![words(&[b"SET", key, &value, b"XX"]), words(&[b"DEL", key])],
+            Self::SetIf => vec![
+                words(&script),
+                words(&[b"GET", key]),
+                words(&[b"MSET", key, &value]),
+                words(&[b"SET", key, &value, b"XX"]),
+                words(&[b"DEL", key]),
+            ],
+            Self::Delete => vec![words(&[b"DEL", key])],
+            Self::Execute(command) => vec![command.example(key)],
+        }
+    }
+
+    fn named(name: &str) -> Option<Self> {
+        Some(match name {
+            GET => Self::Get,
+            GET_MANY => Self::GetMany,
+            SET => Self::Set,
+            SET_IF => Self::SetIf,
+            DELETE => Self::Delete,
+            name => Self::Execute(commands::lookup(name)?),
+        })
+    }
+}
+
+/// What calls are named by that are no commands of the table.
+pub(super) const GET: &str = "get";
+pub(super) const GET_MANY: &str = "get-many";
+pub(super) const SET: &str = "set";
+pub(super) const SET_IF: &str = "set-if";
+pub(super) const DELETE: &str = "delete";
+
 impl Remote {
     pub(super) async fn ping(&self) -> Result<(), Error> {
-        self.run::<Value>(&cmd("PING")).await.map(drop)
+        let asked = self.connection.ask(async |c| ping(c).await).await;
+        asked.map_err(|refusal| refusal.error)
+    }
+
+    /// Sees whether this key could be read.
+    pub(super) async fn probe_read(&self, key: &[u8]) -> Result<(), Error> {
+        let asked = self.connection.ask(async |connection| {
+            let mut read = cmd("GETRANGE");
+            read.arg(key).arg(0).arg(0).exec_async(connection).await
+        });
+        asked.await.map_err(|refusal| refusal.error)
+    }
+
+    /// Sees whether this key could be written.
+    pub(super) async fn probe_write(&self, key: &[u8]) -> Result<(), Error> {
+        match rehearse(&self.connection, &Kind::Set.commands(key)).await {
+            // Who may not set may do other things, of which these are the most alike.
+            Err(refusal) if refusal.concern != Concern::Standing => Err(refusal.error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Sees whether that call could be made, which could be before.
+    pub(super) async fn probe_call(&self, name: &str, key: &[u8]) -> Result<(), Error> {
+        let Some(kind) = Kind::named(name) else {
+            return Ok(());
+        };
+        let rehearsed = rehearse(&self.connection, &kind.commands(key)).await;
+        rehearsed.map_err(|refusal| self.judge(kind, refusal))
     }
 
     /// The client reads an answer whole before anybody can look at it, so no more is asked for than may come: a range, which
     /// costs what the value would. It is empty where there is no key, and then a second question tells.
     pub(super) async fn get(&self, key: &[u8], most: usize) -> Result<Option<Vec<u8>>, Error> {
-        let value: Vec<u8> = self.run(cmd("GETRANGE").arg(key).arg(0).arg(most)).await?;
+        let mut range = cmd("GETRANGE");
+        range.arg(key).arg(0).arg(most);
+        let asked = self.call(Kind::Get, async |c| range.query_async::<Vec<u8>>(c).await);
+        let value = asked.await?;
         if value.len() > most {
             return Err(Error::TooLarge(most as u64));
         }
         if !value.is_empty() {
             return Ok(Some(value));
         }
-        in_rust(self.bounded("GET", vec![key.to_vec()], 1).await?)
+        let value = self.bounded(Kind::Get, "GET", vec![key.to_vec()], 1);
+        in_rust(value.await?)
     }
 
     pub(super) async fn get_many(&self, keys: &[Vec<u8>]) -> Result<Vec<Option<Vec<u8>>>, Error> {
         if keys.is_empty() {
             return Ok(Vec::new());
         }
-        in_rust(self.bounded("MGET", keys.to_vec(), keys.len()).await?)
+        let values = self.bounded(Kind::GetMany, "MGET", keys.to_vec(), keys.len());
+        in_rust(values.await?)
     }
 
     pub(super) async fn set(&self, set: Set) -> Result<Vec<bool>, Error> {
-        let mut connection = self.connection.clone();
         let call = match (set.entries.as_slice(), set.condition, set.version, set.ttl) {
             ([], ..) => return Ok(Vec::new()),
             (entries, None, None, ttl) => {
-                in_time(plain_set(entries, ttl).exec_async(&mut connection)).await?;
+                let sets = plain_set(entries, ttl);
+                let set = self.call(Kind::Set, async |c| sets.exec_async(c).await);
+                set.await?;
                 return Ok(vec![true; entries.len()]);
             }
             ([(key, value)], None, Some(version), None) => {
@@ -140,7 +248,8 @@ impl Remote {
             }
             _ => general_set(&set),
         };
-        in_time(call.invoke_async(&mut connection)).await
+        self.call(Kind::SetIf, async |c| call.invoke_async(c).await)
+            .await
     }
 
     pub(super) async fn delete(&self, keys: Vec<Vec<u8>>) -> Result<u64, Error> {
@@ -152,26 +261,30 @@ impl Remote {
         delete.atomic();
         delete.cmd("DEL").arg(keys);
         delete.cmd("DEL").arg(versions).ignore();
-        let mut connection = self.connection.clone();
-        let (count,): (u64,) = in_time(delete.query_async(&mut connection)).await?;
+        let deleted = self.call(Kind::Delete, async |c| delete.query_async(c).await);
+        let (count,): (u64,) = deleted.await?;
         Ok(count)
     }
 
     pub(super) async fn execute(
         &self,
-        command: &Command,
+        command: &'static Command,
         arguments: Vec<Vec<u8>>,
     ) -> Result<Reply, Error> {
+        let kind = Kind::Execute(command);
         if command.answers_content {
             let keys = command.keys(&arguments).len();
-            return reply(self.bounded(command.name, arguments, keys).await?);
+            return reply(self.bounded(kind, command.name, arguments, keys).await?);
         }
-        reply(self.run(cmd(command.name).arg(arguments)).await?)
+        let mut call = cmd(command.name);
+        call.arg(arguments);
+        reply(self.call(kind, async |c| call.query_async(c).await).await?)
     }
 
     /// Runs a command that answers what is kept, unless that is too much to come.
     async fn bounded(
         &self,
+        kind: Kind,
         command: &str,
         arguments: Vec<Vec<u8>>,
         keys: usize,
@@ -187,13 +300,40 @@ impl Remote {
                 call.arg(argument);
             }
         }
-        let mut connection = self.connection.clone();
-        in_time(call.invoke_async(&mut connection)).await
+        self.call(kind, async |c| call.invoke_async(c).await).await
     }
 
-    async fn run<T: FromRedisValue>(&self, command: &Cmd) -> Result<T, Error> {
-        let mut connection = self.connection.clone();
-        in_time(command.query_async(&mut connection)).await
+    async fn call<T>(
+        &self,
+        kind: Kind,
+        call: impl AsyncFnOnce(&mut MultiplexedConnection) -> Result<T, RedisError>,
+    ) -> Result<T, Error> {
+        match self.connection.ask(call).await {
+            Ok(answer) => {
+                if self.done.load(Ordering::Relaxed) & kind.bit() == 0 {
+                    self.done.fetch_or(kind.bit(), Ordering::Relaxed);
+                }
+                Ok(answer)
+            }
+            Err(refusal) => Err(self.judge(kind, refusal)),
+        }
+    }
+
+    /// What the server's user may not do is a store that is not what it was, if it could before; else the guest's affair.
+    fn judge(&self, kind: Kind, Refusal { concern, error, .. }: Refusal) -> Error {
+        match error {
+            Error::Server(why) if concern == Concern::Standing => {
+                let was_done = self.done.load(Ordering::Relaxed) & kind.bit() != 0;
+                match was_done {
+                    true => Error::Unavailable(format!("{WAS_DONE}{why}")),
+                    false if why.starts_with("ERR unknown command") => Error::Server(why),
+                    false => {
+                        Error::Denied(format!("Redis does not allow it to the host's user: {why}"))
+                    }
+                }
+            }
+            error => error,
+        }
     }
 }
 
@@ -272,7 +412,7 @@ static BOUNDED: LazyLock<Script> = LazyLock::new(|| {
 
 fn general_set(set: &Set) -> ScriptInvocation<'static> {
     let text = |number: Option<u64>| number.map_or(String::new(), |number| number.to_string());
-    let mut call = SET.prepare_invoke();
+    let mut call = SET_ALL.prepare_invoke();
     call.arg(text(set.ttl));
     call.arg(match set.condition {
         None => "",
@@ -289,7 +429,7 @@ fn general_set(set: &Set) -> ScriptInvocation<'static> {
 
 /// Sets every key whose condition and version allow it, and answers 1 or 0 for each. The keys come in pairs,
 /// each with the one of its version; versions are compared as text, since Lua's numbers are too short for them.
-static SET: LazyLock<Script> = LazyLock::new(|| {
+static SET_ALL: LazyLock<Script> = LazyLock::new(|| {
     Script::new(
         r"
         local ttl, condition, version = ARGV[1], ARGV[2], ARGV[3]
@@ -376,66 +516,6 @@ fn unexpected(value: &Value) -> Error {
 
 fn in_rust<T: FromRedisValue>(value: Value) -> Result<T, Error> {
     T::from_redis_value(value).map_err(|error| Error::Server(error.to_string()))
-}
-
-async fn in_time<T>(call: impl Future<Output = Result<T, RedisError>>) -> Result<T, Error> {
-    match tokio::time::timeout(CALL_TIMEOUT, call).await {
-        Ok(answer) => answer.map_err(|error| error_of(&error)),
-        Err(_) => Err(Error::Unavailable(out_of_time())),
-    }
-}
-
-fn out_of_time() -> String {
-    format!("no answer within {} s", CALL_TIMEOUT.as_secs())
-}
-
-/// The first word of the error that [`BOUNDED`] answers.
-const TOO_LARGE: &str = "TOOLARGE";
-
-/// Redis's own errors by their first word: those that pass by themselves are worth a retry.
-fn error_of(error: &RedisError) -> Error {
-    const PASSING: &[&str] = &[
-        "BUSY",
-        "CLUSTERDOWN",
-        // What a MULTI comes to where Redis takes no command at the moment, for one of the other reasons here.
-        "EXECABORT",
-        "LOADING",
-        "MASTERDOWN",
-        "MISCONF",
-        "NOREPLICAS",
-        "OOM",
-        "READONLY",
-        "TRYAGAIN",
-    ];
-    let Some(code) = error.code() else {
-        return match error.kind() {
-            ErrorKind::UnexpectedReturnType | ErrorKind::Parse | ErrorKind::Client => {
-                Error::Server(error.to_string())
-            }
-            _ => Error::Unavailable(error.to_string()),
-        };
-    };
-    if code == TOO_LARGE {
-        return Error::TooLarge(MAX_ANSWER_BYTES as u64);
-    }
-    let text = format!("{code} {}", error.detail().unwrap_or_default());
-    if PASSING.contains(&code) {
-        Error::Unavailable(text)
-    } else {
-        Error::Server(text)
-    }
-}
-
-fn open_error(place: &str, error: &RedisError) -> StoreError {
-    match error.kind() {
-        ErrorKind::AuthenticationFailed | ErrorKind::InvalidClientConfig => {
-            StoreError::Refused(format!("{place}: {error}"))
-        }
-        _ => match error_of(error) {
-            Error::Unavailable(why) => StoreError::Unavailable(format!("{place}: {why}")),
-            other => StoreError::Refused(format!("{place}: {}", StoreError::from(other))),
-        },
-    }
 }
 
 #[cfg(test)]

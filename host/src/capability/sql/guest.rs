@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use wasmtime::component::{HasData, Linker, Resource, ResourceTable};
 
-use super::{Database, Done, Transaction, Work, out_of_time};
-use crate::capability::{Pending, StoreError, StoreName};
+use super::{Database, Done, Refusal, Transaction, Work, out_of_time};
+use crate::capability::{Action, Away, Pending, StoreError, StoreName};
 use crate::delivery::progress::Transaction as _;
 use bindings::{Error, Rows, Value};
 
@@ -42,10 +42,10 @@ impl SqlGrants {
         Self(databases)
     }
 
-    /// Asks a database for nothing, to see that it answers.
-    pub async fn ping(&self, name: &str) -> Result<(), StoreError> {
+    /// Sees whether a database does what it did not do, without an effect.
+    pub async fn probe(&self, name: &str, action: &Action) -> Result<(), StoreError> {
         match self.0.get(name) {
-            Some(database) => database.ping().await,
+            Some(database) => database.probe(action).await,
             None => Err(StoreError::Refused(format!(
                 "there is no SQL store `{name}`"
             ))),
@@ -60,7 +60,7 @@ pub struct SqlCtx {
     /// What the statements of the call at hand belong to.
     transaction: Option<Transaction>,
     denied: Option<String>,
-    away: Option<StoreName>,
+    away: Option<Away>,
     slow: bool,
 }
 
@@ -97,8 +97,34 @@ impl SqlCtx {
         std::mem::take(&mut self.slow)
     }
 
-    /// The first database that was not available since this was last asked.
-    pub fn take_away(&mut self) -> Option<StoreName> {
+    /// Remembers on its way to the guest what a refusal says of the database, or of the grant.
+    fn note(&mut self, store: StoreName, Refusal { error, away }: Refusal) -> Error {
+        const INSUFFICIENT_PRIVILEGE: &str = "42501";
+        match (&error, away) {
+            (error, _) if *error == out_of_time() => {}
+            (error, Some(action)) => {
+                let why = match error {
+                    Error::Unavailable(why) => why.clone(),
+                    other => other.to_string(),
+                };
+                (self.away).get_or_insert(Away { store, action, why });
+            }
+            (Error::Denied(denied), None) => {
+                self.denied.get_or_insert_with(|| denied.clone());
+            }
+            (Error::Database(said), None)
+                if said.sqlstate.as_deref() == Some(INSUFFICIENT_PRIVILEGE) =>
+            {
+                let denied = format!("{store}: {}", said.message);
+                self.denied.get_or_insert(denied);
+            }
+            _ => {}
+        }
+        error
+    }
+
+    /// The first database that did not do what it was asked since this was last asked.
+    pub fn take_away(&mut self) -> Option<Away> {
         self.away.take()
     }
 }
@@ -160,7 +186,7 @@ impl SqlView<'_> {
                 if transaction.broken().is_some() {
                     let why = answer
                         .err()
-                        .map_or(String::new(), |error| format!(": {error}"));
+                        .map_or(String::new(), |refusal| format!(": {}", refusal.error));
                     wasmtime::bail!(
                         "the transaction of {store} is void, and the batch will be run again{why}"
                     );
@@ -171,15 +197,13 @@ impl SqlView<'_> {
         if is_out_of_time(&answer) {
             // The database is there, and the statement is what takes long.
             self.ctx.slow = true;
-        } else if let Err(Error::Unavailable(_)) = &answer {
-            self.ctx.away.get_or_insert(store);
         }
-        Ok(answer)
+        Ok(answer.map_err(|refusal| self.ctx.note(store, refusal)))
     }
 }
 
-fn is_out_of_time(answer: &Result<Done, Error>) -> bool {
-    matches!(answer, Err(error) if *error == out_of_time())
+fn is_out_of_time(answer: &Result<Done, Refusal>) -> bool {
+    matches!(answer, Err(refusal) if refusal.error == out_of_time())
 }
 
 impl sql::Host for SqlView<'_> {}
@@ -332,7 +356,7 @@ mod tests {
             assert!(words.contains("the batch will be run again"), "{words}");
         }
         assert!(transaction.broken().is_some());
-        assert_eq!(instance.ctx.take_away(), None);
+        assert!(instance.ctx.take_away().is_none());
     }
 
     #[tokio::test]
@@ -341,18 +365,25 @@ mod tests {
         let handle = instance.open().await;
         let there = instance.run(handle, "SELECT 1").await;
         there.expect("no trap").expect("an answer");
-        assert_eq!(instance.ctx.take_away(), None);
-        assert!(instance.ctx.grants.ping("posts").await.is_ok());
+        assert!(instance.ctx.take_away().is_none());
+        assert!(
+            instance
+                .ctx
+                .grants
+                .probe("posts", &Action::Answer)
+                .await
+                .is_ok()
+        );
         instance.database.close().await;
         let away = instance.run(handle, "SELECT 1").await;
         let away = away.expect("no trap");
         assert!(matches!(away, Err(Error::Unavailable(_))), "{away:?}");
         let posts = StoreName::Sql("posts".into());
-        assert_eq!(instance.ctx.take_away(), Some(posts));
-        assert_eq!(instance.ctx.take_away(), None);
-        let ping = instance.ctx.grants.ping("posts").await;
+        assert_eq!(instance.ctx.take_away().map(|away| away.store), Some(posts));
+        assert!(instance.ctx.take_away().is_none());
+        let ping = instance.ctx.grants.probe("posts", &Action::Answer).await;
         assert!(matches!(ping, Err(StoreError::Unavailable(_))), "{ping:?}");
-        let unknown = instance.ctx.grants.ping("others").await;
+        let unknown = instance.ctx.grants.probe("others", &Action::Answer).await;
         assert!(
             matches!(unknown, Err(StoreError::Refused(_))),
             "{unknown:?}"

@@ -6,7 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use sqlx::SqlSafeStr;
 use sqlx::migrate::{MigrateError, Migration, MigrationType, Migrator};
 
-use super::{Database, Error, Kind, StoreError, Transaction};
+use super::{Database, Error, Kind, StoreError, Transaction, host_error};
 use crate::delivery::progress::{Claim, Commit, CommitError, LaneId, Ledger, Mode};
 
 /// The table's name, without its schema.
@@ -49,12 +49,26 @@ pub(super) fn migration_error(error: MigrateError) -> Result<sqlx::Error, StoreE
     }
 }
 
+/// How a lane's row is taken hold of.
+#[derive(Clone, Copy)]
+pub(super) enum Own {
+    /// Whoever had it.
+    Claim,
+    /// Where it is of this epoch.
+    Reclaim { epoch: i64 },
+    /// Its generation is raised, where it is of this epoch.
+    Raise { epoch: i64, generation: i64 },
+}
+
 /// The statements on the table.
 pub(super) struct Statements {
     /// Asks for every column, and no row.
     pub(super) probe: Arc<str>,
+    /// A row that nobody has, as it would be rolled back: `$1` is its group, `$2` what it weighs.
+    pub(super) probe_write: Arc<str>,
     pub(super) claim: Arc<str>,
     pub(super) reclaim: Arc<str>,
+    pub(super) raise: Arc<str>,
     pub(super) save: Arc<str>,
     /// On PostgreSQL: fails unless it has written the row, with a division by zero, so that what is sent with it, a commit,
     /// finds a transaction that has failed.
@@ -73,12 +87,17 @@ impl Statements {
         );
         Self {
             probe: format!("SELECT {KEY}, {ROW}, updated_at FROM {table} LIMIT 0").into(),
+            probe_write: format!(
+                "INSERT INTO {table} ({KEY}, {ROW}) VALUES ($1, '', -1, 0, 0, 0, NULL, 0, $2, $2)"
+            )
+            .into(),
             claim: format!(
                 "INSERT INTO {table} AS p ({KEY}, {ROW}) VALUES ($1, $2, $3, 1, $5, 0, NULL, 0, $4, $4) \
                  ON CONFLICT ({KEY}) DO UPDATE SET epoch = p.epoch + 1, {NOW} RETURNING {ROW}"
             )
             .into(),
             reclaim: format!("UPDATE {table} SET epoch = epoch + 1, {NOW} WHERE {OWN} RETURNING {ROW}").into(),
+            raise: format!("UPDATE {table} SET generation = $5, {NOW} WHERE {OWN} RETURNING {ROW}").into(),
             save_or_fail: format!(
                 "WITH saved AS ({save} RETURNING 1) \
                  SELECT 1 OPERATOR(pg_catalog./) pg_catalog.count(*) FROM saved"
@@ -105,12 +124,12 @@ impl Database {
         }
     }
 
-    async fn own(&self, lane: &LaneId, epoch: Option<i64>) -> Result<Option<Claim>, StoreError> {
+    async fn own(&self, lane: &LaneId, how: Own) -> Result<Option<Claim>, StoreError> {
         let claim = match &self.kind {
-            Kind::Postgres(database) => database.claim(lane, epoch).await,
-            Kind::Sqlite(database) => database.claim(lane, epoch).await,
+            Kind::Postgres(database) => database.claim(lane, how).await,
+            Kind::Sqlite(database) => database.claim(lane, how).await,
         };
-        claim.map_err(StoreError::from)
+        claim.map_err(host_error)
     }
 }
 
@@ -118,12 +137,21 @@ impl Ledger for Database {
     type Transaction = Transaction;
 
     async fn claim(&self, lane: &LaneId) -> Result<Claim, StoreError> {
-        let claim = self.own(lane, None).await?;
+        let claim = self.own(lane, Own::Claim).await?;
         claim.ok_or_else(|| StoreError::Refused(format!("{TABLE} takes no rows")))
     }
 
     async fn reclaim(&self, lane: &LaneId, epoch: i64) -> Result<Option<Claim>, StoreError> {
-        self.own(lane, Some(epoch)).await
+        self.own(lane, Own::Reclaim { epoch }).await
+    }
+
+    async fn raise(
+        &self,
+        lane: &LaneId,
+        epoch: i64,
+        generation: i64,
+    ) -> Result<Option<Claim>, StoreError> {
+        self.own(lane, Own::Raise { epoch, generation }).await
     }
 
     async fn begin(&self, mode: Mode) -> Result<Transaction, StoreError> {
@@ -138,7 +166,7 @@ impl Ledger for Database {
         match saved {
             Ok(true) => Ok(()),
             Ok(false) => Err(CommitError::Fenced),
-            Err(Error::Database(error)) => Err(CommitError::Refused(error.message)),
+            Err(Error::Database(error)) => Err(CommitError::Unanswered(error.message)),
             Err(Error::Unavailable(why)) => Err(CommitError::Unanswered(why)),
             Err(other) => Err(CommitError::Unanswered(other.to_string())),
         }

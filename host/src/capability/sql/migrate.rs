@@ -3,17 +3,21 @@
 use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sqlx::Connection;
 use sqlx::migrate::{MigrateError, Migrator};
 use sqlx::postgres::{PgConnection, PgDatabaseError, PgErrorPosition};
 use sqlx::sqlite::SqliteConnection;
+use tracing::{info, warn};
 
 use super::StoreError;
 
 /// How long all migrations may take together, waiting for another host that runs them included.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(600);
+
+/// How often it is said that they still run.
+const NOTICE: Duration = Duration::from_secs(10);
 
 /// The migrations of one folder.
 pub(super) struct Migrations {
@@ -61,8 +65,25 @@ impl Migrations {
         limit: Duration,
         work: impl Future<Output = T>,
     ) -> Result<T, StoreError> {
-        let outcome = tokio::time::timeout(limit, work).await;
-        outcome.map_err(|_| out_of_time(self.folder.display(), limit))
+        let folder = self.folder.display();
+        let began = Instant::now();
+        let work = tokio::time::timeout(limit, work);
+        tokio::pin!(work);
+        let outcome = loop {
+            match tokio::time::timeout(NOTICE, &mut work).await {
+                Ok(outcome) => break outcome,
+                Err(_) => warn!(
+                    "migrations of {folder} go on, for {:.0?} now",
+                    began.elapsed()
+                ),
+            }
+        };
+        let outcome = outcome.map_err(|_| out_of_time(&folder, limit))?;
+        info!(
+            "migrations of {folder} were looked through in {:.1?}",
+            began.elapsed()
+        );
+        Ok(outcome)
     }
 
     fn explain(&self, error: MigrateError) -> StoreError {

@@ -12,7 +12,7 @@ mod sqlite;
 mod statement;
 mod transaction;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ pub use guest::bindings::{DatabaseError, Error, Rows, Value};
 pub use guest::{SqlCtx, SqlGrants, SqlView, add_to_linker};
 pub use transaction::Transaction;
 
-use super::StoreError;
+use super::{Action, StoreError};
 use crate::pipeline::{SqlAccess, SqlStore, SqlUrl};
 use statement::Dialect;
 
@@ -43,9 +43,24 @@ const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long one statement may run in the database.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// What is said before a database's words where others were in the way just then: the message is tried again, and that counts.
+const IN_THE_WAY: &str = "others were in the way: ";
+/// What is said before them where it refuses what it did before.
+const WAS_DONE: &str = "it refuses what it did before: ";
+
 /// Why [`Database::open`] would refuse the URL of a PostgreSQL database, without any of it.
 pub fn check_postgres_url(url: &str) -> Result<(), String> {
     postgres::check_url(url)
+}
+
+/// The parameters of a PostgreSQL database's URL that mean nothing, each with the one that it may be a slip of.
+pub fn unknown_postgres_parameters(url: &str) -> Vec<(String, Option<&'static str>)> {
+    postgres::unknown_parameters(url)
+}
+
+/// The files of certificates and keys that a PostgreSQL database's URL names, each with its parameter.
+pub fn postgres_files(url: &str) -> Vec<(String, PathBuf)> {
+    postgres::files(url)
 }
 
 /// An open database: a bounded pool of connections. Clones share it.
@@ -143,10 +158,29 @@ impl Database {
         }
     }
 
-    /// Asks the database for nothing, to see that it answers.
-    pub async fn ping(&self) -> Result<(), StoreError> {
-        let answer = self.query("SELECT 1", &[]).await;
-        answer.map(drop).map_err(StoreError::from)
+    /// The same database, which says whom it works for where it has something to say.
+    pub fn used_by(mut self, stage: &str) -> Self {
+        if let Kind::Sqlite(database) = &mut self.kind {
+            database.used_by(stage);
+        }
+        self
+    }
+
+    /// Sees whether the database does what it did not do. Nothing changes.
+    pub async fn probe(&self, action: &Action) -> Result<(), StoreError> {
+        let answer = match (&self.kind, action) {
+            (_, Action::Answer | Action::Read | Action::Command(_)) => {
+                self.query("SELECT 1", &[]).await.map(drop)
+            }
+            (Kind::Postgres(database), Action::Write) => database.probe_write(self.access).await,
+            (Kind::Postgres(database), Action::Statement(text, params)) => {
+                return database.probe_statement(text, params).await;
+            }
+            (Kind::Sqlite(database), Action::Write | Action::Statement(..)) => {
+                database.probe_write().await
+            }
+        };
+        answer.map_err(host_error)
     }
 
     /// Waits for the statements that are running, and closes the connections.
@@ -159,28 +193,63 @@ impl Database {
 
     /// Runs one statement and answers its rows.
     pub async fn query(&self, statement: &str, params: &[Value]) -> Result<Rows, Error> {
-        let done = self.call(statement, Work::Query(params)).await?;
-        Ok(done.rows)
+        let done = self.call(statement, Work::Query(params)).await;
+        Ok(done.map_err(Refusal::into_error)?.rows)
     }
 
     /// Runs one statement and answers how many rows it affected.
     pub async fn execute(&self, statement: &str, params: &[Value]) -> Result<u64, Error> {
-        let done = self.call(statement, Work::Execute(params)).await?;
-        Ok(done.affected)
+        let done = self.call(statement, Work::Execute(params)).await;
+        Ok(done.map_err(Refusal::into_error)?.affected)
     }
 
     /// Runs one statement once for every list of parameters in one transaction, and answers how
     /// many rows were affected in all.
     pub async fn execute_many(&self, statement: &str, params: &[Vec<Value>]) -> Result<u64, Error> {
-        let done = self.call(statement, Work::ExecuteMany(params)).await?;
-        Ok(done.affected)
+        let done = self.call(statement, Work::ExecuteMany(params)).await;
+        Ok(done.map_err(Refusal::into_error)?.affected)
     }
 
-    async fn call(&self, text: &str, work: Work<'_>) -> Result<Done, Error> {
+    async fn call(&self, text: &str, work: Work<'_>) -> Result<Done, Refusal> {
         match &self.kind {
             Kind::Postgres(database) => database.call(self.access, text, work).await,
-            Kind::Sqlite(database) => database.call(self.access, text, work).await,
+            Kind::Sqlite(database) => {
+                let done = database.call(self.access, text, work).await;
+                done.map_err(|error| Refusal::of(error, self.access))
+            }
         }
+    }
+}
+
+/// Why a statement was not done, and what the database did not do, if that is its own failing.
+#[derive(Debug)]
+struct Refusal {
+    error: Error,
+    away: Option<Action>,
+}
+
+impl Refusal {
+    /// By the error alone.
+    fn of(error: Error, access: SqlAccess) -> Self {
+        let away = match &error {
+            Error::Unavailable(why) if why.starts_with(IN_THE_WAY) => Some(Action::Answer),
+            Error::Unavailable(_) if access == SqlAccess::ReadOnly => Some(Action::Read),
+            Error::Unavailable(_) => Some(Action::Write),
+            _ => None,
+        };
+        Self { error, away }
+    }
+
+    fn into_error(self) -> Error {
+        self.error
+    }
+}
+
+/// Of a statement of the host's own, for which no message is to blame: whatever the database says, it is waited for.
+fn host_error(error: Error) -> StoreError {
+    match error {
+        Error::Database(error) => StoreError::Unavailable(error.message),
+        other => other.into(),
     }
 }
 
@@ -195,7 +264,15 @@ enum Work<'a> {
     ExecuteMany(&'a [Vec<Value>]),
 }
 
-impl Work<'_> {
+impl<'a> Work<'a> {
+    /// Parameters as it has them: those of the first list, where it has many.
+    fn example(self) -> &'a [Value] {
+        match self {
+            Work::Query(params) | Work::Execute(params) => params,
+            Work::ExecuteMany(lists) => lists.first().map_or(&[], Vec::as_slice),
+        }
+    }
+
     /// The statement's first word, if it may be sent.
     fn check(self, dialect: Dialect, access: SqlAccess, text: &str) -> Result<String, Error> {
         match self {

@@ -1,5 +1,6 @@
 //! The `sql` capability on PostgreSQL.
 
+use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -9,8 +10,8 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
 use super::migrate::Migrations;
 use super::statement::postgres::Words;
 use super::{
-    ACQUIRE_TIMEOUT, Done, Error, Failure, STATEMENT_TIMEOUT, SqlAccess, StoreError, Value, Work,
-    ledger, out_of_time,
+    ACQUIRE_TIMEOUT, Done, Error, Failure, Refusal, STATEMENT_TIMEOUT, SqlAccess, StoreError,
+    Value, Work, ledger, out_of_time,
 };
 use call::Call;
 use client::Client;
@@ -22,10 +23,13 @@ use value::Parameters;
 
 mod call;
 mod client;
+mod done;
 mod error;
 mod guests;
 mod plans;
 mod pool;
+mod pooler;
+mod probe;
 mod progress;
 mod server;
 mod session;
@@ -70,6 +74,16 @@ pub(super) fn check_url(url: &str) -> Result<(), String> {
     server::parse(url).map(drop)
 }
 
+/// The parameters of a URL that are left out, each with the one that it may be a slip of.
+pub(super) fn unknown_parameters(url: &str) -> Vec<(String, Option<&'static str>)> {
+    server::unknown_parameters(url)
+}
+
+/// The files that a URL names, each with its parameter.
+pub(super) fn files(url: &str) -> Vec<(String, PathBuf)> {
+    server::files(url)
+}
+
 /// Runs the migrations, connects once to see that it can be done, and makes the pools. `stage_url` is what stages log in with.
 pub(super) async fn open(
     url: &str,
@@ -80,11 +94,13 @@ pub(super) async fn open(
 ) -> Result<Postgres, StoreError> {
     let server = Server::new(url)?;
     let place = server.place();
+    let mut client = connect(&server).await.map_err(|error| at(&place, error))?;
+    let checked = pooler::check(&server, &mut client).await;
+    checked.map_err(|error| at(&place, error))?;
     if let Some(migrations) = migrations {
         let ran = migrate(&server, &place, migrations).await;
         ran.map_err(|error| at(&place, error))?;
     }
-    let mut client = connect(&server).await.map_err(|error| at(&place, error))?;
     let words = words(&mut client).await;
     let words = words.map_err(|failure| at(&place, failure.into_error().into()))?;
     let settings = Settings { pause };
@@ -190,11 +206,16 @@ impl Postgres {
         access: SqlAccess,
         text: &str,
         work: Work<'_>,
-    ) -> Result<Done, Error> {
-        let mut call = Call::new(self, access, text, work)?;
-        let mut lease = self.take(access).await?;
+    ) -> Result<Done, Refusal> {
+        let judge = |error| self.judge(access, text, work, error);
+        let mut call = Call::new(self, access, text, work).map_err(judge)?;
+        let mut lease = self.take(access).await.map_err(judge)?;
         let answer = call.run_alone(&mut lease).await;
-        answer.map_err(Failure::into_error)
+        if access == SqlAccess::ReadOnly {
+            // It was the host that said so.
+            lease.is_spent = false;
+        }
+        answer.map_err(|failure| judge(failure.into_error()))
     }
 
     /// A session whose transactions begin as the access says.

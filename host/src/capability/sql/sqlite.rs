@@ -18,7 +18,7 @@ use super::migrate::Migrations;
 use super::{ACQUIRE_TIMEOUT, Done, Error, Failure, SqlAccess, StoreError, Work};
 use call::Call;
 use connection::BUSY_TIMEOUT;
-use error::open_error;
+use error::{error_of, open_error};
 use pool::{Lease, Pool};
 
 mod authorizer;
@@ -53,6 +53,8 @@ pub(super) struct Sqlite {
     progress: Arc<Statements>,
     options: Arc<SqliteConnectOptions>,
     place: Arc<str>,
+    /// Whose statements it runs, where it is one stage's.
+    stage: Arc<str>,
 }
 
 /// A connection of the driver that runs migrations. The first one makes the file's log, which SQLite refuses at once, without
@@ -122,7 +124,19 @@ pub(super) async fn open(
         progress: Arc::new(Statements::of(&format!("main.{}", ledger::TABLE))),
         options: Arc::new(options),
         place: place.into(),
+        stage: "".into(),
     })
+}
+
+fn rewrite(sql: &rusqlite::Connection) -> rusqlite::Result<()> {
+    let version: i64 = sql.query_row("PRAGMA user_version", [], |row| row.get(0))?;
+    let rewrite = format!("BEGIN IMMEDIATE; PRAGMA user_version = {version}; COMMIT");
+    let written = sql.execute_batch(&rewrite);
+    if written.is_err() && !sql.is_autocommit() {
+        // What it says of that changes nothing.
+        let _ = sql.execute_batch("ROLLBACK");
+    }
+    written
 }
 
 impl Sqlite {
@@ -132,6 +146,10 @@ impl Sqlite {
             writes_late: Arc::default(),
             ..self.clone()
         }
+    }
+
+    pub(super) fn used_by(&mut self, stage: &str) {
+        self.stage = stage.into();
     }
 
     pub(super) async fn close(&self) {
@@ -171,6 +189,16 @@ impl Sqlite {
         }
     }
 
+    /// Writes what is there once more, which goes to the disk as anything else does.
+    pub(super) async fn probe_write(&self) -> Result<(), Error> {
+        let writing = self.write().await?;
+        let mut lease = self.pool.take().await?;
+        lease.writing = Some(writing);
+        let written = lease.run(|connection| connection.as_host(rewrite)).await?;
+        lease.give_back();
+        written.map_err(|error| error_of(&error))
+    }
+
     /// The turn to write, for who has somebody to tell that it was not to be had.
     async fn write(&self) -> Result<OwnedMutexGuard<()>, Error> {
         let lock = tokio::time::timeout(ACQUIRE_TIMEOUT, self.writer.clone().lock_owned()).await;
@@ -191,7 +219,8 @@ impl Sqlite {
             }
             waited += TURN_NOTICE;
             warn!(
-                "{}: a stage has waited {} s for its turn to write: others keep transactions open",
+                stage = &*self.stage,
+                "{}: the stage has waited {} s for its turn to write: others keep transactions open",
                 self.place,
                 waited.as_secs()
             );

@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::{
-    Database, Done, Error, Failure, Kind, Rows, StoreError, Value, Work, postgres, sqlite,
+    Database, Done, Error, Failure, Kind, Refusal, Rows, SqlAccess, StoreError, Value, Work,
+    host_error, postgres, sqlite,
 };
 use crate::delivery::progress::{self, Broken, Commit, CommitError, Mode};
 
@@ -18,6 +19,7 @@ pub struct Transaction(Arc<Shared>);
 
 struct Shared {
     mode: Mode,
+    access: SqlAccess,
     statements: AtomicU64,
     state: Mutex<State>,
 }
@@ -49,7 +51,7 @@ enum Session {
 
 /// What a statement has answered, and what is left of the transaction.
 pub(super) struct Outcome {
-    answer: Result<Done, Error>,
+    answer: Result<Done, Refusal>,
     fate: Fate,
 }
 
@@ -82,9 +84,16 @@ impl Outcome {
 
     pub(super) fn failed(error: Error, fate: Fate) -> Self {
         Self {
-            answer: Err(error),
+            // Whoever knows more says more.
+            answer: Err(Refusal::of(error, SqlAccess::Data)),
             fate,
         }
+    }
+
+    /// What a failure says of the database, by who knows it.
+    pub(super) fn judged(self, judge: impl FnOnce(Error) -> Refusal) -> Self {
+        let answer = self.answer.map_err(|refusal| judge(refusal.error));
+        Self { answer, ..self }
     }
 
     pub(super) fn is_lost(&self) -> bool {
@@ -106,11 +115,15 @@ impl Transaction {
                 // The semaphore is never closed; without it, the pool's own limit holds.
                 let turn = turns.acquire_owned().await;
                 let turn = turn.map_err(|error| StoreError::Unavailable(error.to_string()))?;
-                let session = postgres::Session::begin(database, access).await?;
+                let session = postgres::Session::begin(database, access)
+                    .await
+                    .map_err(host_error)?;
                 (Session::Postgres(Box::new(session)), Some(turn))
             }
             Kind::Sqlite(database) => {
-                let session = sqlite::Session::begin(database, access, mode, turns).await?;
+                let session = sqlite::Session::begin(database, access, mode, turns)
+                    .await
+                    .map_err(host_error)?;
                 (Session::Sqlite(Box::new(session)), None)
             }
         };
@@ -120,6 +133,7 @@ impl Transaction {
         });
         Ok(Self(Arc::new(Shared {
             mode,
+            access,
             statements: AtomicU64::new(0),
             state: Mutex::new(State::Open(held)),
         })))
@@ -127,25 +141,27 @@ impl Transaction {
 
     /// As [`Database::query`], in the transaction.
     pub async fn query(&self, statement: &str, params: &[Value]) -> Result<Rows, Error> {
-        let done = self.call(statement, Work::Query(params)).await?;
-        Ok(done.rows)
+        let done = self.call(statement, Work::Query(params)).await;
+        Ok(done.map_err(Refusal::into_error)?.rows)
     }
 
     /// As [`Database::execute`], in the transaction.
     pub async fn execute(&self, statement: &str, params: &[Value]) -> Result<u64, Error> {
-        let done = self.call(statement, Work::Execute(params)).await?;
-        Ok(done.affected)
+        let done = self.call(statement, Work::Execute(params)).await;
+        Ok(done.map_err(Refusal::into_error)?.affected)
     }
 
     /// As [`Database::execute_many`], in the transaction.
     pub async fn execute_many(&self, statement: &str, params: &[Vec<Value>]) -> Result<u64, Error> {
-        let done = self.call(statement, Work::ExecuteMany(params)).await?;
-        Ok(done.affected)
+        let done = self.call(statement, Work::ExecuteMany(params)).await;
+        Ok(done.map_err(Refusal::into_error)?.affected)
     }
 
     /// Runs a statement. After an error, [`progress::Transaction::broken`] tells whether there can be another.
-    pub(super) async fn call(&self, text: &str, work: Work<'_>) -> Result<Done, Error> {
-        let mut held = self.take()?;
+    pub(super) async fn call(&self, text: &str, work: Work<'_>) -> Result<Done, Refusal> {
+        let access = self.0.access;
+        let taken = self.take();
+        let mut held = taken.map_err(|error| Refusal::of(error, access))?;
         self.0.statements.fetch_add(1, Ordering::Relaxed);
         let mode = self.0.mode;
         let Outcome { answer, fate } = match &mut held.session {
@@ -173,7 +189,7 @@ impl Transaction {
             (Fate::Doomed, _) => State::Doomed(held),
             (Fate::Contended, _) => State::Contended(Some(held)),
             (Fate::Lost, Ok(_)) => State::Gone("a statement broke the connection".to_owned()),
-            (Fate::Lost, Err(error)) => State::Gone(words(error.clone())),
+            (Fate::Lost, Err(refusal)) => State::Gone(words(refusal.error.clone())),
         };
         *self.state() = state;
         answer
@@ -198,7 +214,7 @@ impl Transaction {
 
     /// Puts the connection back after a command of the host's own, which must not fail.
     fn put_back(&self, held: Box<Held>, done: Result<(), Error>) -> Result<(), StoreError> {
-        let done = done.map_err(StoreError::from);
+        let done = done.map_err(host_error);
         *self.state() = match &done {
             Ok(()) => State::Open(held),
             Err(error) => State::Gone(error.to_string()),

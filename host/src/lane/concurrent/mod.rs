@@ -23,6 +23,7 @@ use self::queue::{Message, Queue};
 use self::window::Window;
 use super::held::{Held, Sent};
 use super::message::{End, Leave};
+use super::repetition::{Repetitions, Together};
 use super::{Common, Equipment, LOG_PATIENCE, MAX_AHEAD, MAX_AHEAD_BYTES, MAX_HELD_BYTES, Stopped};
 use crate::delivery::progress::LaneId;
 use crate::delivery::seen::Seen;
@@ -108,7 +109,7 @@ impl<S: Source, K: Sink, H: Handler<()>> Lane<S, K, H> {
             }
             if let Some(advance) = work.window.advance() {
                 common.metrics().batch(advance.messages);
-                self.source.done(advance.next_offset);
+                self.source.done(advance.next_offset, None);
             }
             // A stage that never waits would keep its thread for itself.
             tokio::task::coop::consume_budget().await;
@@ -139,6 +140,7 @@ struct Work<'a, K, H> {
     leaving: CancellationToken,
     /// Since the work began: a repetition of what came before it is delivered again.
     seen: Seen,
+    repetitions: Repetitions,
     queue: Queue,
     window: Window,
     /// Bytes of the messages that are not done.
@@ -180,6 +182,7 @@ impl<'a, K: Sink, H: Handler<()>> Work<'a, K, H> {
             common,
             leaving,
             seen: Seen::default(),
+            repetitions: Repetitions::default(),
             queue: Queue::new(common.policy().order),
             window: Window::default(),
             bytes: 0,
@@ -208,9 +211,11 @@ impl<'a, K: Sink, H: Handler<()>> Work<'a, K, H> {
     fn take(&mut self, taken: Taken) {
         match taken {
             Ok(Some(records)) => {
+                let together = Together::of(&records);
                 for record in records {
                     let ticket = self.window.open(record.offset);
-                    if self.seen.admit(&record) {
+                    let admitted = self.seen.admit(&record, &self.common.equipment.cluster);
+                    if self.repetitions.is_one(admitted) {
                         self.window.done(ticket);
                         self.common.metrics().messages("duplicate", 1);
                     } else {
@@ -218,6 +223,7 @@ impl<'a, K: Sink, H: Handler<()>> Work<'a, K, H> {
                         self.queue.push(record, ticket);
                     }
                 }
+                self.repetitions.looked(self.common.stage(), together);
             }
             Ok(None) => self.leave(Leave::Stopped),
             Err(gap) => self.closing = Some(Closing::Gap(gap)),

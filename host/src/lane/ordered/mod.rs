@@ -18,6 +18,7 @@ use self::batch::Batch;
 use self::flight::{Flight, Origin, landing};
 use super::held::Held;
 use super::message::{End, Leave};
+use super::repetition::{Repetitions, Together};
 use super::{Common, Equipment, MAX_AHEAD, MAX_AHEAD_BYTES, MAX_HELD_BYTES, Stopped, alongside};
 use crate::delivery::progress::LaneId;
 use crate::delivery::seen::Seen;
@@ -69,6 +70,7 @@ struct Work<'a, S, K, H> {
     common: &'a Common<K, H>,
     /// Since the work began: a repetition of what came before it is delivered again.
     seen: Seen,
+    repetitions: Repetitions,
     /// Batches that are not settled; all but the last one are handled.
     batches: VecDeque<Batch>,
     /// The number of the first of them.
@@ -91,6 +93,7 @@ impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
             source,
             common,
             seen: Seen::default(),
+            repetitions: Repetitions::default(),
             batches: VecDeque::new(),
             first: 0,
             ahead: (0, 0),
@@ -159,17 +162,27 @@ impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
     /// Takes a batch in, without what was in the lane before.
     fn take(&mut self, mut records: Vec<Record>) {
         let next_offset = records.last().map(|record| record.offset + 1);
-        records.retain(|record| {
-            let is_new = !self.seen.admit(record);
-            if !is_new {
-                self.common.metrics().messages("duplicate", 1);
-            }
-            is_new
-        });
+        if Seen::concerns(&records) {
+            self.drop_repetitions(&mut records);
+        }
         let batch = Batch::new(records, next_offset);
         self.ahead.0 += batch.records.len();
         self.ahead.1 += batch.bytes;
         self.batches.push_back(batch);
+    }
+
+    fn drop_repetitions(&mut self, records: &mut Vec<Record>) {
+        let (common, together) = (self.common, Together::of(records));
+        let (seen, repetitions) = (&mut self.seen, &mut self.repetitions);
+        records.retain(|record| {
+            let admitted = seen.admit(record, &common.equipment.cluster);
+            let is_repeated = repetitions.is_one(admitted);
+            if is_repeated {
+                common.metrics().messages("duplicate", 1);
+            }
+            !is_repeated
+        });
+        repetitions.looked(common.stage(), together);
     }
 
     /// Calls the stage with the records of the last batch.
@@ -237,19 +250,20 @@ impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
 
     /// One call with these records of the last batch; several for which a store was away wait for it once, and not each.
     async fn call(&mut self, records: Range<usize>) -> Result<Invocation, Leave> {
-        let mut tried_again = false;
+        let (mut losses, mut tried_again) = (0, false);
         loop {
             let invocation = self.call_once(records.clone()).await;
             if records.len() == 1 {
                 return Ok(invocation);
             }
-            let Some(store) = invocation.away().cloned() else {
+            let Some(away) = invocation.away().cloned() else {
                 return Ok(invocation);
             };
             self.settle_all().await?;
+            losses += 1;
             // One that answers now may have been away for a moment; the second time it is the messages' fault.
-            let was_away = self.common.until_there::<()>(&store).await?;
-            if !was_away && mem::replace(&mut tried_again, true) {
+            let is_its_own = self.common.until_there::<()>(&away, losses).await?;
+            if !is_its_own && mem::replace(&mut tried_again, true) {
                 return Ok(invocation);
             }
         }
@@ -479,7 +493,7 @@ impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
             }
         }
         if let Some(next_offset) = next_offset {
-            self.source.done(next_offset);
+            self.source.done(next_offset, None);
         }
     }
 }

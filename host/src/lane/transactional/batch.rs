@@ -6,8 +6,8 @@ use std::sync::Arc;
 use tokio::time::Instant;
 
 use crate::delivery::Fault;
-use crate::delivery::progress::LaneId;
-use crate::delivery::seen::{HEADER, OutputId, Place, Seen};
+use crate::delivery::seen::{HEADER, Ids, Place, Seen};
+use crate::lane::repetition::Repetitions;
 use crate::record::{Header, Outgoing, Record};
 
 /// Bytes of outputs that a lane holds before it commits them. They are written into its row.
@@ -48,11 +48,17 @@ pub(super) enum Note {
 }
 
 impl Batch {
-    /// `seen` is as of the last commit.
-    pub(super) fn new(records: Vec<Record>, seen: &Seen) -> Self {
+    /// `seen` is as of the last commit. What is dropped is told to `repetitions`.
+    pub(super) fn new(
+        records: Vec<Record>,
+        seen: &Seen,
+        cluster: &str,
+        repetitions: &mut Repetitions,
+    ) -> Self {
         let duplicate = if Seen::concerns(&records) {
             let mut seen = seen.clone();
-            records.iter().map(|record| seen.admit(record)).collect()
+            let admit = |record| repetitions.is_one(seen.admit(record, cluster));
+            records.iter().map(admit).collect()
         } else {
             vec![false; records.len()]
         };
@@ -116,8 +122,14 @@ impl Batch {
         offset(self.handled).or_else(|| Some(offset(self.handled.checked_sub(1)?)? + 1))
     }
 
-    /// Takes what is held, with ids that grow as the outputs do.
-    pub(super) fn take_outputs(&mut self, lane: &LaneId, generation: i64) -> Vec<Outgoing> {
+    /// What is held and has no partition yet.
+    pub(super) fn unplaced(&mut self) -> impl Iterator<Item = &mut Outgoing> {
+        let outputs = self.held.iter_mut().map(|(_, output)| output);
+        outputs.filter(|output| output.partition.is_none())
+    }
+
+    /// Takes what is held, with ids that grow as the outputs do. All have their partitions.
+    pub(super) fn take_outputs(&mut self, ids: &Ids, generation: i64) -> Vec<Outgoing> {
         let mut place = Place {
             generation,
             ..Place::default()
@@ -131,7 +143,8 @@ impl Batch {
             };
             last = Some(origin);
             place.offset = self.records[origin].offset;
-            let id = OutputId::new(lane, place).to_string();
+            let partition = output.partition.unwrap_or_default();
+            let id = ids.id(&output.topic, partition, place);
             output.headers.push(Header::new(HEADER, id));
             output
         };
@@ -140,9 +153,9 @@ impl Batch {
     }
 
     /// Remembers the outputs of other lanes that are handled.
-    pub(super) fn admit_into(&self, seen: &mut Seen) {
+    pub(super) fn admit_into(&self, seen: &mut Seen, cluster: &str) {
         for record in self.unsettled_handled() {
-            seen.admit(record);
+            seen.admit(record, cluster);
         }
     }
 

@@ -11,6 +11,7 @@ use tracing::{debug, error, warn};
 use super::batch::{Batch, Note};
 use super::turn::{After, Plan};
 use super::{Ending, Lane, Tenure};
+use crate::capability::{Action, Away};
 use crate::delivery::output;
 use crate::delivery::progress::{Checkpoint, Commit, CommitError, Ledger, Transaction};
 use crate::delivery::{Cause, Fault, Handler};
@@ -19,8 +20,6 @@ use crate::log::{Addressed, Source};
 use crate::readiness::Wait;
 use crate::record::Outgoing;
 
-/// A message that the connection breaks at so often in a row may be what brings the database down.
-const MAX_LOSSES: u32 = 5;
 /// How long a transaction is held open for the acknowledgement of what was committed before.
 const LANDING_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -52,11 +51,13 @@ where
         } else {
             0
         };
-        let was_away = self
-            .common
-            .until_there::<L::Transaction>(&self.store)
-            .await?;
-        if was_away && losses < MAX_LOSSES {
+        let away = Away {
+            store: self.store.clone(),
+            action: Action::Answer,
+            why: why.clone(),
+        };
+        let waiting = self.common.until_there::<L::Transaction>(&away, losses);
+        if waiting.await? {
             return Ok(Plan::optimistic());
         }
         let why = format!("{}: {why}", self.store);
@@ -83,9 +84,7 @@ where
             self.land(tenure).await?;
             return Ok(plan);
         }
-        if let Some(done) = tenure.outbox.take_done() {
-            self.source.done(done);
-        }
+        self.tell_done(tenure);
         let attempts = match &after {
             After::Retry(_) if batch.handled == batch.settled => tenure.failed(batch) + 1,
             After::Retry(_) => 1,
@@ -104,7 +103,7 @@ where
             }
         };
         let mut seen = tenure.seen.clone();
-        batch.admit_into(&mut seen);
+        batch.admit_into(&mut seen, &self.common.equipment.cluster);
         mem::swap(&mut tenure.seen, &mut seen);
         let checkpoint = self.checkpoint(tenure, next_offset, attempts, &outputs)?;
         let commit = Commit {
@@ -137,6 +136,7 @@ where
         tenure.next_offset = next_offset;
         tenure.attempts = attempts;
         tenure.has_pending = !outputs.is_empty();
+        tenure.has_new_topic = false;
         let delivery = self.delivery();
         tenure.outbox.launch(delivery, outputs, next_offset);
         self.settled(batch);
@@ -165,6 +165,7 @@ where
             self.row_kept();
             tenure.commits += 1;
             tenure.has_pending = false;
+            tenure.has_new_topic = false;
         }
         Ok(())
     }
@@ -203,13 +204,10 @@ where
 
     /// The outputs of what is handled, each with its id and its partition.
     async fn outputs(&self, generation: i64, batch: &mut Batch) -> Result<Vec<Outgoing>, Fault> {
-        let mut outputs = batch.take_outputs(&self.id, generation);
-        for output in &mut outputs {
-            if output.partition.is_none() {
-                output.partition = Some(self.partition_of(output).await?);
-            }
+        for output in batch.unplaced() {
+            output.partition = Some(self.partition_of(output).await?);
         }
-        Ok(outputs)
+        Ok(batch.take_outputs(&self.ids, generation))
     }
 
     pub(super) fn checkpoint(
@@ -289,7 +287,7 @@ where
     async fn follow(
         &mut self,
         tenure: &mut Tenure,
-        batch: &Batch,
+        batch: &mut Batch,
         after: After,
     ) -> Result<Plan, Ending> {
         match after {
@@ -309,12 +307,14 @@ where
                 }
                 self.pause(tenure, wait).await?;
             }
-            After::Away(store, fault) => {
+            After::Away(away, mut fault) => {
+                let losses = batch.lose(batch.settled);
                 let mut outbox = mem::take(&mut tenure.outbox);
-                let waiting = self.common.until_there::<L::Transaction>(&store);
-                let was_away = outbox.alongside(waiting).await;
+                let waiting = self.common.until_there::<L::Transaction>(&away, losses);
+                let is_its_own = outbox.alongside(waiting).await;
                 tenure.outbox = outbox;
-                if !was_away? {
+                if !is_its_own? {
+                    fault.count();
                     return Ok(Plan::careful(Some((batch.settled, fault))));
                 }
             }
@@ -330,9 +330,7 @@ where
             .outbox
             .alongside(self.common.wait_to_retry(wait))
             .await;
-        if let Some(done) = tenure.outbox.take_done() {
-            self.source.done(done);
-        }
+        self.tell_done(tenure);
         Ok(())
     }
 }

@@ -7,6 +7,7 @@
 
 mod batch;
 mod commit;
+mod compare;
 mod outbox;
 mod turn;
 
@@ -15,20 +16,23 @@ use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 
 use self::batch::Batch;
+use self::compare::{Row, Said, Verdict};
 pub(super) use self::outbox::warn_of;
 use self::outbox::{Delivery, Outbox};
 use self::turn::{Plan, Ran};
+use super::repetition::{Repetitions, Together};
 use super::{Common, Equipment, Halt, LOG_PATIENCE, Stopped};
-use crate::capability::{StoreError, StoreName};
+use crate::capability::{Action, Away, StoreError, StoreName};
 use crate::delivery::Handler;
 use crate::delivery::output;
 use crate::delivery::progress::{Checkpoint, Claim, LaneId, Ledger, Transaction};
-use crate::delivery::seen::Seen;
+use crate::delivery::seen::{Ids, Seen};
+use crate::log::committed::RowMark;
 use crate::log::{Addressed, Gap, Source};
-use crate::pipeline::Retry;
+use crate::pipeline::{OnGap, Retry};
 use crate::readiness::{Wait, Waiting};
 use crate::record::{Outgoing, Record};
 
@@ -52,6 +56,9 @@ pub struct Lane<S, K, H, L> {
     ledger: Arc<L>,
     store: StoreName,
     id: LaneId,
+    /// Makes the ids of its outputs.
+    ids: Ids,
+    repetitions: Repetitions,
     /// How often in a row it could not keep its row.
     troubles: u32,
     /// What is said of that.
@@ -71,10 +78,34 @@ struct Tenure {
     seen: Seen,
     /// Whether the row has outputs.
     has_pending: bool,
+    /// Whether the row does not remember its topic yet.
+    has_new_topic: bool,
     outbox: Outbox,
 }
 
 impl Tenure {
+    /// Whether the row has outputs that the log has once they have landed, or does not remember its topic yet.
+    fn has_news(&self) -> bool {
+        self.has_pending || (self.has_new_topic && self.next_offset.is_some())
+    }
+
+    fn row(&self) -> Row {
+        Row {
+            generation: self.generation,
+            commits: self.commits,
+            next_offset: self.next_offset,
+        }
+    }
+
+    /// What is written beside the group's offset.
+    fn mark(&self) -> Option<RowMark> {
+        Some(RowMark {
+            generation: self.generation,
+            commits: self.commits,
+            next_offset: self.next_offset?,
+        })
+    }
+
     /// Goes on behind a gap: failed deliveries were of a record that is gone.
     fn pass_to(&mut self, offset: Option<i64>) {
         if offset != self.next_offset {
@@ -127,6 +158,8 @@ where
         let common = Common::new(equipment, &source, id.clone(), seed);
         Self {
             source,
+            ids: Ids::new(common.equipment.cluster.clone(), &id),
+            repetitions: Repetitions::default(),
             common,
             ledger,
             store,
@@ -206,17 +239,18 @@ where
 
     /// Delivers until there is a gap that may not be passed.
     async fn deliver(&mut self, tenure: &mut Tenure) -> Result<Halt, Ending> {
+        let mut is_compared = false;
         loop {
-            let from = tenure.next_offset;
-            match self.common.start(&mut self.source, from).await {
-                Ok(from) => tenure.pass_to(from),
-                Err(halt) => return Ok(halt),
+            if let Some(halt) = self.begin(tenure, &mut is_compared).await? {
+                // What the row says may not be of the log that is there.
+                tenure.outbox.forget_done();
+                return Ok(halt);
             }
             let gap = loop {
                 match self.next(tenure).await? {
                     Ok(Some(records)) => {
                         self.common.metrics().batch(records.len());
-                        let mut batch = Batch::new(records, &tenure.seen);
+                        let mut batch = self.batch(tenure, records);
                         self.work(tenure, &mut batch).await?;
                     }
                     Ok(None) => {
@@ -231,6 +265,115 @@ where
                 Err(halt) => return Ok(halt),
             }
         }
+    }
+
+    /// Begins to read, and compares the row with what the log says, once. Answers why the lane can't go on, if it can't.
+    async fn begin(
+        &mut self,
+        tenure: &mut Tenure,
+        is_compared: &mut bool,
+    ) -> Result<Option<Halt>, Ending> {
+        let row = tenure.row();
+        let begun = self.common.start(&mut self.source, row.next_offset).await;
+        let (from, started) = match begun {
+            Ok(begun) => begun,
+            Err(halt) => return Ok(Some(halt)),
+        };
+        tenure.pass_to(from);
+        let Some(started) = started.filter(|_| !*is_compared) else {
+            return Ok(None);
+        };
+        if let Some(halt) = self.same_topic(tenure, started.topic) {
+            return Ok(Some(halt));
+        }
+        let verdict = compare::compare(row, started.committed.as_ref());
+        let halt = self.heed(tenure, row, verdict).await?;
+        *is_compared = halt.is_none();
+        Ok(halt)
+    }
+
+    /// Why the lane can't go on, if its row is of another topic of this name. Else the row remembers which one it is of.
+    fn same_topic(&self, tenure: &mut Tenure, now: Option<String>) -> Option<Halt> {
+        let now = now?;
+        match tenure.seen.topic() {
+            Some(before) if before == now => None,
+            Some(before) if tenure.next_offset.is_some() => {
+                let gap = Gap::Replaced {
+                    expected: tenure.next_offset.unwrap_or_default(),
+                    before: before.to_owned(),
+                    now,
+                };
+                self.common.pass(&gap).err()
+            }
+            _ => {
+                tenure.seen.set_topic(&now);
+                tenure.has_new_topic = true;
+                None
+            }
+        }
+    }
+
+    /// Says what the group's commit has to say of the row, and sees to it that new outputs are of a generation above all that
+    /// the lane has had. Answers why the lane can't go on, if it can't.
+    async fn heed(
+        &mut self,
+        tenure: &mut Tenure,
+        row: Row,
+        verdict: Verdict,
+    ) -> Result<Option<Halt>, Ending> {
+        let said = self.said(row, verdict);
+        if let Some(highest) = verdict.highest_generation() {
+            let above = highest.max(tenure.generation) + 1;
+            self.raise_generation(tenure, above).await?;
+        }
+        let (stage, topic, partition) = (self.common.stage(), &*self.id.topic, self.id.partition);
+        match verdict {
+            Verdict::Agree => {}
+            Verdict::Begins { .. } => info!(stage, topic, partition, "{said}"),
+            Verdict::Unset { .. } | Verdict::Set { .. } => {
+                warn!(stage, topic, partition, "{said}");
+            }
+            Verdict::Older { .. } => error!(stage, topic, partition, "{said}"),
+            Verdict::Emptied { .. } if self.common.policy().on_gap == OnGap::Continue => {
+                let on = "going on at the group's offset, as `on-gap` says";
+                error!(stage, topic, partition, "{said}; {on}");
+            }
+            Verdict::Emptied { .. } => return Ok(Some(Halt(said))),
+        }
+        Ok(None)
+    }
+
+    fn said(&self, row: Row, verdict: Verdict) -> String {
+        let said = Said {
+            verdict,
+            row,
+            id: &self.id,
+            store: &self.store,
+        };
+        said.to_string()
+    }
+
+    /// Writes a higher generation into the row.
+    async fn raise_generation(&mut self, tenure: &mut Tenure, to: i64) -> Result<(), Ending> {
+        loop {
+            match self.ledger.raise(&self.id, tenure.epoch, to).await {
+                Ok(Some(claim)) => {
+                    tenure.generation = claim.generation;
+                    return Ok(());
+                }
+                Ok(None) => return Err(Ending::Fenced),
+                Err(error) => self.await_database(error).await?,
+            }
+        }
+    }
+
+    /// A batch of records, with those marked that were there before.
+    fn batch(&mut self, tenure: &Tenure, records: Vec<Record>) -> Batch {
+        let cluster = &self.common.equipment.cluster;
+        let batch = Batch::new(records, &tenure.seen, cluster, &mut self.repetitions);
+        let together = Together::of(&batch.records);
+        self.repetitions.looked(self.common.stage(), together);
+        batch
     }
 
     async fn claim(&mut self) -> Result<Claim, Ending> {
@@ -254,13 +397,16 @@ where
             return Err(Ending::Halted(Halt(format!("{}: {why}", self.store))));
         }
         debug!("{}: {error}", self.store);
-        let was_away = self
-            .common
-            .until_there::<L::Transaction>(&self.store)
-            .await?;
-        if !was_away {
+        let why = format!("{}: {error}", self.store);
+        let away = Away {
+            store: self.store.clone(),
+            action: Action::Write,
+            why: error.to_string(),
+        };
+        // No message is at fault: how long to wait is the lane's affair.
+        let waiting = self.common.until_there::<L::Transaction>(&away, 0);
+        if !waiting.await? {
             // It answers, and yet it failed: not again at once.
-            let why = format!("{}: {error}", self.store);
             self.trouble(&LOG_PATIENCE, &why).await?;
         }
         Ok(())
@@ -293,6 +439,7 @@ where
             attempts,
             seen: output::decode_seen(&seen).map_err(unreadable)?,
             has_pending: !pending.is_empty(),
+            has_new_topic: false,
             outbox: Outbox::default(),
         };
         let delivery = self.delivery();
@@ -343,18 +490,15 @@ where
         tenure: &mut Tenure,
     ) -> Result<Result<Option<Vec<Record>>, Gap>, Ending> {
         loop {
-            if let Some(done) = tenure.outbox.take_done() {
-                self.source.done(done);
-            }
+            self.tell_done(tenure);
             let is_aloft = tenure.outbox.is_aloft();
-            let is_idle = !is_aloft && (tenure.has_pending || self.troubles > 0);
             tokio::select! {
                 biased;
                 // All are cancel-safe: the flight goes on at the next call, records stay where they are, and a sleep
                 // holds nothing.
                 () = tenure.outbox.landed(), if is_aloft => {}
                 records = self.source.next(&self.common.policy().batch) => return Ok(records),
-                () = tokio::time::sleep(IDLE), if is_idle => match tenure.has_pending {
+                () = tokio::time::sleep(IDLE), if !is_aloft => match self.has_news(tenure) {
                     true => self.clear_pending(tenure).await?,
                     false => self.row_kept(),
                 },
@@ -365,13 +509,27 @@ where
     /// So that nothing is produced again after a stop: waits for what is on its way and takes it out of the row.
     async fn finish(&mut self, tenure: &mut Tenure) -> Result<(), Ending> {
         tenure.outbox.landed().await;
-        if let Some(done) = tenure.outbox.take_done() {
-            self.source.done(done);
-        }
-        if tenure.has_pending {
+        self.tell_done(tenure);
+        if tenure.has_news() {
             self.clear_pending(tenure).await?;
         }
         Ok(())
+    }
+
+    /// Tells the log what is done, once all that came of it is in the log.
+    fn tell_done(&mut self, tenure: &mut Tenure) {
+        if let Some(done) = tenure.outbox.take_done() {
+            self.source.done(done, tenure.mark());
+        }
+    }
+
+    /// Whether an idle lane, which has settled all that it was given, has something to write into its row. That includes the
+    /// offset behind what are no records, for they may be removed before the next one comes.
+    fn has_news(&self, tenure: &mut Tenure) -> bool {
+        let next_offset = tenure.next_offset;
+        let passed = self.source.passed().filter(|_| next_offset.is_some());
+        tenure.pass_to(next_offset.max(passed));
+        tenure.has_news() || tenure.next_offset != next_offset
     }
 
     /// Works through a batch, in as many commits as it takes. Returns before its end when the lane is to stop.

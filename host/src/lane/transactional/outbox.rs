@@ -13,14 +13,14 @@ use tracing::{debug, error, warn};
 
 use crate::delivery::dead_letter;
 use crate::delivery::retry::backoff;
-use crate::delivery::seen;
+use crate::delivery::seen::HEADER;
 use crate::delivery::{Cause, Fault};
 use crate::lane::held::mend;
 use crate::lane::{LOG_PATIENCE, Policy, alongside};
 use crate::log::{Addressed, LogError, Unsent};
 use crate::metrics::StageMetrics;
 use crate::readiness::{LaneStatus, Wait};
-use crate::record::Outgoing;
+use crate::record::{Header, Outgoing};
 
 /// The outputs of one commit, at most, on their way.
 #[derive(Default)]
@@ -63,6 +63,11 @@ impl Outbox {
             return None;
         }
         self.upto.take()
+    }
+
+    /// What is done is not to be told: it may not be of this log.
+    pub(super) fn forget_done(&mut self) {
+        self.upto = None;
     }
 
     /// Does some work while the flight goes on. Dropping it drops the work; the flight stays.
@@ -116,7 +121,7 @@ impl<K: Addressed> Delivery<K> {
                 let Some((output, number)) = slots.get_mut(index).and_then(Option::take) else {
                     continue;
                 };
-                match self.again(output, &error).await {
+                match self.again(output, &error, rng).await {
                     Again::Same(output) => {
                         outputs.push(output);
                         numbers.push(number);
@@ -134,7 +139,7 @@ impl<K: Addressed> Delivery<K> {
         letters.into_values().collect()
     }
 
-    async fn again(&self, mut output: Outgoing, error: &LogError) -> Again {
+    async fn again(&self, mut output: Outgoing, error: &LogError, rng: &mut StdRng) -> Again {
         let topic = &*output.topic;
         match error {
             LogError::Unavailable(_) => {
@@ -151,25 +156,47 @@ impl<K: Addressed> Delivery<K> {
                 error!(topic, "{why}; it goes to the dead letters");
                 self.metrics.dead_letter(Cause::Reject.label());
                 let fault = Fault::new(Cause::Reject, why);
-                Again::Letter(self.letter(&output, &fault).await)
+                Again::Letter(self.letter(&output, &fault, rng).await)
             }
         }
     }
 
-    /// The dead letter of an output, which goes to the same partition if it is made again after a crash.
-    async fn letter(&self, output: &Outgoing, fault: &Fault) -> Outgoing {
+    /// The dead letter of an output, which goes to the same partition, by the same id, if it is made again after a crash.
+    async fn letter(&self, output: &Outgoing, fault: &Fault, rng: &mut StdRng) -> Outgoing {
         let mut letter = self.policy.dead_letters.refused(output, fault);
-        let id = letter.headers.iter().rfind(|h| h.name == seen::HEADER);
+        let id = dead_letter::id_of_output(output);
+        let by_id = || id.as_ref().map(|id| id.to_string().into_bytes());
         let place = Outgoing {
             topic: letter.topic.clone(),
             partition: None,
             timestamp: None,
-            key: letter.key.clone().or_else(|| id?.value.clone()),
+            key: letter.key.clone().or_else(by_id),
             value: None,
             headers: Vec::new(),
         };
-        letter.partition = self.sink.partition_of(&place).await.ok();
+        let partition = self.partition_of(&place, rng).await;
+        letter.partition = Some(partition);
+        let own = id.map(|id| id.of_its_letter(&letter.topic, partition).to_string());
+        // Behind the cause it is the letter's own.
+        let own = own.map(|own| Header::new(HEADER, own));
+        letter.headers.extend(own);
         letter
+    }
+
+    /// Where a letter belongs: the first partition of a topic that is not there yet.
+    async fn partition_of(&self, letter: &Outgoing, rng: &mut StdRng) -> i32 {
+        let mut attempt = 1;
+        loop {
+            match self.sink.partition_of(letter).await {
+                Ok(partition) => return partition,
+                Err(LogError::Unavailable(why)) => {
+                    debug!("cannot place a dead letter, trying again: {why}");
+                    tokio::time::sleep(backoff(&LOG_PATIENCE, attempt, rng)).await;
+                    attempt = attempt.saturating_add(1);
+                }
+                Err(_) => return 0,
+            }
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use tracing::debug;
 
 use super::batch::{Batch, MAX_PENDING_BYTES, Note};
 use super::{Ending, Lane};
-use crate::capability::StoreName;
+use crate::capability::Away;
 use crate::delivery::progress::{Broken, Ledger, Mode, Transaction};
 use crate::delivery::{Cause, Fault, Handler};
 use crate::lane::Halt;
@@ -94,7 +94,7 @@ pub(super) enum After {
     /// The next message is delivered again after a while; its fault counts.
     Retry(Fault),
     /// The next message is delivered again once the store is there.
-    Away(StoreName, Fault),
+    Away(Away, Fault),
     Halt(Halt),
 }
 
@@ -379,11 +379,10 @@ where
 
     /// What becomes of the message at `batch.handled`, whose effects are undone, after its `attempt`th delivery.
     /// `None` where it is given up on, and the batch goes on.
-    fn verdict(&mut self, batch: &mut Batch, mut fault: Fault, attempt: u32) -> Option<After> {
+    fn verdict(&mut self, batch: &mut Batch, fault: Fault, attempt: u32) -> Option<After> {
         let at = batch.handled;
-        if let Some(store) = fault.away.clone() {
-            fault.count();
-            return Some(After::Away(store, fault));
+        if let Some(away) = fault.away.clone() {
+            return Some(After::Away(away, fault));
         }
         let policy = self.common.policy();
         if fault.cause.is_tried_again() {

@@ -25,7 +25,7 @@ use super::super::LogError;
 use super::membership::{Context, State, list_of};
 use super::message::owned;
 use super::partition::{Bell, Partition, PartitionSource, Position, Pushed};
-use super::start::{self, Passed};
+use super::start::{self, Begun, Passed};
 use super::{ClientSettings, Kind, forbidden};
 use crate::metrics::Metrics;
 use crate::record::Record;
@@ -243,6 +243,7 @@ impl Poller {
             self.start_those_that_wait();
             if committed.elapsed() >= COMMIT_INTERVAL {
                 committed = Instant::now();
+                self.pass_markers();
                 let again = all_committed.elapsed() >= COMMIT_AGAIN_INTERVAL;
                 if again {
                     all_committed = committed;
@@ -297,7 +298,7 @@ impl Poller {
                 );
                 return Err(LogError::Refused(why));
             }
-            Err(error) => self.report(&error),
+            Err(error) => self.report_error("", &error),
         }
         Ok(())
     }
@@ -351,6 +352,19 @@ impl Poller {
         records.clear();
     }
 
+    /// Markers of transactions, and what was aborted, come to nobody: partitions that are read pass them.
+    fn pass_markers(&mut self) {
+        let read: Vec<_> = (self.queues.iter())
+            .map(|queue| queue.partition.clone())
+            .collect();
+        for (partition, expected, gap) in start::pass_markers(&self.consumer, &read) {
+            let reading = Position::Reading(Some(expected));
+            if partition.replace_position(&reading, Position::Gap(gap)) {
+                self.hold(&partition);
+            }
+        }
+    }
+
     /// Drops the queues of partitions that were given up. To drop one whose partition is read would strand it.
     fn let_go_of_queues(&mut self) {
         let state = self.consumer.context().lock();
@@ -397,12 +411,14 @@ impl Poller {
         let all: Vec<_> = self.context().lock().partitions.values().cloned().collect();
         let consumer = self.consumer.clone();
         match start::start(&consumer, &all, |partition| self.split(partition)) {
-            Ok(all_started) => {
-                self.starting = !all_started;
-                self.start_after = Instant::now() + START_AGAIN;
+            Ok(Begun::All) => self.starting = false,
+            Ok(Begun::NotYet) => self.start_after = Instant::now() + START_AGAIN,
+            Ok(Begun::Unreadable(why)) => {
+                self.report(why);
+                self.start_after = Instant::now() + START_RETRY;
             }
             Err(error) => {
-                debug!("partitions are not read yet: {error}");
+                self.report_error("partitions are not read yet: ", &error);
                 self.start_after = Instant::now() + START_RETRY;
             }
         }
@@ -419,16 +435,22 @@ impl Poller {
         self.context().part(&self.consumer, &all, budget);
     }
 
-    /// librdkafka repeats an error while it lasts.
-    fn report(&mut self, error: &KafkaError) {
+    /// An error of librdkafka's, and what it means where the log does not allow something.
+    fn report_error(&mut self, what: &str, error: &KafkaError) {
         let text = match error.rdkafka_error_code().and_then(forbidden) {
             Some(lacks) => {
-                let text = format!("{lacks}: {error}");
+                let text = format!("{what}{lacks}: {error}");
+                // One that waits to be read says enough.
                 let _ = self.forbid.try_send(text.clone());
                 text
             }
-            None => error.to_string(),
+            None => format!("{what}{error}"),
         };
+        self.report(text);
+    }
+
+    /// librdkafka repeats an error while it lasts.
+    fn report(&mut self, text: String) {
         let now = Instant::now();
         let known = self.reported.get(&text);
         if known.is_some_and(|at| now.duration_since(*at) < REPORT_INTERVAL) {

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use super::log_line;
-use super::partition::{Bell, Partition, PartitionSource};
+use super::partition::{Bell, Commit, Partition, PartitionSource};
 use crate::metrics::Metrics;
 
 /// How long an abandoned lane may take to be gone.
@@ -170,13 +170,11 @@ fn end_lanes(partitions: &[Arc<Partition>], budget: Duration) {
 fn commit(consumer: &BaseConsumer<Context>, partitions: &[Arc<Partition>], mode: CommitMode) {
     let mut list = TopicPartitionList::new();
     for partition in partitions {
-        if let Some(offset) = partition.take_uncommitted() {
+        if let Some(Commit { offset, words }) = partition.take_uncommitted() {
+            let mut element = list.add_partition(partition.topic(), partition.number());
             // Fails only for offsets that are none.
-            let _ = list.add_partition_offset(
-                partition.topic(),
-                partition.number(),
-                Offset::Offset(offset),
-            );
+            let _ = element.set_offset(Offset::Offset(offset));
+            element.set_metadata(words);
         }
     }
     if list.count() == 0 {

@@ -11,6 +11,7 @@ pub mod producer;
 pub(crate) mod properties;
 mod start;
 pub mod tail;
+mod topic_id;
 pub mod topics;
 
 pub(crate) use self::access::may_read;

@@ -9,14 +9,15 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use super::super::{BatchLimits, Gap, Source};
+use super::super::committed::{Committed, RowMark, Words};
+use super::super::{BatchLimits, Gap, Source, Started};
 use crate::record::Record;
 
 /// A buffer with this many records is full.
 const MAX_RECORDS: usize = 10_000;
 /// A buffer with this many bytes is full. What is at hand in the lane comes on top.
 const MAX_BYTES: usize = 8 << 20;
-/// Says that nothing was settled yet.
+/// Says that nothing was committed yet.
 const NOTHING: i64 = -1;
 
 /// Wakes the consumer's thread.
@@ -78,18 +79,38 @@ pub struct Partition {
     stopping: CancellationToken,
     /// The lane is not waited for any longer.
     abandoned: CancellationToken,
-    /// The offset below which all is settled, or [`NOTHING`].
-    settled: AtomicI64,
+    /// The topic's id as of the last time that reading began, where the log tells it.
+    topic_id: Mutex<Option<String>>,
+    settled: Mutex<Settled>,
     /// The last offset given to the log to commit, or [`NOTHING`].
     committed: AtomicI64,
     ended: Mutex<bool>,
     ended_changed: Condvar,
 }
 
+/// What the lane has said that is done.
+#[derive(Clone, Copy, Default)]
+struct Settled {
+    /// The offset below which all is settled.
+    offset: Option<i64>,
+    /// What its row says, if it has one.
+    row: Option<RowMark>,
+}
+
+/// An offset to be committed, and what is written beside it.
+pub(super) struct Commit {
+    pub(super) offset: i64,
+    pub(super) words: String,
+}
+
 struct Buffer {
     position: Position,
     records: VecDeque<Record>,
     bytes: usize,
+    /// Behind the last record that the lane has taken since reading began.
+    taken: Option<i64>,
+    /// As of when reading began.
+    committed: Option<Committed>,
 }
 
 impl Buffer {
@@ -98,6 +119,16 @@ impl Buffer {
             position,
             records: VecDeque::new(),
             bytes: 0,
+            taken: None,
+            committed: None,
+        }
+    }
+
+    /// The offset up to which no more records are to come, where the lane has taken all.
+    fn passed(&self) -> Option<i64> {
+        match self.position {
+            Position::Reading(next) if self.records.is_empty() => next,
+            _ => None,
         }
     }
 
@@ -131,7 +162,8 @@ impl Partition {
             bell,
             stopping: CancellationToken::new(),
             abandoned: CancellationToken::new(),
-            settled: AtomicI64::new(NOTHING),
+            topic_id: Mutex::default(),
+            settled: Mutex::default(),
             committed: AtomicI64::new(NOTHING),
             ended: Mutex::new(false),
             ended_changed: Condvar::new(),
@@ -188,6 +220,36 @@ impl Partition {
         self.changed.notify_one();
     }
 
+    /// Reading begins, and this is what the group has committed.
+    pub(super) fn begin(&self, from: i64, committed: Option<Committed>) {
+        let mut buffer = self.buffer();
+        // Unless the lane has gone elsewhere, or away, meanwhile.
+        if matches!(buffer.position, Position::Wanted(_)) {
+            buffer.position = Position::Reading(Some(from));
+            buffer.committed = committed;
+        }
+        drop(buffer);
+        self.changed.notify_one();
+    }
+
+    /// The next record that is expected, where it is read.
+    pub(super) fn expected(&self) -> Option<i64> {
+        match self.buffer().position {
+            Position::Reading(next) => next,
+            _ => None,
+        }
+    }
+
+    /// The topic's id, as of the last time that reading began.
+    pub(super) fn topic_id(&self) -> Option<String> {
+        lock(&self.topic_id).clone()
+    }
+
+    /// The log has told it again.
+    pub(super) fn set_topic_id(&self, id: &str) {
+        *lock(&self.topic_id) = Some(id.to_owned());
+    }
+
     /// How many records there is room for. One more may be larger than what is left of the buffer's bytes.
     pub(super) fn room(&self) -> usize {
         self.buffer().room()
@@ -234,16 +296,33 @@ impl Partition {
         true
     }
 
-    /// The offset below which all is settled.
+    /// The offset below which all is settled: also behind what are no records, once all before them is.
     pub(super) fn settled(&self) -> Option<i64> {
-        Some(self.settled.load(Ordering::Acquire)).filter(|o| *o != NOTHING)
+        let mut settled = lock(&self.settled);
+        let offset = settled.offset?;
+        let buffer = self.buffer();
+        let all_done = buffer.taken.is_none_or(|taken| offset >= taken);
+        let passed = buffer.passed().filter(|_| all_done);
+        // Kept, for what comes next does not take it back.
+        settled.offset = passed.max(Some(offset));
+        settled.offset
     }
 
     /// The settled offset, if it was not yet given to the log.
-    pub(super) fn take_uncommitted(&self) -> Option<i64> {
-        let settled = self.settled()?;
-        let before = self.committed.swap(settled, Ordering::AcqRel);
-        (before != settled).then_some(settled)
+    pub(super) fn take_uncommitted(&self) -> Option<Commit> {
+        let offset = self.settled()?;
+        let before = self.committed.swap(offset, Ordering::AcqRel);
+        if before == offset {
+            return None;
+        }
+        let topic = lock(&self.topic_id);
+        let words = Words {
+            offset,
+            topic: topic.as_deref(),
+            row: lock(&self.settled).row,
+        };
+        let words = words.to_string();
+        Some(Commit { offset, words })
     }
 
     /// The last commit may not have reached the log: it is to be given again.
@@ -252,8 +331,12 @@ impl Partition {
     }
 
     fn buffer(&self) -> MutexGuard<'_, Buffer> {
-        self.buffer.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.buffer)
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The lane's end of a partition. Dropping it says that the lane has ended.
@@ -295,6 +378,9 @@ impl PartitionSource {
             taken.extend(buffer.records.pop_front());
         }
         buffer.bytes -= bytes;
+        if let Some(last) = taken.last() {
+            buffer.taken = Some(last.offset + 1);
+        }
         drop(buffer);
         if !had_room {
             self.0.bell.ring();
@@ -304,17 +390,30 @@ impl PartitionSource {
 }
 
 impl Source for PartitionSource {
-    async fn start(&mut self, offset: Option<i64>) -> Result<(), Gap> {
+    async fn start(&mut self, offset: Option<i64>) -> Result<Option<Started>, Gap> {
         *self.0.buffer() = Buffer::at(Position::Wanted(offset));
         self.0.bell.call();
         loop {
             if self.0.stopping.is_cancelled() {
-                return Ok(());
+                return Ok(None);
             }
-            match &self.0.buffer().position {
-                Position::Reading(_) => return Ok(()),
-                Position::Gap(gap) => return Err(gap.clone()),
-                Position::Wanted(_) | Position::Waiting => {}
+            let found = {
+                let buffer = self.0.buffer();
+                match &buffer.position {
+                    Position::Reading(from) => Some((*from, buffer.committed.clone())),
+                    Position::Gap(gap) => return Err(gap.clone()),
+                    Position::Wanted(_) | Position::Waiting => None,
+                }
+            };
+            if let Some((from, committed)) = found {
+                let is_of_a_row = committed.as_ref().is_some_and(|c| c.row().is_some());
+                // Where a row counts, its lane says what is done.
+                if offset.is_none() && !is_of_a_row {
+                    let mut settled = lock(&self.0.settled);
+                    settled.offset = settled.offset.or(from);
+                }
+                let topic = self.0.topic_id();
+                return Ok(Some(Started { committed, topic }));
             }
             self.0.changed.notified().await;
         }
@@ -337,8 +436,14 @@ impl Source for PartitionSource {
         }
     }
 
-    fn done(&mut self, next_offset: i64) {
-        self.0.settled.store(next_offset, Ordering::Release);
+    fn done(&mut self, next_offset: i64, row: Option<RowMark>) {
+        let mut settled = lock(&self.0.settled);
+        settled.offset = settled.offset.max(Some(next_offset));
+        settled.row = row;
+    }
+
+    fn passed(&self) -> Option<i64> {
+        self.0.buffer().passed()
     }
 
     fn stopping(&self) -> CancellationToken {
@@ -449,10 +554,10 @@ mod tests {
                 tokio::task::yield_now().await;
             }
             assert_eq!(partition.wanted(), Some(Some(5)));
-            partition.set_position(Position::Reading(Some(5)));
+            partition.begin(5, None);
         };
         let (started, ()) = tokio::join!(source.start(Some(5)), poller);
-        assert_eq!(started, Ok(()));
+        assert_eq!(started, Ok(Some(Started::default())));
         assert_eq!(push(&partition, record(5, 1)), Pushed::Taken);
         assert_eq!(push(&partition, record(9, 1)), Pushed::Jump(6));
         let gap = Gap::Removed {
@@ -468,13 +573,50 @@ mod tests {
     #[test]
     fn commits_each_offset_once_unless_it_failed() {
         let partition = partition();
+        let take = || partition.take_uncommitted().map(|commit| commit.offset);
         let mut source = PartitionSource::new(partition.clone());
-        assert_eq!(partition.take_uncommitted(), None);
-        source.done(7);
-        assert_eq!(partition.take_uncommitted(), Some(7));
-        assert_eq!(partition.take_uncommitted(), None);
+        assert_eq!(take(), None);
+        source.done(7, None);
+        assert_eq!(take(), Some(7));
+        assert_eq!(take(), None);
         partition.commit_again();
-        assert_eq!(partition.take_uncommitted(), Some(7));
+        assert_eq!(take(), Some(7));
+    }
+
+    #[test]
+    fn says_beside_an_offset_what_it_is_of() {
+        let partition = partition();
+        partition.set_topic_id("an-id");
+        let row = RowMark {
+            generation: 3,
+            commits: 2,
+            next_offset: 7,
+        };
+        PartitionSource::new(partition.clone()).done(7, Some(row));
+        let commit = partition.take_uncommitted().expect("an offset");
+        let read = Committed::read(commit.offset, &commit.words);
+        assert_eq!((read.topic(), read.row()), (Some("an-id"), Some(row)));
+    }
+
+    #[tokio::test]
+    async fn what_are_no_records_is_passed_once_all_before_is_done() {
+        let partition = partition();
+        let mut source = PartitionSource::new(partition.clone());
+        for offset in [0, 1] {
+            push(&partition, record(offset, 1));
+        }
+        // A transaction's marker follows.
+        partition.set_position(Position::Reading(Some(3)));
+        assert_eq!(source.passed(), None, "the records are not taken");
+        source.next(&limits(9, 9)).await.expect("no gap");
+        assert_eq!(source.passed(), Some(3));
+        assert_eq!(partition.settled(), None);
+        source.done(1, None);
+        assert_eq!(partition.settled(), Some(1), "the second is not done");
+        source.done(2, None);
+        assert_eq!(partition.settled(), Some(3));
+        push(&partition, record(3, 1));
+        assert_eq!(partition.settled(), Some(3), "it is not taken back");
     }
 
     #[test]

@@ -10,12 +10,15 @@ use std::time::{Duration, Instant};
 use rdkafka::bindings::rd_kafka_get_watermark_offsets;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::{IsError, KafkaResult};
+use rdkafka::topic_partition_list::TopicPartitionListElem;
 use rdkafka::{Offset, TopicPartitionList};
-use tracing::debug;
+use tracing::{debug, info};
 
 use super::super::Gap;
+use super::super::committed::Committed;
 use super::membership::{Context, list_of};
 use super::partition::{Partition, Position};
+use super::topic_id::topic_ids;
 
 /// How long the log may take for one answer. Polling stands still meanwhile, for the members of a group may be silent for
 /// minutes before they are taken for dead.
@@ -26,26 +29,35 @@ const ASK_ONE: Duration = Duration::from_millis(500);
 
 type Place = (String, i32);
 
-/// Has those partitions read that wait for it. Answers whether all of them are, or have a gap to tell of; librdkafka may need
-/// a moment before it takes a partition for assigned.
+/// How far it is with the partitions that are to be read.
+pub(super) enum Begun {
+    /// All are, or have a gap to tell of.
+    All,
+    /// librdkafka needs a moment before it takes a partition for assigned, or a leader is away.
+    NotYet,
+    /// The log did not tell what the group has committed in some partition: why, in words.
+    Unreadable(String),
+}
+
+/// Has those partitions read that wait for it.
 ///
 /// Each is `split` from the others just before its first record may come.
 pub(super) fn start(
     consumer: &BaseConsumer<Context>,
     partitions: &[Arc<Partition>],
     mut split: impl FnMut(&Arc<Partition>),
-) -> KafkaResult<bool> {
+) -> KafkaResult<Begun> {
     let waiting: Vec<_> = partitions
         .iter()
         .filter_map(|partition| Some((partition, partition.wanted()?)))
         .collect();
     if waiting.is_empty() {
-        return Ok(true);
+        return Ok(Begun::All);
     }
-    let unknown = waiting.iter().filter(|(_, offset)| offset.is_none());
-    let committed = committed(consumer, unknown.map(|(partition, _)| &***partition))?;
     let all = || waiting.iter().map(|(partition, _)| &***partition);
+    let (mut committed, unreadable) = committed(consumer, all())?;
     let bounds = bounds(consumer, all())?;
+    let topics = topic_ids(consumer, all().map(|partition| &**partition.topic()));
     let mut seeks = TopicPartitionList::new();
     let mut seeking = Vec::new();
     for (partition, wanted) in waiting {
@@ -54,32 +66,83 @@ pub(super) fn start(
         let Some(&(first, end)) = bounds.get(&place) else {
             continue;
         };
-        let known = wanted.or_else(|| committed.get(&place).copied());
-        let gap = known.and_then(|expected| outside(expected, first, end));
+        let Some(committed) = committed.remove(&place) else {
+            continue;
+        };
+        let topic = topics.get(&place.0).map(String::as_str);
+        let known = known(wanted, committed.as_ref());
+        let gap = known.and_then(|expected| {
+            let before = partition.topic_id();
+            let before = before.as_deref();
+            let before = before.or_else(|| committed.as_ref()?.topic());
+            replaced(expected, before, topic).or_else(|| outside(expected, first, end))
+        });
         if let Some(gap) = gap {
             partition.set_position(Position::Gap(gap));
             continue;
         }
+        if let Some(topic) = topic {
+            partition.set_topic_id(topic);
+        }
         let from = known.unwrap_or(first);
         seeks.add_partition_offset(partition.topic(), partition.number(), Offset::Offset(from))?;
-        seeking.push((partition, place, from));
+        seeking.push((partition, place, from, committed));
     }
-    if seeking.is_empty() {
-        return Ok(partitions.iter().all(|p| p.wanted().is_none()));
-    }
-    let sought = consumer.seek_partitions(seeks, ASK)?;
-    for (partition, place, from) in seeking {
-        match sought.find_partition(&place.0, place.1).map(|e| e.error()) {
-            Some(Ok(())) => {
-                split(partition);
-                partition.set_position(Position::Reading(Some(from)));
-                consumer.resume(&list_of(partition))?;
+    if !seeking.is_empty() {
+        let sought = consumer.seek_partitions(seeks, ASK)?;
+        let mut begun = Vec::new();
+        for (partition, place, from, committed) in seeking {
+            match sought.find_partition(&place.0, place.1).map(|e| e.error()) {
+                Some(Ok(())) => {
+                    split(partition);
+                    partition.begin(from, committed);
+                    consumer.resume(&list_of(partition))?;
+                    begun.push((place, from));
+                }
+                Some(Err(error)) => debug!("cannot seek yet: {error}"),
+                None => {}
             }
-            Some(Err(error)) => debug!("cannot seek yet: {error}"),
-            None => {}
         }
+        say_where(&consumer.context().lock().group, begun);
     }
-    Ok(partitions.iter().all(|p| p.wanted().is_none()))
+    if let Some(why) = unreadable {
+        Ok(Begun::Unreadable(why))
+    } else if partitions.iter().all(|p| p.wanted().is_none()) {
+        Ok(Begun::All)
+    } else {
+        Ok(Begun::NotYet)
+    }
+}
+
+/// Where to go on: where the lane says, and else where the group has got to. The group may know of markers behind the lane's
+/// offset, and that there is nothing else up to its own.
+fn known(wanted: Option<i64>, committed: Option<&Committed>) -> Option<i64> {
+    let Some(wanted) = wanted else {
+        return committed.map(|committed| committed.offset);
+    };
+    let row = committed.and_then(Committed::row);
+    let passed = committed.filter(|_| row.is_some_and(|row| row.next_offset == wanted));
+    Some(passed.map_or(wanted, |committed| committed.offset.max(wanted)))
+}
+
+/// `reading what was assigned: topic 0 from offset 5, 1 from offset 7`.
+fn say_where(group: &str, begun: Vec<(Place, i64)>) {
+    let mut topics = BTreeMap::<String, Vec<(i32, i64)>>::new();
+    for ((topic, number), from) in begun {
+        topics.entry(topic).or_default().push((number, from));
+    }
+    let topics = topics.into_iter().map(|(topic, mut partitions)| {
+        partitions.sort_unstable();
+        let partitions = partitions.iter();
+        let partitions: Vec<_> = partitions
+            .map(|(number, from)| format!("{number} from offset {from}"))
+            .collect();
+        format!("{topic} {}", partitions.join(", "))
+    });
+    let topics: Vec<_> = topics.collect();
+    if !topics.is_empty() {
+        info!(group, "reading what was assigned: {}", topics.join("; "));
+    }
 }
 
 /// What a partition has passed over.
@@ -90,6 +153,39 @@ pub(super) enum Passed {
     Gap(Gap),
     /// Only the log can tell.
     Unknown,
+}
+
+/// Lets partitions pass what are no records, as far as librdkafka's thread has handed it on: all that was before is in their
+/// buffers by now. Answers those that have passed over records.
+pub(super) fn pass_markers(
+    consumer: &BaseConsumer<Context>,
+    partitions: &[Arc<Partition>],
+) -> Vec<(Arc<Partition>, i64, Gap)> {
+    let Ok(positions) = consumer.position() else {
+        return Vec::new();
+    };
+    let mut gaps = Vec::new();
+    for partition in partitions {
+        let found = positions.find_partition(partition.topic(), partition.number());
+        let (Some(expected), Some(Offset::Offset(at))) =
+            (partition.expected(), found.map(|element| element.offset()))
+        else {
+            continue;
+        };
+        if at <= expected {
+            continue;
+        }
+        match passed(consumer, partition, expected, at) {
+            Passed::Nothing => {
+                let reading = Position::Reading(Some(expected));
+                partition.replace_position(&reading, Position::Reading(Some(at)));
+            }
+            Passed::Gap(gap) => gaps.push((partition.clone(), expected, gap)),
+            // The next time it can tell.
+            Passed::Unknown => {}
+        }
+    }
+    gaps
 }
 
 /// What a jump from the offset that was expected to the one that came has passed over.
@@ -124,22 +220,56 @@ fn outside(expected: i64, first: i64, end: i64) -> Option<Gap> {
     }
 }
 
+/// The topic that is there is another one than the one whose offset is known.
+fn replaced(expected: i64, before: Option<&str>, now: Option<&str>) -> Option<Gap> {
+    let (before, now) = before.zip(now).filter(|(before, now)| before != now)?;
+    Some(Gap::Replaced {
+        expected,
+        before: before.to_owned(),
+        now: now.to_owned(),
+    })
+}
+
 fn place(partition: &Partition) -> Place {
     (partition.topic().to_string(), partition.number())
 }
 
+type Commits = BTreeMap<Place, Option<Committed>>;
+
+/// What the group has committed in each partition, `None` where it is nothing. One of which the log does not say it is left
+/// out, for that is not the same as nothing; and why, of the first.
 fn committed<'a>(
     consumer: &BaseConsumer<Context>,
     partitions: impl Iterator<Item = &'a Partition>,
-) -> KafkaResult<BTreeMap<Place, i64>> {
+) -> KafkaResult<(Commits, Option<String>)> {
     let mut list = TopicPartitionList::new();
     for partition in partitions {
         list.add_partition(partition.topic(), partition.number());
     }
-    if list.count() == 0 {
-        return Ok(BTreeMap::new());
+    let list = consumer.committed_offsets(list, ASK)?;
+    let (mut committed, mut unreadable) = (BTreeMap::new(), None);
+    for element in list.elements() {
+        let (topic, partition) = (element.topic().to_owned(), element.partition());
+        let found = match (element.error(), element.offset()) {
+            (Err(error), _) => {
+                let place = format!("{topic} {partition}");
+                unreadable.get_or_insert_with(|| {
+                    format!("the group's committed offset in {place} can't be read: {error}")
+                });
+                continue;
+            }
+            (Ok(()), Offset::Offset(offset)) => Some(Committed::read(offset, &words(&element))),
+            (Ok(()), _) => None,
+        };
+        committed.insert((topic, partition), found);
     }
-    known(&consumer.committed_offsets(list, ASK)?)
+    Ok((committed, unreadable))
+}
+
+/// What stands beside an offset. librdkafka's wrapper panics on what is not UTF-8; that is nobody's of ours.
+fn words(element: &TopicPartitionListElem<'_>) -> String {
+    let read = || element.metadata().to_owned();
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(read)).unwrap_or_default()
 }
 
 /// The partitions' first and end offsets, as far as their leaders answer.
@@ -187,11 +317,11 @@ fn offsets<'a>(
     for partition in partitions {
         list.add_partition_offset(partition.topic(), partition.number(), which)?;
     }
-    known(&consumer.offsets_for_times(list, ASK)?)
+    answered(&consumer.offsets_for_times(list, ASK)?)
 }
 
 /// Those that were answered; an error of one is for the next time.
-fn known(list: &TopicPartitionList) -> KafkaResult<BTreeMap<Place, i64>> {
+fn answered(list: &TopicPartitionList) -> KafkaResult<BTreeMap<Place, i64>> {
     let mut offsets = BTreeMap::new();
     for element in list.elements() {
         if let (Ok(()), Offset::Offset(offset)) = (element.error(), element.offset()) {

@@ -1,21 +1,20 @@
 //! A reader of all partitions of a topic that joins no group and commits nothing: for people who look into the log.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 use std::time::Duration;
 
 use rdkafka::ClientContext;
 use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
 use rdkafka::consumer::{Consumer, ConsumerContext, StreamConsumer};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::message::{BorrowedMessage, Message};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use rdkafka::util::Timeout;
 use tracing::debug;
 
 use super::super::LogError;
-use super::message::owned;
+use super::message::raw_headers;
 use super::{ClientSettings, Kind, log_error, log_line};
-use crate::record::Record;
 
 /// How long one question to the log may take.
 const ASK_TIMEOUT: Duration = Duration::from_secs(10);
@@ -31,11 +30,28 @@ pub enum Start {
     Offset(i64),
 }
 
+/// A record as it stands in the log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TailRecord {
+    /// Its partition.
+    pub partition: i32,
+    /// Its offset in the partition.
+    pub offset: i64,
+    /// Milliseconds since the Unix epoch, where the record carries a timestamp.
+    pub timestamp: Option<i64>,
+    /// The key.
+    pub key: Option<Vec<u8>>,
+    /// The value; `None` is a tombstone.
+    pub value: Option<Vec<u8>>,
+    /// Names, which may be any bytes, and values of the headers, in their order.
+    pub headers: Vec<(Vec<u8>, Option<Vec<u8>>)>,
+}
+
 /// What a tail meets.
 #[derive(Debug)]
 pub enum Event {
     /// A record. Those of one partition come in order, those of several in any.
-    Record(Record),
+    Record(TailRecord),
     /// Every partition has been read to its end. More may follow.
     End,
 }
@@ -43,7 +59,6 @@ pub enum Event {
 /// Reads on and on.
 pub struct Tail {
     consumer: StreamConsumer<Context>,
-    topic: Arc<str>,
     /// Partitions whose end was not met yet.
     unread: BTreeSet<i32>,
 }
@@ -70,8 +85,7 @@ impl Tail {
         let consumer: StreamConsumer<Context> =
             StreamConsumer::from_config_and_context(&config, Context)
                 .map_err(|error| LogError::Refused(format!("cannot make a consumer: {error}")))?;
-        let topic: Arc<str> = topic.into();
-        let name = Arc::clone(&topic);
+        let name = topic.to_owned();
         // librdkafka blocks on questions.
         let opened = tokio::task::spawn_blocking(move || {
             let partitions = assign(&consumer, &name, start)?;
@@ -80,11 +94,7 @@ impl Tail {
         let (consumer, unread) = opened
             .await
             .map_err(|error| LogError::Unavailable(error.to_string()))??;
-        Ok(Self {
-            consumer,
-            topic,
-            unread,
-        })
+        Ok(Self { consumer, unread })
     }
 
     /// The next record, or that the end is met for the first time. Waits through outages.
@@ -93,7 +103,7 @@ impl Tail {
     pub async fn next(&mut self) -> Result<Event, LogError> {
         loop {
             match self.consumer.recv().await {
-                Ok(message) => return Ok(Event::Record(owned(&message, &self.topic))),
+                Ok(message) => return Ok(Event::Record(TailRecord::of(&message))),
                 Err(KafkaError::PartitionEOF(partition)) => {
                     if self.unread.remove(&partition) && self.unread.is_empty() {
                         return Ok(Event::End);
@@ -104,6 +114,19 @@ impl Tail {
                     refused => return Err(refused),
                 },
             }
+        }
+    }
+}
+
+impl TailRecord {
+    fn of(message: &BorrowedMessage<'_>) -> Self {
+        Self {
+            partition: message.partition(),
+            offset: message.offset(),
+            timestamp: message.timestamp().to_millis(),
+            key: message.key().map(<[u8]>::to_vec),
+            value: message.payload().map(<[u8]>::to_vec),
+            headers: raw_headers(message),
         }
     }
 }

@@ -16,6 +16,7 @@ use tracing::info;
 use super::super::LogError;
 use super::polled::PolledProducer;
 use super::{ClientSettings, Kind, QuietContext, forbidden, log_error, log_line};
+use crate::delivery::seen::UNKNOWN_CLUSTER;
 use crate::pipeline::Topic;
 
 /// How long one question to the log may take.
@@ -174,6 +175,17 @@ impl Admin {
         Ok(entry.unwrap_or(1))
     }
 
+    /// The id of the cluster, if it has one. To be asked once the log has answered something.
+    pub async fn cluster(&self) -> Arc<str> {
+        let asker = self.asker.clone();
+        let asked =
+            tokio::task::spawn_blocking(move || asker.client().fetch_cluster_id(ASK_TIMEOUT));
+        let id = asked.await.ok().flatten();
+        // A slash would end it within an id.
+        let id = id.filter(|id| !id.is_empty() && !id.contains('/'));
+        id.map_or(UNKNOWN_CLUSTER.into(), Arc::from)
+    }
+
     /// Creates the topics that are missing, and checks the partitions of those that are there. Answers
     /// how many partitions each topic of the log has.
     pub async fn ensure(
@@ -181,6 +193,15 @@ impl Admin {
         wanted: &BTreeMap<String, Topic>,
     ) -> Result<BTreeMap<String, usize>, LogError> {
         let there = self.partitions().await?;
+        self.create_missing(wanted, there).await
+    }
+
+    /// As [`Admin::ensure`], for who has asked which topics are `there`.
+    pub async fn create_missing(
+        &self,
+        wanted: &BTreeMap<String, Topic>,
+        there: BTreeMap<String, usize>,
+    ) -> Result<BTreeMap<String, usize>, LogError> {
         check_partitions(wanted, &there)?;
         let missing: Vec<_> = wanted
             .iter()
@@ -189,11 +210,18 @@ impl Admin {
         if missing.is_empty() {
             return Ok(there);
         }
-        self.create(&missing).await?;
+        // All or none: the log would make those that it takes of a list, and refuse the others.
+        let only_looked_at = true;
+        self.create(&missing, only_looked_at).await?;
+        self.create(&missing, !only_looked_at).await?;
         self.appeared(&missing).await
     }
 
-    async fn create(&self, missing: &[(&String, &Topic)]) -> Result<(), LogError> {
+    async fn create(
+        &self,
+        missing: &[(&String, &Topic)],
+        only_looked_at: bool,
+    ) -> Result<(), LogError> {
         let new: Vec<_> = missing
             .iter()
             .map(|(name, topic)| {
@@ -205,7 +233,9 @@ impl Admin {
                     .fold(new, |new, (key, value)| new.set(key, value))
             })
             .collect();
-        let options = AdminOptions::new().operation_timeout(Some(CREATE_TIMEOUT));
+        let options = AdminOptions::new()
+            .operation_timeout(Some(CREATE_TIMEOUT))
+            .validate_only(only_looked_at);
         let results = self
             .creator
             .create_topics(&new, &options)
@@ -213,6 +243,7 @@ impl Admin {
             .map_err(|error| LogError::Unavailable(error.to_string()))?;
         for (result, (name, topic)) in results.into_iter().zip(missing) {
             match result {
+                Ok(_) if only_looked_at => {}
                 Ok(_) => info!(
                     "created topic {name} with {} partition(s)",
                     topic.partitions.unwrap_or(1)

@@ -16,7 +16,7 @@ use host::log::kafka::topics::Admin;
 use host::log::{LogError, Sink, Unsent};
 use host::metrics::Metrics;
 use host::pipeline::{self, Pipeline, Probe};
-use host::record::{Outgoing, Record};
+use host::record::{Header, Outgoing, Record};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
@@ -253,7 +253,19 @@ impl Topic {
             .unwrap();
         let mut records = Vec::new();
         while let Event::Record(record) = tail.next().await.unwrap() {
-            records.push(record);
+            let header = |(name, value)| Header {
+                name: String::from_utf8(name).unwrap(),
+                value,
+            };
+            records.push(Record {
+                topic: self.name.as_str().into(),
+                partition: record.partition,
+                offset: record.offset,
+                timestamp: record.timestamp,
+                key: record.key,
+                value: record.value,
+                headers: record.headers.into_iter().map(header).collect(),
+            });
         }
         records
     }

@@ -7,10 +7,10 @@ mod transactional;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use host::delivery::seen::{OutputId, Seen};
+use host::delivery::seen::{Admitted, OutputId, Seen};
 use host::record::Record;
 
-use crate::hosts::Servers;
+use crate::hosts::{CLUSTER, Servers};
 use crate::schedule::Schedule;
 use crate::topology::{Kind, Topology};
 use crate::world::broker::Seat;
@@ -110,9 +110,9 @@ impl Outcome {
             let mut known = BTreeSet::new();
             let mut kept = Vec::new();
             for record in records {
-                let id = OutputId::of(record).map(|id| id.to_string());
+                let id = OutputId::of(record, CLUSTER).map(|id| id.to_string());
                 let repeats = id.is_some_and(|id| !known.insert(id));
-                let dropped = seen.admit(record);
+                let dropped = seen.admit(record, CLUSTER) != Admitted::New;
                 if dropped && !repeats {
                     let value = id_of_record(record);
                     wrongly_dropped.push(format!(

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use host::log::committed::Committed;
 use host::record::{Outgoing, Record};
 use tokio::sync::Notify;
 
@@ -23,8 +24,10 @@ pub(crate) struct Broker {
 struct State {
     is_up: bool,
     topics: BTreeMap<Arc<str>, Vec<Partition>>,
+    /// How often each was made anew.
+    made: BTreeMap<Arc<str>, u32>,
     owners: BTreeMap<Seat, u32>,
-    committed: BTreeMap<Seat, i64>,
+    committed: BTreeMap<Seat, Committed>,
 }
 
 #[derive(Clone, Default)]
@@ -55,6 +58,7 @@ impl Broker {
             state: Mutex::new(State {
                 is_up: true,
                 topics,
+                made: BTreeMap::new(),
                 owners: BTreeMap::new(),
                 committed: BTreeMap::new(),
             }),
@@ -163,9 +167,20 @@ impl Broker {
             .extend(ids.into_iter().map(|id| (topic.clone(), id)));
     }
 
-    /// The topic is deleted and made anew.
+    /// Another one of the same name has another.
+    pub(crate) fn topic_id(&self, topic: &str) -> String {
+        let made = self.state().made.get(topic).copied().unwrap_or(0);
+        format!("{topic}-{made}")
+    }
+
+    /// The topic is deleted and made anew, and with it the groups' offsets go.
     pub(crate) fn recreate(&self, topic: &str) {
         let mut state = self.state();
+        *state.made.entry(topic.into()).or_default() += 1;
+        let stages = &self.world.topology().stages;
+        state
+            .committed
+            .retain(|(stage, _), _| *stages[*stage].input != *topic);
         if let Some(partitions) = state.topics.get_mut(topic) {
             partitions.fill(Partition::default());
         }
@@ -186,17 +201,32 @@ impl Broker {
     }
 
     pub(crate) fn committed(&self, seat: Seat) -> Option<i64> {
-        self.state().committed.get(&seat).copied()
+        Some(self.state().committed.get(&seat)?.offset)
+    }
+
+    /// The group's offset, and what is written beside it.
+    pub(crate) fn group_commit(&self, seat: Seat) -> Option<Committed> {
+        self.state().committed.get(&seat).cloned()
+    }
+
+    /// An operator sets a group's offset: the words beside it are gone.
+    pub(crate) fn reset(&self, seat: Seat, offset: i64) {
+        let committed = Committed { offset, mark: None };
+        self.state().committed.insert(seat, committed);
     }
 
     /// Commits an offset of a group, if the partition is the process's; answers whether it was.
-    pub(crate) fn commit(&self, who: u32, seat: Seat, offset: i64) -> bool {
+    pub(crate) fn commit(&self, who: u32, seat: Seat, commit: Committed) -> bool {
+        let offset = commit.offset;
         if self.owner(seat) != Some(who) {
             return false;
         }
         let topic = self.world.topology().stages[seat.0].input.clone();
         self.check_durable(seat, offset, "committed");
-        let before = self.state().committed.insert(seat, offset);
+        let before = self.state().committed.insert(seat, commit);
+        // What somebody has set says nothing of what was done.
+        let before = before.filter(|before| before.mark.is_some());
+        let before = before.map(|before| before.offset);
         if let Some(before) = before.filter(|before| offset < *before) {
             let what = format!("{topic} {}: {offset} committed after {before}", seat.1);
             self.world.evidence().anomaly("nonmonotone-commit", what);

@@ -9,7 +9,7 @@ use host::delivery::progress::{
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::database::{Database, Denial, Row, Update};
+use super::database::{Database, Denial, Own, Row, Update};
 use super::network::request;
 use super::process::Process;
 use super::trace::Subject;
@@ -77,13 +77,13 @@ impl Client {
         &self,
         what: &'static str,
         lane: &LaneId,
-        epoch: Option<i64>,
+        how: Own,
     ) -> Result<Option<Claim>, StoreError> {
         let _turn = self.turn_of_writer().await?;
         let (database, asked_for) = (self.database.clone(), lane.clone());
         let who = self.process.number();
         let asked = request(&self.process, what, async move {
-            database.claim(who, asked_for, epoch).await
+            database.claim(who, asked_for, how).await
         });
         let answer = match tokio::time::timeout(PATIENCE, asked).await {
             Ok(Ok(Ok(claim))) => Ok(claim),
@@ -111,12 +111,22 @@ impl Ledger for Client {
     type Transaction = Open;
 
     async fn claim(&self, lane: &LaneId) -> Result<Claim, StoreError> {
-        let claim = self.ask_claim("claim", lane, None).await?;
+        let claim = self.ask_claim("claim", lane, Own::Claim).await?;
         claim.ok_or_else(|| StoreError::Refused("a claim of any epoch was refused".into()))
     }
 
     async fn reclaim(&self, lane: &LaneId, epoch: i64) -> Result<Option<Claim>, StoreError> {
-        self.ask_claim("reclaim", lane, Some(epoch)).await
+        self.ask_claim("reclaim", lane, Own::Reclaim(epoch)).await
+    }
+
+    async fn raise(
+        &self,
+        lane: &LaneId,
+        epoch: i64,
+        generation: i64,
+    ) -> Result<Option<Claim>, StoreError> {
+        let how = Own::Raise(epoch, generation);
+        self.ask_claim("raise", lane, how).await
     }
 
     async fn begin(&self, mode: Mode) -> Result<Open, StoreError> {

@@ -50,6 +50,23 @@ impl From<Commit<'_>> for Update {
     }
 }
 
+/// How a lane's row is taken hold of: whoever had it, or where it is of an epoch; or its generation is raised.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Own {
+    Claim,
+    Reclaim(i64),
+    Raise(i64, i64),
+}
+
+impl Own {
+    fn epoch(self) -> Option<i64> {
+        match self {
+            Self::Claim => None,
+            Self::Reclaim(epoch) | Self::Raise(epoch, _) => Some(epoch),
+        }
+    }
+}
+
 pub(crate) struct Database {
     pub(crate) world: World,
     /// Planted: the row of a lane is not locked by the commit that changes it.
@@ -134,24 +151,27 @@ impl Database {
         (is_next && server.claimed.get(lane) == Some(&who)).then_some(checkpoint.attempts)
     }
 
-    /// Raises a lane's epoch in its row, if it is `epoch` or that is `None`.
+    /// Takes hold of a lane's row, if its epoch is what it is to be.
     pub(crate) async fn claim(
         &self,
         who: u32,
         lane: LaneId,
-        epoch: Option<i64>,
+        how: Own,
     ) -> Result<Option<Claim>, Denial> {
         let session = self.open(Mode::Optimistic)?;
         self.lock_row(&lane, session).await?;
         let mut server = self.server();
         let row = server.lanes.entry(lane.clone()).or_insert_with(|| Claim {
             epoch: 0,
-            generation: 0,
+            generation: self.new_generation(),
             commits: 0,
             checkpoint: Checkpoint::default(),
         });
-        let claim = (epoch.is_none_or(|epoch| epoch == row.epoch)).then(|| {
-            row.epoch += 1;
+        let claim = (how.epoch().is_none_or(|epoch| epoch == row.epoch)).then(|| {
+            match how {
+                Own::Claim | Own::Reclaim(_) => row.epoch += 1,
+                Own::Raise(_, generation) => row.generation = generation,
+            }
             row.clone()
         });
         if claim.is_some() {
@@ -160,6 +180,28 @@ impl Database {
         drop(server);
         self.close(session);
         Ok(claim)
+    }
+
+    /// Of a row that is made now, above that of one that was lost.
+    fn new_generation(&self) -> i64 {
+        i64::try_from(self.world.now()).unwrap_or(0)
+    }
+
+    /// All that it holds: rows, and the lanes'.
+    pub(crate) fn copy(&self) -> (Vec<Row>, BTreeMap<LaneId, Claim>) {
+        let server = self.server();
+        (server.rows.clone(), server.lanes.clone())
+    }
+
+    /// It goes back, or forth, to a copy. Whoever is connected is cut off.
+    pub(crate) fn restore(&self, (rows, lanes): (Vec<Row>, BTreeMap<LaneId, Claim>)) {
+        let mut server = self.server();
+        server.sessions.clear();
+        server.locks.clear();
+        server.rows = rows;
+        server.lanes = lanes;
+        drop(server);
+        self.released.notify_waiters();
     }
 
     /// Commits progress alone; answers whether the epoch was the row's.

@@ -2,7 +2,8 @@
 
 use std::sync::{Arc, Mutex};
 
-use host::log::{BatchLimits, Gap, Source};
+use host::log::committed::{Committed, Mark, RowMark};
+use host::log::{BatchLimits, Gap, Source, Started};
 use host::record::Record;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -32,6 +33,7 @@ pub(crate) struct Slot {
 #[derive(Default)]
 struct Settled {
     offset: Option<i64>,
+    row: Option<RowMark>,
     committed: Option<i64>,
 }
 
@@ -48,11 +50,17 @@ impl Slot {
     }
 
     /// The settled offset, if it is not committed yet.
-    pub(crate) fn uncommitted(&self) -> Option<i64> {
+    pub(crate) fn uncommitted(&self) -> Option<Committed> {
         let settled = lock(&self.settled);
-        settled
-            .offset
-            .filter(|offset| settled.committed != Some(*offset))
+        let offset = settled.offset?;
+        let mark = Mark {
+            topic: None,
+            row: settled.row,
+        };
+        (settled.committed != Some(offset)).then_some(Committed {
+            offset,
+            mark: Some(mark),
+        })
     }
 
     pub(crate) fn committed(&self, offset: i64) {
@@ -123,13 +131,14 @@ impl PartitionSource {
 }
 
 impl Source for PartitionSource {
-    async fn start(&mut self, offset: Option<i64>) -> Result<(), Gap> {
+    async fn start(&mut self, offset: Option<i64>) -> Result<Option<Started>, Gap> {
         self.process.point("start").await;
         if !self.until_up().await {
-            return Ok(());
+            return Ok(None);
         }
         self.process.world().travel().await;
-        let known = offset.or_else(|| self.broker.committed(self.slot.seat));
+        let committed = self.broker.group_commit(self.slot.seat);
+        let known = offset.or(committed.as_ref().map(|committed| committed.offset));
         let (first, end) = self.broker.range(&self.topic, self.partition());
         self.note("start at", [known.unwrap_or(-1), end]);
         match known {
@@ -138,7 +147,8 @@ impl Source for PartitionSource {
             known => self.position = Some(known.unwrap_or(first)),
         }
         self.process.point("started").await;
-        Ok(())
+        let topic = Some(self.broker.topic_id(&self.topic));
+        Ok(Some(Started { committed, topic }))
     }
 
     async fn next(&mut self, limits: &BatchLimits) -> Result<Option<Vec<Record>>, Gap> {
@@ -164,14 +174,17 @@ impl Source for PartitionSource {
         }
     }
 
-    fn done(&mut self, next_offset: i64) {
+    fn done(&mut self, next_offset: i64, row: Option<RowMark>) {
         // What a dead process says, nobody hears.
         if self.process.is_dead() {
             return;
         }
         self.broker
             .check_durable(self.slot.seat, next_offset, "done");
-        lock(&self.slot.settled).offset = Some(next_offset);
+        let mut settled = lock(&self.slot.settled);
+        settled.offset = Some(next_offset);
+        settled.row = row;
+        drop(settled);
         self.slot.dirty.notify_one();
     }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use host::capability::{StoreError, StoreName};
+use host::capability::{Away, StoreError, StoreName};
 use host::delivery::{Cause, Delivery, Fault, Handler, Invocation};
 use host::record::{Outgoing, Record};
 
@@ -257,7 +257,7 @@ impl Stage {
     fn away(&self) -> Fault {
         self.process.world().evidence().cost(self.number, 1);
         Fault {
-            away: Some(StoreName::Redis(STORE.into())),
+            away: Some(Away::silent(StoreName::Redis(STORE.into()))),
             ..Fault::new(Cause::Retry, "the store is away")
         }
     }
@@ -325,8 +325,8 @@ impl Handler<bugs::Transaction> for Stage {
         invocation
     }
 
-    async fn probe(&self, store: &StoreName) -> Result<(), StoreError> {
-        self.ask(store).await
+    async fn probe(&self, away: &Away) -> Result<(), StoreError> {
+        self.ask(&away.store).await
     }
 }
 
@@ -344,8 +344,8 @@ impl Handler<()> for Stage {
         invocation
     }
 
-    async fn probe(&self, store: &StoreName) -> Result<(), StoreError> {
-        self.ask(store).await
+    async fn probe(&self, away: &Away) -> Result<(), StoreError> {
+        self.ask(&away.store).await
     }
 }
 

@@ -228,7 +228,9 @@ async fn execute_many(
                     }
                 }
             }
-            client.finish(&mut |row| unasked.count(row)).await
+            let affected = client.finish(&mut |row| unasked.count(row)).await?;
+            client.prove(&plan);
+            Ok(affected)
         })
         .await?;
         if let Some(error) = failed {

@@ -5,15 +5,19 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use bytes::BufMut;
 use fallible_iterator::FallibleIterator;
 use postgres_protocol::Oid;
-use postgres_protocol::message::backend::{DataRowBody, Message, RowDescriptionBody};
+use postgres_protocol::message::backend::{
+    DataRowBody, ErrorResponseBody, Message, RowDescriptionBody,
+};
 use postgres_protocol::message::frontend;
 
 use super::super::{Error, Failure, MAX_ANSWER_BYTES, Value};
+use super::done::{self, Done};
 use super::error::Spoken;
 use super::plans::{MAX_KEPT_TEXT, Plan, Plans};
 use super::value::{self, Column, Kind, Parameters};
@@ -50,6 +54,12 @@ pub(super) struct Client {
     in_transaction: bool,
     /// Whether transactions of this session begin read-only.
     pub(super) reads_only: bool,
+    /// The process that serves it, as the server said at the login.
+    pub(super) process: i32,
+    /// Where it is noted what guests' statements have run.
+    pub(super) done: Arc<Done>,
+    /// It has said that it is of no use any more.
+    pub(super) is_spent: bool,
     /// When it was last at rest.
     pub(super) idle_since: Instant,
 }
@@ -72,7 +82,7 @@ struct Answer {
 type Take<'a> = &'a mut (dyn FnMut(&DataRowBody) -> Result<(), Error> + Send);
 
 impl Client {
-    pub(super) fn new(mut wire: Wire) -> Self {
+    pub(super) fn new(mut wire: Wire, process: i32) -> Self {
         (wire.limit, wire.patience) = (MAX_MESSAGE_BYTES, MAX_UNWANTED_BYTES);
         Self {
             wire,
@@ -84,6 +94,9 @@ impl Client {
             opens: false,
             in_transaction: false,
             reads_only: false,
+            process,
+            done: Arc::default(),
+            is_spent: false,
             idle_since: Instant::now(),
         }
     }
@@ -104,6 +117,21 @@ impl Client {
         self.answer(&mut |_| Ok(())).await.map(drop)
     }
 
+    /// The value that a query of the host's own answers, as text. Nothing is prepared for it.
+    pub(super) async fn look(&mut self, text: &str) -> Result<Option<String>, Failure> {
+        self.queue_command(text)?;
+        self.flush().await?;
+        let mut value = None;
+        let take = &mut |row: &DataRowBody| {
+            let first = row.ranges().next().ok().flatten().flatten();
+            let bytes = first.and_then(|range| row.buffer().get(range));
+            value = bytes.map(|bytes| String::from_utf8_lossy(bytes).into_owned());
+            Ok(())
+        };
+        self.answer(take).await?;
+        Ok(value)
+    }
+
     pub(super) fn is_in_transaction(&self) -> bool {
         self.in_transaction
     }
@@ -118,10 +146,7 @@ impl Client {
     /// Commands of the host's own that go out with what is sent next, which is done only if they are. If one fails, the
     /// connection is lost to that.
     pub(super) fn queue_opening(&mut self, commands: &[&str]) -> Result<(), Failure> {
-        let plan = Plan {
-            name: String::new(),
-            columns: Vec::new(),
-        };
+        let plan = Plan::new(String::new(), Vec::new());
         for command in commands {
             let no_types: [Oid; 0] = [];
             frontend::parse("", command, no_types, &mut self.wire.output).map_err(lost)?;
@@ -176,7 +201,11 @@ impl Client {
             };
             columns.push(Column { name, kind });
         }
-        let plan = Arc::new(Plan { name, columns });
+        let plan = Plan::new(name, columns);
+        if whose == Whose::Guest {
+            plan.unproven.store(done::hash(text), Ordering::Relaxed);
+        }
+        let plan = Arc::new(plan);
         if keep {
             self.plans(whose).insert(text, types, plan.clone());
         }
@@ -201,7 +230,16 @@ impl Client {
         take: Take<'_>,
     ) -> Result<u64, Failure> {
         self.queue(plan, parameters)?;
-        self.finish(take).await
+        let affected = self.finish(take).await?;
+        self.prove(plan);
+        Ok(affected)
+    }
+
+    /// The plan's statement has run.
+    pub(super) fn prove(&self, plan: &Plan) {
+        if plan.unproven.load(Ordering::Relaxed) != 0 {
+            self.done.add(plan.unproven.swap(0, Ordering::Relaxed));
+        }
     }
 
     /// The rows of a statement of the host's own, which may be large.
@@ -337,6 +375,12 @@ impl Client {
         Ok(())
     }
 
+    fn hear(&mut self, body: &ErrorResponseBody) -> Spoken {
+        let spoken = Spoken::read(body);
+        self.is_spent |= spoken.ends_session();
+        spoken
+    }
+
     async fn farewell(&mut self) -> Option<Failure> {
         match self.wire.next().await {
             Ok(Incoming::Message(Message::ErrorResponse(body))) => {
@@ -381,7 +425,7 @@ impl Client {
                 Message::CommandComplete(body) => {
                     answer.affected += affected(body.tag().map_err(lost)?);
                 }
-                Message::ErrorResponse(body) => match Spoken::read(&body).failure() {
+                Message::ErrorResponse(body) => match self.hear(&body).failure() {
                     failure @ Failure::Lost(_) => return Err(failure),
                     failure if self.opening > 0 => return Err(failure.lost()),
                     failure => failed = Some(failed.unwrap_or(failure)),

@@ -4,13 +4,18 @@ use fallible_iterator::FallibleIterator;
 use postgres_protocol::message::backend::ErrorResponseBody;
 use sqlx::postgres::PgDatabaseError;
 
-use super::super::{DatabaseError, Error, Failure, StoreError, out_of_time, transport_error};
+use super::super::{
+    DatabaseError, Error, Failure, IN_THE_WAY, StoreError, out_of_time, transport_error,
+};
 use super::server::LoginError;
+use crate::capability::Concern;
 
 /// What a statement fails with whose plan gives other columns than it did when it was prepared.
 pub(super) const STALE_PLAN: &str = "a table was altered after the statement had been prepared";
 /// By `statement_timeout`, or by somebody who found that it took too long.
 const QUERY_CANCELED: &str = "57014";
+/// What a database says that is a replica, or was made read-only. Also what a stage is told that may only read.
+pub(super) const READ_ONLY: &str = "25006";
 /// Bytes that are kept of the server's words: it quotes values, however long they are.
 const MAX_WORDS: usize = 8 * 1024;
 
@@ -63,14 +68,34 @@ impl Spoken {
         if self.code == QUERY_CANCELED {
             return out_of_time();
         }
-        if is_unavailable(&self.code) {
-            return Error::Unavailable(self.message);
+        match concern(&self.code) {
+            // Whose doing it is, depends on who asked.
+            Concern::Store if self.code != READ_ONLY => return Error::Unavailable(self.message),
+            Concern::Others => {
+                return Error::Unavailable(format!("{IN_THE_WAY}{}", self.message));
+            }
+            _ => {}
         }
         Error::Database(DatabaseError {
             sqlstate: Some(self.code),
             message: self.message,
             constraint: self.constraint,
         })
+    }
+
+    fn is_about_login(&self) -> bool {
+        self.code.starts_with("28") || self.code == "3D000" || self.code == "42501"
+    }
+
+    /// Whether the session is of no use any more, though the server keeps it: what it was let into is not what it was, or its
+    /// statements are another's. A server elsewhere may be what the address leads to by now.
+    pub(super) fn ends_session(&self) -> bool {
+        const UNKNOWN_PLAN: &str = "26000";
+        const OTHERS_PLAN: &str = "42P05";
+        matches!(
+            self.code.as_str(),
+            READ_ONLY | UNKNOWN_PLAN | OTHERS_PLAN | "57P01" | "57P02" | "57P03"
+        )
     }
 
     /// What is known of the connection after it.
@@ -101,18 +126,30 @@ pub(super) fn error_of(error: &sqlx::Error) -> Error {
     spoken.map_or_else(|| transport_error(error), Spoken::error)
 }
 
-/// What is not about the statement, and may be gone when it is sent again.
-fn is_unavailable(sqlstate: &str) -> bool {
-    const PROTOCOL_VIOLATION: &str = "08P01";
+/// What an error speaks of, by its SQLSTATE.
+pub(super) fn concern(sqlstate: &str) -> Concern {
     match sqlstate {
-        // A wrong number of parameters, for one.
-        PROTOCOL_VIOLATION => false,
-        // Serialization failure, deadlock; shutdowns, start.
-        "40001" | "40P01" | "57P01" | "57P02" | "57P03" | "57P05" => true,
-        // Lock not available; read-only, as a primary that became a standby is.
-        "55P03" | "25006" => true,
-        // Connection exceptions; out of connections, memory, disk; system errors.
-        _ => matches!(sqlstate.get(..2), Some("08" | "53" | "58")),
+        // A wrong number of parameters, for one: a protocol violation. What a stage's temporary files may have.
+        "08P01" | "53400" => Concern::Message,
+        // Serialization failure, deadlock, lock not available, object in use, snapshot too old.
+        "40001" | "40P01" | "55P03" | "55006" | "72000" => Concern::Others,
+        // Shutdowns, start, a database that is dropped, sessions that were idle for too long.
+        "57P01" | "57P02" | "57P03" | "57P04" | "57P05" | "25P03" => Concern::Store,
+        // Read-only, as a primary that became a standby is.
+        READ_ONLY => Concern::Store,
+        // No such database.
+        "3D000" => Concern::Store,
+        // Prepared statements that the session does not have, or another's: a pooler is between.
+        "26000" | "42P05" => Concern::Store,
+        // Damaged data or indexes; a foreign server that is away.
+        "XX001" | "XX002" | "HV00N" => Concern::Store,
+        // Insufficient privilege; no such table, column, function, schema, type.
+        "42501" | "42P01" | "42703" | "42883" | "3F000" | "42704" => Concern::Standing,
+        // Connections; logins; out of connections, memory, disk; system errors; configuration files.
+        _ => match sqlstate.get(..2) {
+            Some("08" | "28" | "53" | "58" | "F0") => Concern::Store,
+            _ => Concern::Message,
+        },
     }
 }
 
@@ -121,6 +158,13 @@ pub(super) fn open_error(place: &str, error: &sqlx::Error) -> StoreError {
     match error {
         sqlx::Error::Configuration(_) | sqlx::Error::Tls(_) => {
             StoreError::Refused(format!("{place}: {error}"))
+        }
+        sqlx::Error::Database(error)
+            if error
+                .try_downcast_ref()
+                .is_some_and(|error| Spoken::of(error).is_about_login()) =>
+        {
+            StoreError::Refused(format!("{place}: {}", error.message()))
         }
         other => at(place, error_of(other).into()),
     }
@@ -139,7 +183,36 @@ impl From<LoginError> for StoreError {
         match error {
             LoginError::Away(why) => Self::Unavailable(why),
             LoginError::Refused(why) => Self::Refused(why),
+            // As the pipeline has them, who logs in and where are wrong, and waiting is no help at a start.
+            LoginError::Spoken(spoken) if spoken.is_about_login() => Self::Refused(spoken.message),
             LoginError::Spoken(spoken) => spoken.error().into(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sqlstates_speak_of_the_store_of_others_of_rights_or_of_the_message() {
+        use Concern::{Message, Others, Standing, Store};
+        for (expected, codes) in [
+            (
+                Store,
+                "08000 08006 25006 28000 28P01 3D000 53000 53100 53200 53300 57P01 57P02 57P03 57P04 58000 58030 58P01 \
+                 26000 42P05 XX001 F0000",
+            ),
+            (Others, "40001 40P01 55P03"),
+            (Standing, "42501 42P01 42703 3F000"),
+            (
+                Message,
+                "08P01 53400 22001 22012 23505 23514 42601 42804 P0001 54000 57014 XX000 0A000 2201B",
+            ),
+        ] {
+            for code in codes.split_whitespace() {
+                assert_eq!(concern(code), expected, "{code}");
+            }
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use postgres_protocol::Oid;
 
@@ -17,6 +18,19 @@ pub(super) struct Plan {
     /// Empty for one that is not kept.
     pub(super) name: String,
     pub(super) columns: Vec<Column>,
+    /// Of the text, where it is a guest's that has not run yet on this connection; else 0.
+    pub(super) unproven: AtomicU64,
+}
+
+impl Plan {
+    /// A plan of the host's own.
+    pub(super) fn new(name: String, columns: Vec<Column>) -> Self {
+        Self {
+            name,
+            columns,
+            unproven: AtomicU64::new(0),
+        }
+    }
 }
 
 /// Prepared statements, by their texts and their parameters' types: what the server has prepared depends on both.
@@ -111,7 +125,7 @@ mod tests {
         let insert = |plans: &mut Plans, text: &str, types: &[Oid]| {
             let (name, evicted) = plans.make_room();
             let columns = Vec::new();
-            plans.insert(text, types, Arc::new(Plan { name, columns }));
+            plans.insert(text, types, Arc::new(Plan::new(name, columns)));
             evicted
         };
         for types in [&[20][..], &[25]] {

@@ -8,6 +8,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::super::{ACQUIRE_TIMEOUT, Error, StoreError};
 use super::client::Client;
+use super::done::Done;
 use super::server::Server;
 use super::{Settings, in_time};
 
@@ -26,6 +27,9 @@ struct Inner {
     size: u32,
     places: Arc<Semaphore>,
     idle: Mutex<Vec<Session>>,
+    done: Arc<Done>,
+    /// Why no session could be made, when that was tried last.
+    unmade: Mutex<Option<String>>,
 }
 
 struct Session {
@@ -50,6 +54,8 @@ impl Pool {
             size,
             places: Arc::new(Semaphore::new(size as usize)),
             idle: Mutex::default(),
+            done: Arc::default(),
+            unmade: Mutex::default(),
         }))
     }
 
@@ -57,25 +63,48 @@ impl Pool {
         &self.0.server
     }
 
-    pub(super) async fn take(&self) -> Result<Lease, Error> {
-        tokio::time::timeout(ACQUIRE_TIMEOUT, self.acquire())
-            .await
-            .unwrap_or_else(|_| {
-                let waited = ACQUIRE_TIMEOUT.as_secs();
-                let why = format!("no connection became free within {waited} s");
-                Err(Error::Unavailable(why))
-            })
+    /// What the statements of its sessions' guests have been.
+    pub(super) fn done(&self) -> &Done {
+        &self.0.done
     }
 
-    async fn acquire(&self) -> Result<Lease, Error> {
-        let place = self.0.places.clone().acquire_owned().await;
+    pub(super) async fn take(&self) -> Result<Lease, Error> {
+        let place = self.0.places.clone().acquire_owned();
+        let place = tokio::time::timeout(ACQUIRE_TIMEOUT, place).await;
+        let place = place.map_err(|_| self.no_place())?;
         let place = place.map_err(|_| Error::Unavailable("the database was closed".to_owned()))?;
-        let session = self.session().await?;
+        let session = self.session_in_time().await?;
         Ok(Lease {
             session: Some(session),
             pool: self.clone(),
             _place: place,
         })
+    }
+
+    /// Others have all places. Where they wait for the server, that is what is wrong.
+    fn no_place(&self) -> Error {
+        let waited = ACQUIRE_TIMEOUT.as_secs();
+        let why = format!("no connection became free within {waited} s");
+        Error::Unavailable(match &*self.unmade() {
+            Some(unmade) => format!("{unmade} ({why})"),
+            None => why,
+        })
+    }
+
+    async fn session_in_time(&self) -> Result<Session, Error> {
+        let made = tokio::time::timeout(ACQUIRE_TIMEOUT, self.session()).await;
+        let made = made.unwrap_or_else(|_| {
+            let waited = ACQUIRE_TIMEOUT.as_secs();
+            Err(Error::Unavailable(format!(
+                "{} did not answer within {waited} s",
+                self.0.server.place()
+            )))
+        });
+        *self.unmade() = match &made {
+            Err(Error::Unavailable(why)) => Some(why.clone()),
+            _ => None,
+        };
+        made
     }
 
     /// One that is idle, or a new one.
@@ -94,12 +123,20 @@ impl Pool {
         }
         let connected = self.0.server.connect().await;
         let mut client = connected.map_err(|error| match StoreError::from(error) {
-            StoreError::Unavailable(why) | StoreError::Refused(why) => Error::Unavailable(why),
+            StoreError::Unavailable(why) | StoreError::Refused(why) => {
+                Error::Unavailable(format!("{}: {why}", self.0.server.place()))
+            }
         })?;
+        client.done = self.0.done.clone();
         let applied = self.0.settings.apply(&mut client).await;
         applied.map_err(super::Failure::into_error)?;
         let made = Instant::now();
         Ok(Session { client, made })
+    }
+
+    fn unmade(&self) -> std::sync::MutexGuard<'_, Option<String>> {
+        let unmade = self.0.unmade.lock();
+        unmade.unwrap_or_else(PoisonError::into_inner)
     }
 
     fn idle(&self) -> std::sync::MutexGuard<'_, Vec<Session>> {
@@ -122,9 +159,7 @@ impl Pool {
 impl Lease {
     /// Closes the session, and goes on with another.
     pub(super) async fn renew(&mut self) -> Result<(), Error> {
-        let session = tokio::time::timeout(ACQUIRE_TIMEOUT, self.pool.session()).await;
-        let session = session.unwrap_or_else(|_| Err(super::out_of_time()));
-        self.session = Some(session?);
+        self.session = Some(self.pool.session_in_time().await?);
         Ok(())
     }
 }
@@ -132,6 +167,14 @@ impl Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         let session = self.session.take();
+        if session
+            .as_ref()
+            .is_some_and(|session| session.client.is_spent)
+        {
+            // Those that were made before lead to the same server.
+            self.pool.idle().clear();
+            return;
+        }
         if let Some(mut session) = session.filter(|session| session.client.is_at_rest()) {
             session.client.idle_since = Instant::now();
             self.pool.idle().push(session);

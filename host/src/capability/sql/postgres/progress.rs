@@ -4,7 +4,7 @@ use postgres_types::Type;
 use sqlx::Connection;
 use sqlx::migrate::Migrator;
 
-use super::super::ledger::{self, POSTGRES, Statements, TABLE};
+use super::super::ledger::{self, Own, POSTGRES, Statements, TABLE};
 use super::super::migrate::{self, TIMEOUT};
 use super::super::transaction::{unanswered, words};
 use super::super::{Error, Failure, StoreError, Value};
@@ -49,19 +49,24 @@ impl Postgres {
     pub(in super::super) async fn claim(
         &self,
         lane: &LaneId,
-        epoch: Option<i64>,
+        how: Own,
     ) -> Result<Option<Claim>, Error> {
         let statements = self.statements();
         let mut parameters = key(lane)?;
-        let text = match epoch {
-            None => {
+        let text = match how {
+            Own::Claim => {
                 parameters.bytea(&[])?;
                 parameters.int8(ledger::generation());
                 &statements.claim
             }
-            Some(epoch) => {
+            Own::Reclaim { epoch } => {
                 parameters.int8(epoch);
                 &statements.reclaim
+            }
+            Own::Raise { epoch, generation } => {
+                parameters.int8(epoch);
+                parameters.int8(generation);
+                &statements.raise
             }
         };
         let mut lease = self.own.take().await?;

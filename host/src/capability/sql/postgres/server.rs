@@ -21,11 +21,15 @@ use super::super::StoreError;
 use super::client::Client;
 use super::error::Spoken;
 use super::wire::{Eager, Incoming, Stream, Wire};
+use crate::diagnostics::nearest;
 
 /// What the host calls itself, unless the URL does.
 const APPLICATION_NAME: &str = "stagehost";
 /// Bytes of the largest message before a session has begun.
 const MAX_GREETING_BYTES: usize = 64 * 1024;
+
+/// What a certificate or key begins with, where it stands in the URL itself.
+const PEM: &str = "-----BEGIN";
 
 /// Where a database is, and who logs in there.
 pub(super) struct Server {
@@ -53,9 +57,83 @@ impl From<io::Error> for LoginError {
     }
 }
 
+/// Parameters of a URL; others are left out, and `host check` names them.
+const PARAMETERS: &[&str] = &[
+    "application_name",
+    "dbname",
+    "host",
+    "hostaddr",
+    "options",
+    "password",
+    "port",
+    "ssl-ca",
+    "ssl-cert",
+    "ssl-key",
+    "ssl-mode",
+    "ssl-root-cert",
+    "sslcert",
+    "sslkey",
+    "sslmode",
+    "sslrootcert",
+    "statement-cache-capacity",
+    "user",
+];
+
+/// The parameters of a URL that mean nothing here, each with the one that it may be a slip of.
+pub(super) fn unknown_parameters(url: &str) -> Vec<(String, Option<&'static str>)> {
+    let Ok(url) = url::Url::parse(url) else {
+        return Vec::new();
+    };
+    let unknown = url.query_pairs().filter(|(name, _)| !is_known(name));
+    unknown
+        .map(|(name, _)| {
+            let near = nearest(&name, PARAMETERS.iter().copied());
+            (name.into_owned(), near)
+        })
+        .collect()
+}
+
+/// The files that a URL names, each with its parameter.
+pub(super) fn files(url: &str) -> Vec<(String, PathBuf)> {
+    let Ok(url) = url::Url::parse(url) else {
+        return Vec::new();
+    };
+    let is_file = |name: &str, value: &str| {
+        let names = ["ca", "cert", "key", "root-cert", "rootcert"];
+        let name = name
+            .strip_prefix("ssl")
+            .map(|name| name.trim_start_matches('-'));
+        name.is_some_and(|name| names.contains(&name)) && !value.contains(PEM)
+    };
+    let pairs = url
+        .query_pairs()
+        .filter(|(name, value)| is_file(name, value));
+    pairs
+        .map(|(name, value)| (name.into_owned(), PathBuf::from(&*value)))
+        .collect()
+}
+
+fn is_known(parameter: &str) -> bool {
+    PARAMETERS.contains(&parameter) || parameter.starts_with("options[")
+}
+
+/// The URL without them: the driver of the migrations would say them with their values, and not whose they are.
+fn without_unknown(url: &str) -> String {
+    let Ok(mut parsed) = url::Url::parse(url) else {
+        return url.to_owned();
+    };
+    let pairs: Vec<(String, String)> = parsed.query_pairs().into_owned().collect();
+    if pairs.iter().all(|(name, _)| is_known(name)) {
+        return url.to_owned();
+    }
+    let known = pairs.iter().filter(|(name, _)| is_known(name));
+    parsed.query_pairs_mut().clear().extend_pairs(known);
+    parsed.into()
+}
+
 /// Reads a URL; the error has no part of it.
 pub(super) fn parse(url: &str) -> Result<PgConnectOptions, String> {
-    PgConnectOptions::from_str(url).map_err(|error| {
+    PgConnectOptions::from_str(&without_unknown(url)).map_err(|error| {
         let mut why = error.to_string();
         while let Some(rest) = why.strip_prefix("error with configuration: ") {
             why = rest.to_owned();
@@ -147,6 +225,7 @@ impl Server {
             server: self,
             end_point,
             scram: None,
+            process: 0,
         };
         loop {
             let message = match wire.next().await? {
@@ -154,7 +233,7 @@ impl Server {
                 Incoming::TooLarge(_) => return Err(unexpected()),
             };
             match message {
-                Message::ReadyForQuery(_) => return Ok(Client::new(wire)),
+                Message::ReadyForQuery(_) => return Ok(Client::new(wire, login.process)),
                 Message::ErrorResponse(body) => {
                     return Err(LoginError::Spoken(Spoken::read(&body)));
                 }
@@ -245,7 +324,7 @@ impl Server {
 
 /// The content of a certificate or key, which may be the parameter itself.
 async fn pem(name: &str, value: &str) -> Result<Vec<u8>, String> {
-    if value.contains("-----BEGIN") {
+    if value.contains(PEM) {
         return Ok(value.as_bytes().to_vec());
     }
     let read = tokio::fs::read(value).await;
@@ -262,6 +341,8 @@ struct Login<'a> {
     /// What the login is bound to, where the connection is encrypted.
     end_point: Option<Vec<u8>>,
     scram: Option<ScramSha256>,
+    /// Who serves the session, as it says.
+    process: i32,
 }
 
 impl Login<'_> {
@@ -287,8 +368,11 @@ impl Login<'_> {
                 scram.finish(body.data()).map_err(refused)?;
                 return Ok(false);
             }
+            Message::BackendKeyData(body) => {
+                self.process = body.process_id();
+                return Ok(false);
+            }
             Message::AuthenticationOk
-            | Message::BackendKeyData(_)
             | Message::ParameterStatus(_)
             | Message::NoticeResponse(_) => return Ok(false),
             Message::AuthenticationGss

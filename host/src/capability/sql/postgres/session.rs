@@ -104,16 +104,25 @@ impl Session {
             Ok(call) => call,
             Err(error) => return Outcome::untouched(error),
         };
+        let outcome = self.begin_and_run(mode, &mut call).await;
+        if self.access == SqlAccess::ReadOnly {
+            // It was the host that said so.
+            self.lease.is_spent = false;
+        }
+        outcome.judged(|error| self.database.judge(self.access, text, work, error))
+    }
+
+    async fn begin_and_run(&mut self, mode: Mode, call: &mut Call<'_>) -> Outcome {
         let begins = match self.queue_begin() {
             Ok(begins) => begins,
             Err(error) => return Outcome::failed(error, Fate::Lost),
         };
-        let outcome = self.run(mode, &mut call).await;
+        let outcome = self.run(mode, call).await;
         if !(begins && outcome.is_lost() && !self.lease.is_in_transaction()) {
             return outcome;
         }
         match self.begin_anew().await {
-            Ok(()) => self.run(mode, &mut call).await,
+            Ok(()) => self.run(mode, call).await,
             Err(error) => Outcome::failed(error, Fate::Lost),
         }
     }

@@ -1,9 +1,12 @@
 //! What SQLite's errors mean.
 
 use super::super::statement::not_supported;
-use super::super::{DatabaseError, Error, Failure, StoreError, database_error, out_of_time};
+use super::super::{
+    DatabaseError, Error, Failure, IN_THE_WAY, StoreError, database_error, out_of_time,
+};
 use super::connection::MAX_WRITTEN_PAGES;
 use super::guard::Guard;
+use crate::capability::Concern;
 
 /// The error of a statement, in the terms of the interface.
 pub(super) fn error_of(error: &rusqlite::Error) -> Error {
@@ -14,10 +17,11 @@ pub(super) fn error_of(error: &rusqlite::Error) -> Error {
     let message = message.unwrap_or_else(|| rusqlite::ffi::code_to_str(code).to_owned());
     match code & 0xff {
         INTERRUPT => return out_of_time(),
-        BUSY | LOCKED | NO_MEMORY | IO_ERROR | FULL | CANNOT_OPEN => {
-            return Error::Unavailable(message);
-        }
-        _ => {}
+        code => match concern(code) {
+            Concern::Store => return Error::Unavailable(message),
+            Concern::Others => return Error::Unavailable(format!("{IN_THE_WAY}{message}")),
+            Concern::Standing | Concern::Message => {}
+        },
     }
     Error::Database(DatabaseError {
         sqlstate: sqlstate(code).map(str::to_owned),
@@ -46,17 +50,33 @@ pub(super) fn failure_of(error: &rusqlite::Error, guard: &Guard) -> Failure {
     }
 }
 
+/// What a primary result code speaks of.
+fn concern(code: i32) -> Concern {
+    match code {
+        PERMISSION | BUSY | LOCKED | READ_ONLY | IO_ERROR | CORRUPT | FULL | CANNOT_OPEN
+        | PROTOCOL | NOT_A_DATABASE => Concern::Store,
+        // All stages' memory, and other work may have it.
+        NO_MEMORY => Concern::Others,
+        _ => Concern::Message,
+    }
+}
+
 // SQLite's result codes.
+const PERMISSION: i32 = 3;
 const BUSY: i32 = 5;
 const LOCKED: i32 = 6;
 const NO_MEMORY: i32 = 7;
+const READ_ONLY: i32 = 8;
 const INTERRUPT: i32 = 9;
 const IO_ERROR: i32 = 10;
+const CORRUPT: i32 = 11;
 const FULL: i32 = 13;
 const CANNOT_OPEN: i32 = 14;
+const PROTOCOL: i32 = 15;
 const TOO_BIG: i32 = 18;
 const CONSTRAINT: i32 = 19;
 const MISMATCH: i32 = 20;
+const NOT_A_DATABASE: i32 = 26;
 const CONSTRAINT_CHECK: i32 = 275;
 const CONSTRAINT_FOREIGN_KEY: i32 = 787;
 const CONSTRAINT_NOT_NULL: i32 = 1299;
@@ -109,6 +129,31 @@ pub(super) fn open_error(place: &str, error: &sqlx::Error) -> StoreError {
         INTERRUPT | BUSY | LOCKED | NO_MEMORY | IO_ERROR | FULL | CANNOT_OPEN => {
             StoreError::Unavailable(message)
         }
+        // A file that is no database, or damaged, is one that the pipeline is to be mended for.
         _ => StoreError::Refused(message),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn result_codes_speak_of_the_file_or_of_the_message() {
+        let cases = [
+            (FULL, Concern::Store),
+            (READ_ONLY, Concern::Store),
+            (IO_ERROR, Concern::Store),
+            (BUSY, Concern::Store),
+            (CANNOT_OPEN, Concern::Store),
+            (CORRUPT, Concern::Store),
+            (NO_MEMORY, Concern::Others),
+            (CONSTRAINT, Concern::Message),
+            (TOO_BIG, Concern::Message),
+            (1, Concern::Message),
+        ];
+        for (code, expected) in cases {
+            assert_eq!(concern(code), expected, "{code}");
+        }
     }
 }

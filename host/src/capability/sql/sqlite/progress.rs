@@ -3,7 +3,7 @@
 use rusqlite::{OptionalExtension, ToSql};
 use sqlx::Connection as _;
 
-use super::super::ledger::{self, SQLITE, Statements, TABLE};
+use super::super::ledger::{self, Own, SQLITE, Statements, TABLE};
 use super::super::migrate::{self, TIMEOUT};
 use super::super::{Error, Failure, StoreError};
 use super::connection::{Connection, bind};
@@ -62,13 +62,13 @@ impl Sqlite {
     pub(in super::super) async fn claim(
         &self,
         lane: &LaneId,
-        epoch: Option<i64>,
+        how: Own,
     ) -> Result<Option<Claim>, Error> {
         let mut lease = self.writing().await?;
         let (statements, lane) = (self.progress.clone(), lane.clone());
         let claimed = lease.run(move |connection| {
             connection.until_free(|connection| {
-                connection.as_host(|sql| claim(sql, &statements, &lane, epoch))
+                connection.as_host(|sql| claim(sql, &statements, &lane, how))
             })
         });
         let claimed = claimed.await?;
@@ -99,7 +99,7 @@ fn claim(
     sql: &rusqlite::Connection,
     statements: &Statements,
     lane: &LaneId,
-    epoch: Option<i64>,
+    how: Own,
 ) -> rusqlite::Result<Option<Claim>> {
     let LaneId {
         group,
@@ -120,9 +120,10 @@ fn claim(
         })
     };
     let (none, generation) = (Vec::<u8>::new(), ledger::generation());
-    let (text, more): (_, &[&dyn ToSql]) = match &epoch {
-        None => (&statements.claim, &[&none, &generation]),
-        Some(epoch) => (&statements.reclaim, &[epoch]),
+    let (text, more): (_, &[&dyn ToSql]) = match &how {
+        Own::Claim => (&statements.claim, &[&none, &generation]),
+        Own::Reclaim { epoch } => (&statements.reclaim, &[epoch]),
+        Own::Raise { epoch, generation } => (&statements.raise, &[epoch, generation]),
     };
     let mut statement = sql.prepare_cached(text)?;
     let key: &[&dyn ToSql] = &[&&**group, &&**topic, partition];

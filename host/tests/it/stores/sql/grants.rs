@@ -75,7 +75,7 @@ async fn who_reads_only_writes_nothing_through_a_function() {
     let reading = database.granted(SqlAccess::ReadOnly);
     for _ in 0..CONNECTIONS {
         let written = reading.query("SELECT add()", &[]).await;
-        assert!(matches!(written, Err(Error::Unavailable(_))), "{written:?}");
+        assert!(matches!(written, Err(Error::Denied(_))), "{written:?}");
         let written = database.query("SELECT add()", &[]).await;
         assert!(written.is_ok(), "{written:?}");
     }
@@ -90,7 +90,7 @@ async fn who_reads_only_writes_nothing_through_a_function() {
         assert!(committed.is_ok(), "{committed:?}");
         let transaction = reading.begin(mode).await.expect("a transaction");
         let written = transaction.query("SELECT add()", &[]).await;
-        assert!(matches!(written, Err(Error::Unavailable(_))), "{written:?}");
+        assert!(matches!(written, Err(Error::Denied(_))), "{written:?}");
         transaction.rollback().await;
     }
     let claim = database.claim(&owner.lane).await.expect("a claim");

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use host::capability::StoreError;
 use host::capability::sql::{Database, Error};
+use host::capability::{Action, StoreError};
 use host::delivery::progress::{Mode, Transaction as _};
 use host::pipeline::SqlUrl;
 use tempfile::TempDir;
@@ -38,7 +38,7 @@ async fn terminated_connections_are_replaced() {
         assert!(answer.is_ok(), "{answer:?}");
     }
     database.close().await;
-    let closed = database.ping().await;
+    let closed = database.probe(&Action::Answer).await;
     assert!(
         matches!(closed, Err(StoreError::Unavailable(_))),
         "{closed:?}"

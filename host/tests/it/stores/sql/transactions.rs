@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use host::capability::Action;
 use host::capability::sql::{Database, Error, Transaction};
 use host::delivery::progress::{CommitError, LaneId, Ledger, Mode, Transaction as _};
 
@@ -329,7 +330,7 @@ async fn a_turn_is_waited_for_as_long_as_it_takes() {
             [[Int64(7)]],
             "{kind:?}"
         );
-        assert!(database.ping().await.is_ok(), "{kind:?}");
+        assert!(database.probe(&Action::Answer).await.is_ok(), "{kind:?}");
         taken.clear();
         next.await.rollback().await;
     })

@@ -1,0 +1,339 @@
+//! The connection to a Redis server, which everybody shares: made when it is needed, and made anew once an answer shows that it
+//! is of no use, whatever the answer is.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use redis::aio::MultiplexedConnection;
+use redis::{AsyncConnectionConfig, Client, ConnectionAddr, RedisError, Value, cmd, pipe};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tracing::debug;
+
+use super::answers::{CLUSTER, Refusal};
+use super::{Concern, Error};
+
+/// How long making a connection may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the server may take to answer a command.
+pub(super) const RESPONSE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a call may take in all, waiting for a connection that is being made again included.
+const CALL_TIMEOUT: Duration = Duration::from_secs(12);
+/// How long it may take to find out what an address speaks that could not be spoken to.
+const DIAGNOSIS_TIMEOUT: Duration = Duration::from_secs(1);
+/// Commands that may wait to be written; more wait for their turn.
+const PIPELINE_BUFFER: usize = 512;
+
+/// Clones share it.
+#[derive(Clone)]
+pub(super) struct Connection(Arc<Inner>);
+
+struct Inner {
+    client: Client,
+    config: AsyncConnectionConfig,
+    current: Mutex<Current>,
+    /// Whoever holds it makes a connection; the others wait for what comes of it.
+    making: tokio::sync::Mutex<Option<Unmade>>,
+    /// Connections that were to be made so far.
+    tries: AtomicU64,
+}
+
+#[derive(Default)]
+struct Current {
+    connection: Option<MultiplexedConnection>,
+    /// Of the connection, so that who had an earlier one does not give up this one.
+    number: u64,
+}
+
+impl Connection {
+    pub(super) fn new(client: Client) -> Self {
+        let config = AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(CONNECT_TIMEOUT))
+            .set_response_timeout(Some(RESPONSE_TIMEOUT))
+            .set_pipeline_buffer_size(PIPELINE_BUFFER);
+        Self(Arc::new(Inner {
+            client,
+            config,
+            current: Mutex::default(),
+            making: tokio::sync::Mutex::default(),
+            tries: AtomicU64::new(0),
+        }))
+    }
+
+    /// Asks the server for something, on the connection that there is or on a new one.
+    pub(super) async fn ask<T>(
+        &self,
+        call: impl AsyncFnOnce(&mut MultiplexedConnection) -> Result<T, RedisError>,
+    ) -> Result<T, Refusal> {
+        let asked = async {
+            let (mut connection, number) = self.0.take().await?;
+            match call(&mut connection).await {
+                Ok(answer) => Ok(answer),
+                Err(error) => {
+                    let refusal = Refusal::of(error);
+                    self.note(number, &refusal);
+                    Err(refusal)
+                }
+            }
+        };
+        let asked = tokio::time::timeout(CALL_TIMEOUT, asked).await;
+        asked.unwrap_or_else(|_| Err(Unmade::from(too_late()).into()))
+    }
+
+    /// Whether the server is one that the host can use; asked once.
+    pub(super) async fn check(&self) -> Result<(), Error> {
+        let mode = self.ask(async |connection| cmd("HELLO").query_async(connection).await);
+        // A server that is older, or does not let its user ask, shows later what it is.
+        match mode.await.as_ref().ok().and_then(mode_of) {
+            Some("cluster") => Err(Error::Server(CLUSTER.to_owned())),
+            Some("sentinel") => Err(Error::Server(
+                "it is a Redis Sentinel, which has no data: write the address of the server"
+                    .to_owned(),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Lets the connection go if it is of no use any more.
+    fn note(&self, number: u64, refusal: &Refusal) {
+        if refusal.ends_connection {
+            self.0.give_up(number);
+        } else if refusal.is_late {
+            // A server that hangs has it back in order once it goes on. But the address may lead to another one by now.
+            let inner = self.0.clone();
+            tokio::spawn(async move { inner.replace(number).await });
+        }
+    }
+}
+
+impl Inner {
+    async fn take(&self) -> Result<(MultiplexedConnection, u64), Refusal> {
+        match self.there() {
+            Some(there) => Ok(there),
+            // What is seldom done is in a box: a call's future is moved with all that it may come to.
+            None => Box::pin(self.renew()).await,
+        }
+    }
+
+    /// Makes a connection, or waits for who does, and shares what comes of it.
+    async fn renew(&self) -> Result<(MultiplexedConnection, u64), Refusal> {
+        let tries = self.tries.load(Ordering::Acquire);
+        let mut failed = self.making.lock().await;
+        if let Some(there) = self.there() {
+            return Ok(there);
+        }
+        if self.tries.load(Ordering::Acquire) != tries
+            && let Some(why) = failed.clone()
+        {
+            return Err(why.into());
+        }
+        self.tries.fetch_add(1, Ordering::AcqRel);
+        match self.make().await {
+            Ok(made) => {
+                *failed = None;
+                Ok(self.keep(made))
+            }
+            Err(why) => {
+                *failed = Some(why.clone());
+                Err(why.into())
+            }
+        }
+    }
+
+    fn there(&self) -> Option<(MultiplexedConnection, u64)> {
+        let current = self.current();
+        Some((current.connection.clone()?, current.number))
+    }
+
+    fn keep(&self, connection: MultiplexedConnection) -> (MultiplexedConnection, u64) {
+        let mut current = self.current();
+        current.number += 1;
+        current.connection = Some(connection.clone());
+        (connection, current.number)
+    }
+
+    fn give_up(&self, number: u64) {
+        let mut current = self.current();
+        if current.number == number {
+            current.connection = None;
+        }
+    }
+
+    /// Makes another connection, and gives up the one of that number if that succeeds.
+    async fn replace(&self, number: u64) {
+        let Ok(_making) = self.making.try_lock() else {
+            return;
+        };
+        match self.make().await {
+            Ok(made) if self.current().number == number => {
+                self.keep(made);
+            }
+            Ok(_) => {}
+            Err(Unmade { why, .. }) => debug!("no other connection to Redis: {why}"),
+        }
+    }
+
+    fn current(&self) -> MutexGuard<'_, Current> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Connects, logs in, and sees that it is Redis who answers.
+    async fn make(&self) -> Result<MultiplexedConnection, Unmade> {
+        let client = &self.client;
+        let made = tokio::time::timeout(CONNECT_TIMEOUT * 2, async {
+            let made = client.get_multiplexed_async_connection_with_config(&self.config);
+            let mut made = made.await?;
+            let pong: Value = cmd("PING").query_async(&mut made).await?;
+            Ok::<_, RedisError>((made, pong))
+        });
+        let error = match made.await {
+            Ok(Ok((made, Value::SimpleString(_) | Value::BulkString(_)))) => return Ok(made),
+            Ok(Ok(_)) => return Err("what answers there is not Redis".to_owned().into()),
+            Ok(Err(error)) => error,
+            Err(_) => return Err(too_late().into()),
+        };
+        let is_refused = error.is_connection_refusal();
+        let refusal = Refusal::of(error);
+        let mut unmade = Unmade::from(words(refusal.error));
+        unmade.is_login = refusal.is_login;
+        if !is_refused
+            && !refusal.is_login
+            && let Some(cause) = diagnose(client.get_connection_info().addr()).await
+        {
+            unmade.why = format!("{cause} ({})", unmade.why);
+        }
+        Err(unmade)
+    }
+}
+
+/// Why there is no connection.
+#[derive(Clone)]
+struct Unmade {
+    why: String,
+    is_login: bool,
+}
+
+impl From<String> for Unmade {
+    fn from(why: String) -> Self {
+        Self {
+            why,
+            is_login: false,
+        }
+    }
+}
+
+impl From<Unmade> for Refusal {
+    /// Whatever keeps a connection from being made, no message does.
+    fn from(Unmade { why, is_login }: Unmade) -> Self {
+        Self {
+            concern: Concern::Store,
+            ends_connection: false,
+            is_late: false,
+            is_login,
+            error: Error::Unavailable(why),
+        }
+    }
+}
+
+fn words(error: Error) -> String {
+    match error {
+        Error::Unavailable(why) | Error::Server(why) | Error::Denied(why) => why,
+        Error::TooLarge(_) => "an answer that is too large".to_owned(),
+    }
+}
+
+fn too_late() -> String {
+    format!("no answer within {} s", CALL_TIMEOUT.as_secs())
+}
+
+/// The mode that a server says it runs in.
+fn mode_of(hello: &Value) -> Option<&str> {
+    fn text(value: &Value) -> Option<&str> {
+        match value {
+            Value::BulkString(bytes) => std::str::from_utf8(bytes).ok(),
+            Value::SimpleString(text) => Some(text),
+            _ => None,
+        }
+    }
+    match hello {
+        Value::Array(items) => {
+            let at = items.iter().position(|item| text(item) == Some("mode"))?;
+            text(items.get(at + 1)?)
+        }
+        Value::Map(pairs) => {
+            let mode = pairs.iter().find(|(name, _)| text(name) == Some("mode"))?;
+            text(&mode.1)
+        }
+        _ => None,
+    }
+}
+
+/// What is wrong with an address that could not be spoken to: TLS on one side only makes for errors that nobody understands.
+async fn diagnose(address: &ConnectionAddr) -> Option<String> {
+    let (host, port, is_tls) = match address {
+        ConnectionAddr::Tcp(host, port) => (host, *port, false),
+        ConnectionAddr::TcpTls { host, port, .. } => (host, *port, true),
+        _ => return None,
+    };
+    let asked = tokio::time::timeout(DIAGNOSIS_TIMEOUT, async {
+        let mut stream = TcpStream::connect((host.as_str(), port)).await.ok()?;
+        if is_tls {
+            stream.write_all(b"PING\r\n").await.ok()?;
+            // A pong, or that it first wants to know who asks.
+            return matches!(stream.read_u8().await, Ok(b'+' | b'-')).then_some(
+                "the server does not speak TLS there: write redis:// in place of rediss://",
+            );
+        }
+        let connector = native_tls::TlsConnector::builder()
+            .danger_accept_invalid_certs(true)
+            .danger_accept_invalid_hostnames(true)
+            .build()
+            .ok()?;
+        let connector = tokio_native_tls::TlsConnector::from(connector);
+        // A server that asks for a certificate refuses who has none, but only once it has said that it speaks TLS.
+        let speaks = connector.connect(host, stream).await.is_ok();
+        speaks.then_some("the server speaks TLS there: write rediss:// in place of redis://")
+    });
+    asked.await.ok()?.map(str::to_owned)
+}
+
+/// Asks for commands as a transaction that comes to nothing: the server checks for each whether it could be run just now, and
+/// for whom. Answers the first refusal that is no message's.
+pub(super) async fn rehearse(
+    connection: &Connection,
+    commands: &[Vec<Vec<u8>>],
+) -> Result<(), Refusal> {
+    // One with a wrong number of arguments, so that EXEC runs nothing.
+    const WRONG: &str = "GETRANGE";
+    let mut rehearsal = pipe();
+    rehearsal.cmd("MULTI");
+    for command in commands {
+        let mut parts = command.iter();
+        if let Some(name) = parts.next() {
+            let name = String::from_utf8_lossy(name);
+            rehearsal.cmd(&name);
+            for part in parts {
+                rehearsal.arg(part.as_slice());
+            }
+        }
+    }
+    rehearsal.cmd(WRONG).cmd("EXEC");
+    let answers = connection.ask(async |connection| {
+        let count = commands.len() + 3;
+        connection.send_packed_commands(&rehearsal, 0, count).await
+    });
+    let answers = answers.await?;
+    for answer in answers {
+        let Value::ServerError(error) = answer else {
+            continue;
+        };
+        let refusal = Refusal::of_server(&error);
+        if refusal.concern != Concern::Message {
+            let number = connection.0.current().number;
+            connection.note(number, &refusal);
+            return Err(refusal);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,125 @@
+//! Whether a database does what it did not do, and what a refusal says of it.
+
+use std::sync::Arc;
+
+use super::super::{
+    Action, Error, Failure, Refusal, SqlAccess, StoreError, Value, WAS_DONE, Work, host_error,
+};
+use super::client::Whose;
+use super::error::{READ_ONLY, concern};
+use super::value::Parameters;
+use super::{Postgres, in_time};
+use crate::capability::Concern;
+
+/// Bytes that are written to see whether something can be, random so that they take as much room as they are: more than fits
+/// into the pages that a table has.
+const PROBE_BYTES: usize = 16 * 1024;
+/// Parameters that are kept for a probe; with more, the database may be asked without them.
+const MAX_KEPT_PARAMETERS: usize = 100;
+
+impl Postgres {
+    /// What the failure of a guest's statement says of the database.
+    pub(super) fn judge(
+        &self,
+        access: SqlAccess,
+        text: &str,
+        work: Work<'_>,
+        error: Error,
+    ) -> Refusal {
+        let Error::Database(said) = &error else {
+            return Refusal::of(error, access);
+        };
+        let code = said.sqlstate.as_deref().unwrap_or_default();
+        if code == READ_ONLY {
+            return match access {
+                SqlAccess::ReadOnly => Refusal::of(
+                    Error::Denied(format!(
+                        "the pipeline grants this stage to read only, and {}: write `access = \"data\"`",
+                        said.message
+                    )),
+                    access,
+                ),
+                _ => Refusal::of(Error::Unavailable(said.message.clone()), access),
+            };
+        }
+        // Who makes and drops tables knows what is there.
+        let is_known = code == "42501" || access != SqlAccess::DataDefinition;
+        if concern(code) == Concern::Standing && is_known && self.pool.done().contains(text) {
+            let params = work.example();
+            let kept = &params[..params.len().min(MAX_KEPT_PARAMETERS)];
+            return Refusal {
+                error: Error::Unavailable(format!("{WAS_DONE}{}", said.message)),
+                away: Some(Action::Statement(text.into(), kept.into())),
+            };
+        }
+        Refusal::of(error, access)
+    }
+
+    /// Writes as a stage would, and as the host does where it keeps progress, and takes it back.
+    pub(in super::super) async fn probe_write(&self, access: SqlAccess) -> Result<(), Error> {
+        const ASK: &str = "SELECT pg_catalog.current_setting('transaction_read_only')";
+        let mut lease = self.take(access).await?;
+        let answer = in_time(lease.ask(ASK, &Parameters::default())).await;
+        let answer = answer.map_err(Failure::into_error)?;
+        let is_read_only =
+            matches!(&answer[..], [row] if matches!(&row[..], [Value::Text(on)] if on == "on"));
+        if is_read_only && access != SqlAccess::ReadOnly {
+            // What the address leads to may be another one by now.
+            lease.is_spent = true;
+            let why = "the database is read-only: it is a standby, or default_transaction_read_only is on";
+            return Err(Error::Unavailable(why.to_owned()));
+        }
+        drop(lease);
+        match self.progress.get() {
+            Some(statements) => self.probe_progress(&statements.probe_write).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn probe_progress(&self, write: &str) -> Result<(), Error> {
+        let weight: Vec<u8> = std::iter::repeat_with(rand::random)
+            .take(PROBE_BYTES)
+            .collect();
+        let mut parameters = Parameters::default();
+        // Of its own, so that it waits for nobody else's.
+        parameters.text(&format!("stagehost-probe-{}", rand::random::<u64>()))?;
+        parameters.bytea(&weight)?;
+        let mut lease = self.own.take().await?;
+        let begun = in_time(lease.command("BEGIN")).await;
+        begun.map_err(Failure::into_error)?;
+        let written = in_time(lease.ask(write, &parameters)).await;
+        let undone = in_time(lease.command("ROLLBACK")).await;
+        written.map_err(Failure::into_error)?;
+        undone.map_err(Failure::into_error)
+    }
+
+    /// Has the database say how it would run a statement, for which it looks whether it may.
+    pub(in super::super) async fn probe_statement(
+        &self,
+        text: &str,
+        params: &[Value],
+    ) -> Result<(), StoreError> {
+        let explain = format!("EXPLAIN {text}");
+        let parameters = Parameters::of(params)?;
+        let mut lease = self.take(SqlAccess::Data).await?;
+        let explained = in_time(async {
+            let plan = lease
+                .plan(Whose::Host, &explain, parameters.types())
+                .await?;
+            lease
+                .run(&Arc::clone(&plan), &parameters, &mut |_| Ok(()))
+                .await
+        });
+        match explained.await.map_err(Failure::into_error) {
+            Ok(_) => Ok(()),
+            Err(Error::Database(said)) => {
+                match concern(said.sqlstate.as_deref().unwrap_or_default()) {
+                    Concern::Store | Concern::Standing => Err(host_error(Error::Database(said))),
+                    // It can't be explained.
+                    Concern::Others | Concern::Message => Err(StoreError::Refused(said.message)),
+                }
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! Stores that are sick and not gone: full, read-only, refused, paused, another's. No message pays for it, readiness, metrics
+//! and the log say what it is, and all goes on by itself.
+
+use serde_json::{Value, json};
+
+use crate::support::{Host, Log, component, get, server, unique};
+
+mod pgbouncer;
+mod postgres;
+mod redis;
+mod servers;
+mod sqlite;
+
+/// One stage of a test component on a store of its own.
+struct Patient {
+    host: Host,
+    log: Log,
+    input: String,
+    group: String,
+    store: &'static str,
+}
+
+/// How its lanes work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Lane {
+    Ordered,
+    Batches,
+    Concurrent,
+    Transactional,
+}
+
+impl Lane {
+    fn settings(self) -> &'static str {
+        match self {
+            Self::Ordered | Self::Batches => "delivery = \"at-least-once\"",
+            Self::Concurrent => "delivery = \"at-least-once\"\norder = \"none\"\nconcurrency = 4",
+            Self::Transactional => "",
+        }
+    }
+
+    fn guest(self) -> &'static str {
+        match self {
+            Self::Batches => "test-batch",
+            _ => "test-probe",
+        }
+    }
+}
+
+impl Patient {
+    /// On Redis at this URL.
+    fn on_redis(url: &str, lane: Lane) -> Self {
+        let grant = "redis = { cache = { prefix = \"p:\", commands = [\"APPEND\"] } }";
+        let grant = format!("{grant}\nsql = [\"db\"]");
+        let stores =
+            format!("[redis.cache]\nurl = \"{url}\"\n[sql.db]\nurl = \"sqlite:db.sqlite\"");
+        Self::start("cache", lane, &grant, &stores)
+    }
+
+    /// On a database at this URL.
+    fn on_database(url: &str, lane: Lane) -> Self {
+        Self::reads_and_writes(url, lane, "\"data\"")
+    }
+
+    /// The same, with this access.
+    fn reads_and_writes(url: &str, lane: Lane, access: &str) -> Self {
+        let grant = format!(
+            "sql = {{ db = {{ access = {access} }} }}\nredis = {{ cache = {{ prefix = \"p:\" }} }}"
+        );
+        let stores = format!(
+            "[redis.cache]\nurl = \"memory:\"\n[sql.db]\nurl = \"{url}\"\nmax-connections = 3"
+        );
+        Self::start("db", lane, &grant, &stores)
+    }
+
+    fn start(store: &'static str, lane: Lane, grant: &str, stores: &str) -> Self {
+        let (input, group, output) = (unique("in"), unique("group"), unique("out"));
+        let (brokers, component) = (server("KAFKA_BROKERS"), component(lane.guest()));
+        let settings = lane.settings();
+        let pipeline = format!(
+            r#"
+            name = "sick"
+            [kafka]
+            brokers = "{brokers}"
+            [topics."{input}"]
+            partitions = 1
+            [topics."{output}"]
+            {stores}
+            [stages.probe]
+            component = "{component}"
+            input = ["{input}"]
+            group = "{group}"
+            output = ["{output}"]
+            retry = {{ max-attempts = 2, initial = "10ms", max = "20ms" }}
+            {grant}
+            {settings}
+            [admin]
+            listen = "127.0.0.1:0"
+            "#
+        );
+        Self {
+            host: Host::start(&pipeline),
+            log: Log::new(&brokers),
+            input,
+            group,
+            store,
+        }
+    }
+
+    async fn send(&self, messages: &[Value]) {
+        let values: Vec<_> = messages.iter().map(Value::to_string).collect();
+        let records: Vec<_> = values.iter().map(|v| (Some("k"), v.as_str())).collect();
+        self.log.produce(&self.input, &records).await;
+    }
+
+    fn settle(&self) {
+        self.log.wait_committed(&self.group, &self.input);
+    }
+
+    /// Waits until readiness, metrics and the log say what is wrong with the store.
+    fn says(&self, words: &str) {
+        let admin = self.host.address("admin");
+        let condition = format!("store {}: ", self.store);
+        self.host
+            .wait_for(&format!("readiness to say {words:?}"), || {
+                let (status, said) = get(&admin, "/readyz");
+                let says = |line: &str| line.starts_with(&condition) && line.contains(words);
+                (status == 503 && said.lines().any(says)).then_some(())
+            });
+        self.host.wait_for("the metric", || {
+            let open = format!("stagehost_circuit_open{{store=\"{}\"}} 1", self.store);
+            get(&admin, "/metrics").1.contains(&open).then_some(())
+        });
+        self.host.wait_for("the log", || {
+            let log = self.host.log();
+            let says = |line: &str| line.contains(self.store) && line.contains(words);
+            log.lines().any(says).then_some(())
+        });
+    }
+
+    /// Waits until all is done, and sees that nothing was given up on.
+    fn goes_on(&self) {
+        self.settle();
+        self.host.ready();
+        assert_eq!(self.dead(), Vec::<String>::new());
+    }
+
+    /// What was given up on, as its cause and words.
+    fn dead(&self) -> Vec<String> {
+        let dead = self.log.read(&format!("{}.dlq", self.input));
+        let words = |name: &str, d: &crate::support::Seen| d.header(name).unwrap_or("").to_owned();
+        let letter = |d| {
+            let cause = words("stagehost-cause", d);
+            format!("{cause}: {}", words("__dlq.errors.message", d))
+        };
+        dead.iter().map(letter).collect()
+    }
+}
+
+/// Messages that leave a trace each, which tells how often they had an effect.
+fn appends(numbers: std::ops::Range<u32>) -> Vec<Value> {
+    let append = |n| {
+        json!({ "do": "redis", "store": "cache", "call": "execute", "command": "APPEND",
+                "arguments": [format!("p:{n}"), "x"] })
+    };
+    numbers.map(append).collect()
+}
+
+/// Messages that write a value each, which may be written twice.
+fn sets(numbers: std::ops::Range<u32>) -> Vec<Value> {
+    let set = |n| json!({ "do": "redis", "store": "cache", "call": "set", "key": format!("p:{n}"), "value": "x" });
+    numbers.map(set).collect()
+}
+
+/// Messages that insert a row each.
+fn inserts(numbers: std::ops::Range<u32>) -> Vec<Value> {
+    let insert = |n| json!({ "do": "sql", "store": "db", "statement": "INSERT INTO t VALUES ($1)", "params": [n], "execute": true });
+    numbers.map(insert).collect()
+}

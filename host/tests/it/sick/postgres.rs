@@ -1,0 +1,261 @@
+//! A PostgreSQL database that is sick.
+
+use std::time::Duration;
+
+use serde_json::json;
+use sqlx::{AssertSqlSafe, Connection, PgConnection, Row};
+
+use super::servers;
+use super::{Lane, Patient, inserts};
+use crate::support::{server, unique};
+
+const LANES: [Lane; 3] = [Lane::Ordered, Lane::Batches, Lane::Transactional];
+
+/// A database of its own with a role that stages log in as, and a table.
+struct Place {
+    admin: String,
+    name: String,
+    url: String,
+}
+
+impl Place {
+    async fn new() -> Self {
+        let (url, name) = (server("DATABASE_URL"), unique("sick").replace('-', "_"));
+        run(&url, &format!("CREATE DATABASE {name}")).await;
+        run(&url, &format!("CREATE ROLE {name} LOGIN")).await;
+        let mut admin = url::Url::parse(&url).expect("a URL");
+        admin.set_path(&name);
+        let mut own = admin.clone();
+        own.set_username(&name).expect("a URL with users");
+        let place = Self {
+            admin: admin.into(),
+            name,
+            url: own.into(),
+        };
+        place.run("CREATE TABLE t (n BIGINT)").await;
+        place
+            .run("GRANT ALL ON TABLE t TO {role}; GRANT ALL ON SCHEMA public TO {role}")
+            .await;
+        place
+    }
+
+    /// As whoever runs the database; `{role}` is the stages' role.
+    async fn run(&self, statements: &str) {
+        let statements = statements.replace("{role}", &self.name);
+        run(&self.admin, &statements).await;
+    }
+
+    /// Ends the role's sessions, so that what holds for new ones holds.
+    async fn end_sessions(&self) {
+        self.run("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{role}'")
+            .await;
+    }
+
+    async fn numbers(&self) -> Vec<i64> {
+        let mut connection = PgConnection::connect(&self.admin)
+            .await
+            .expect("PostgreSQL");
+        let rows = sqlx::query("SELECT n FROM t ORDER BY n")
+            .fetch_all(&mut connection)
+            .await;
+        rows.expect("rows").iter().map(|row| row.get(0)).collect()
+    }
+}
+
+async fn run(url: &str, statements: &str) {
+    let mut connection = PgConnection::connect(url).await.expect("PostgreSQL");
+    let done = sqlx::raw_sql(AssertSqlSafe(statements))
+        .execute(&mut connection)
+        .await;
+    done.unwrap_or_else(|error| panic!("{statements}: {error}"));
+}
+
+/// While the database refuses, nothing is given up on, however long it takes; then all goes on, and each message had its
+/// effect once.
+async fn refuses(lane: Lane, words: &str, sicken: &str, heal: &str) {
+    let place = Place::new().await;
+    let patient = Patient::on_database(&place.url, lane);
+    patient.send(&inserts(0..10)).await;
+    patient.settle();
+    place.run(sicken).await;
+    place.end_sessions().await;
+    patient.send(&inserts(10..40)).await;
+    patient.says(words);
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(patient.dead(), Vec::<String>::new(), "{lane:?}: {sicken}");
+    place.run(heal).await;
+    patient.goes_on();
+    assert_eq!(
+        place.numbers().await,
+        Vec::from_iter(0..40),
+        "{lane:?}: {sicken}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_is_read_only_is_waited_for_and_named() {
+    for lane in LANES {
+        let set = "ALTER ROLE {role} SET default_transaction_read_only = on";
+        refuses(
+            lane,
+            "read-only",
+            set,
+            "ALTER ROLE {role} RESET default_transaction_read_only",
+        )
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_right_that_is_taken_from_a_databases_role_and_given_back_costs_no_message() {
+    for lane in LANES {
+        let revoke = "REVOKE INSERT ON t FROM {role}";
+        refuses(
+            lane,
+            "permission denied",
+            revoke,
+            "GRANT INSERT ON t TO {role}",
+        )
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_is_renamed_and_back_costs_no_message() {
+    let rename = "ALTER TABLE t RENAME TO u";
+    refuses(
+        Lane::Transactional,
+        "does not exist",
+        rename,
+        "ALTER TABLE u RENAME TO t",
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_of_progress_that_may_not_be_written_is_waited_for_and_named() {
+    let revoke = "REVOKE UPDATE, INSERT ON stagehost_progress FROM {role}";
+    let grant = "GRANT UPDATE, INSERT ON stagehost_progress TO {role}";
+    refuses(Lane::Transactional, "permission denied", revoke, grant).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_lets_nobody_in_is_waited_for_and_named() {
+    for lane in [Lane::Ordered, Lane::Transactional] {
+        let none = "ALTER ROLE {role} CONNECTION LIMIT 0";
+        refuses(
+            lane,
+            "too many connections",
+            none,
+            "ALTER ROLE {role} CONNECTION LIMIT -1",
+        )
+        .await;
+        let out = "ALTER ROLE {role} NOLOGIN";
+        refuses(
+            lane,
+            "not permitted to log in",
+            out,
+            "ALTER ROLE {role} LOGIN",
+        )
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_password_of_a_database_is_waited_for_and_named() {
+    let own = servers::postgres();
+    let admin = format!("postgres://postgres:geheim@127.0.0.1:{}/postgres", own.port);
+    run(
+        &admin,
+        "CREATE TABLE t (n BIGINT); CREATE ROLE stages LOGIN PASSWORD 'geheim'",
+    )
+    .await;
+    run(
+        &admin,
+        "GRANT ALL ON TABLE t TO stages; GRANT ALL ON SCHEMA public TO stages",
+    )
+    .await;
+    let url = format!("postgres://stages:geheim@127.0.0.1:{}/postgres", own.port);
+    let patient = Patient::on_database(&url, Lane::Transactional);
+    patient.send(&inserts(0..10)).await;
+    patient.settle();
+    run(&admin, "ALTER ROLE stages PASSWORD 'other'").await;
+    run(
+        &admin,
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'stages'",
+    )
+    .await;
+    patient.send(&inserts(10..40)).await;
+    patient.says("password authentication failed");
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    run(&admin, "ALTER ROLE stages PASSWORD 'geheim'").await;
+    patient.goes_on();
+    let mut connection = PgConnection::connect(&admin).await.expect("PostgreSQL");
+    let count = sqlx::query("SELECT count(*), count(DISTINCT n) FROM t").fetch_one(&mut connection);
+    let count = count.await.expect("a count");
+    assert_eq!((count.get::<i64, _>(0), count.get::<i64, _>(1)), (40, 40));
+}
+
+/// The address leads to another server: sessions that are open stay with the one that is read-only now.
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_failover_of_postgresql_the_new_primary_is_found() {
+    let place = Place::new().await;
+    let url = url::Url::parse(&place.url).expect("a URL");
+    let port = url.port().expect("a port");
+    let way = servers::Way::to(port);
+    let mut through = url.clone();
+    through.set_port(Some(way.port)).expect("a port");
+    let patient = Patient::on_database(through.as_str(), Lane::Transactional);
+    patient.send(&inserts(0..10)).await;
+    patient.settle();
+    place
+        .run("ALTER ROLE {role} SET default_transaction_read_only = on")
+        .await;
+    way.cut();
+    patient.send(&inserts(10..20)).await;
+    patient.says("read-only");
+    // Of those that are open, none is ended: new ones would be fine.
+    place
+        .run("ALTER ROLE {role} RESET default_transaction_read_only")
+        .await;
+    patient.goes_on();
+    assert_eq!(place.numbers().await, Vec::from_iter(0..20));
+}
+
+/// What its grant does not allow is the message's own, though the database says the same of it as of a standby.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_write_of_a_stage_that_may_only_read_is_denied() {
+    let place = Place::new().await;
+    place
+        .run(
+            "CREATE FUNCTION writes() RETURNS bigint LANGUAGE sql VOLATILE AS 'INSERT INTO t VALUES (1) RETURNING n'",
+        )
+        .await;
+    for lane in [Lane::Ordered, Lane::Transactional] {
+        let patient = Patient::reads_and_writes(&place.url, lane, "\"read-only\"");
+        let call = json!({ "do": "sql", "store": "db", "statement": "SELECT writes()" });
+        let read = json!({ "do": "sql", "store": "db", "statement": "SELECT n FROM t" });
+        patient.send(&[read.clone(), call, read]).await;
+        patient.settle();
+        let dead = patient.dead();
+        let is_denied =
+            matches!(&dead[..], [one] if one.starts_with("denied") && one.contains("read-only"));
+        assert!(is_denied, "{lane:?}: {dead:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_right_that_a_stage_never_had_is_denied() {
+    let place = Place::new().await;
+    place.run("CREATE TABLE other (n BIGINT)").await;
+    for lane in [Lane::Ordered, Lane::Transactional] {
+        let patient = Patient::on_database(&place.url, lane);
+        let other = json!({ "do": "sql", "store": "db", "statement": "SELECT n FROM other" });
+        patient.send(&[other]).await;
+        patient.send(&inserts(0..2)).await;
+        patient.settle();
+        let dead = patient.dead();
+        let is_denied = matches!(&dead[..], [one] if one.starts_with("denied") && one.contains("permission denied"));
+        assert!(is_denied, "{lane:?}: {dead:?}");
+    }
+}

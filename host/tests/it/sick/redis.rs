@@ -1,0 +1,306 @@
+//! A Redis server that is sick.
+
+use std::time::Duration;
+
+use host::capability::StoreError;
+use host::capability::redis::{Store, system_clock};
+use host::pipeline::RedisUrl;
+use serde_json::json;
+
+use super::servers::{self, Server, Way, cli};
+use super::{Lane, Patient, appends, sets};
+
+fn url(port: u16) -> String {
+    format!("redis://127.0.0.1:{port}")
+}
+
+/// That each of them was done, once.
+fn done_once(server: &Server, numbers: std::ops::Range<u32>) {
+    for n in numbers {
+        assert_eq!(cli(server, &["GET", &format!("p:{n}")]), "x", "message {n}");
+    }
+}
+
+/// While Redis refuses, nothing is given up on, however long it takes; then all goes on.
+async fn refuses(lane: Lane, words: &str, sicken: &[&[&str]], heal: &[&[&str]]) {
+    let redis = servers::redis(&[]);
+    let patient = Patient::on_redis(&url(redis.port), lane);
+    patient.send(&appends(0..10)).await;
+    patient.settle();
+    for command in sicken {
+        cli(&redis, command);
+    }
+    patient.send(&appends(10..40)).await;
+    patient.says(words);
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(patient.dead(), Vec::<String>::new(), "{lane:?}");
+    for command in heal {
+        cli(&redis, command);
+    }
+    patient.goes_on();
+    done_once(&redis, 0..40);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_redis_is_waited_for_and_named() {
+    for lane in [Lane::Ordered, Lane::Concurrent, Lane::Batches] {
+        let full: &[&str] = &["CONFIG", "SET", "maxmemory", "1"];
+        let empty: &[&str] = &["CONFIG", "SET", "maxmemory", "0"];
+        refuses(lane, "OOM", &[full], &[empty]).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redis_that_is_read_only_or_without_its_replicas_is_waited_for_and_named() {
+    let replica: &[&str] = &["REPLICAOF", "127.0.0.1", "1"];
+    let master: &[&str] = &["REPLICAOF", "NO", "ONE"];
+    refuses(Lane::Ordered, "READONLY", &[replica], &[master]).await;
+    let alone: &[&str] = &["CONFIG", "SET", "min-replicas-to-write", "1"];
+    let enough: &[&str] = &["CONFIG", "SET", "min-replicas-to-write", "0"];
+    refuses(Lane::Ordered, "NOREPLICAS", &[alone], &[enough]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_right_that_is_taken_from_redis_user_and_given_back_costs_no_message() {
+    let redis = servers::redis(&[]);
+    let user = ["ACL", "SETUSER", "stages", "on", ">geheim", "~*", "+@all"];
+    cli(&redis, &user);
+    let url = format!("redis://stages:geheim@127.0.0.1:{}", redis.port);
+    let patient = Patient::on_redis(&url, Lane::Ordered);
+    patient.send(&appends(0..10)).await;
+    patient.settle();
+    cli(&redis, &["ACL", "SETUSER", "stages", "-append"]);
+    patient.send(&appends(10..20)).await;
+    patient.says("NOPERM");
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    cli(&redis, &["ACL", "SETUSER", "stages", "+append"]);
+    patient.goes_on();
+    done_once(&redis, 0..20);
+    // What it never could do is the message's own.
+    cli(&redis, &["ACL", "SETUSER", "stages", "-get", "-getrange"]);
+    let get = json!({ "do": "redis", "store": "cache", "call": "get", "key": "p:1" });
+    patient.send(&[get]).await;
+    patient.settle();
+    let dead = patient.dead();
+    assert!(
+        matches!(&dead[..], [one] if one.starts_with("denied") && one.contains("NOPERM")),
+        "{dead:?}"
+    );
+}
+
+/// Connections that are open stay let in, so they are cut: as after a restart, or by whoever changes passwords.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_password_of_redis_is_waited_for_and_named() {
+    let redis = servers::redis(&["--requirepass", "geheim"]);
+    let admin = |arguments: &[&str], password: &str| {
+        let mut all = vec!["--no-auth-warning", "-a", password];
+        all.extend(arguments);
+        cli(&redis, &all)
+    };
+    let url = format!("redis://:geheim@127.0.0.1:{}", redis.port);
+    let patient = Patient::on_redis(&url, Lane::Ordered);
+    patient.send(&appends(0..10)).await;
+    patient.settle();
+    admin(&["CONFIG", "SET", "requirepass", "other"], "geheim");
+    admin(
+        &["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"],
+        "other",
+    );
+    patient.send(&appends(10..40)).await;
+    patient.says("password");
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(patient.dead(), Vec::<String>::new());
+    admin(&["CONFIG", "SET", "requirepass", "geheim"], "other");
+    patient.goes_on();
+    for n in 0..40 {
+        assert_eq!(
+            admin(&["GET", &format!("p:{n}")], "geheim"),
+            "x",
+            "message {n}"
+        );
+    }
+}
+
+/// A password where there was none: the connection is made, and each answer is NOAUTH.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_password_that_redis_asks_for_all_at_once_is_waited_for_and_named() {
+    let redis = servers::redis(&[]);
+    let patient = Patient::on_redis(&url(redis.port), Lane::Concurrent);
+    patient.send(&appends(0..10)).await;
+    patient.settle();
+    cli(&redis, &["CONFIG", "SET", "requirepass", "geheim"]);
+    let auth = ["--no-auth-warning", "-a", "geheim"];
+    cli(
+        &redis,
+        &[&auth[..], &["CLIENT", "KILL", "TYPE", "normal"]].concat(),
+    );
+    patient.send(&appends(10..40)).await;
+    patient.says("NOAUTH");
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    cli(
+        &redis,
+        &[&auth[..], &["CONFIG", "SET", "requirepass", ""]].concat(),
+    );
+    patient.goes_on();
+    done_once(&redis, 0..40);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn something_else_at_the_address_of_redis_is_named_and_passes() {
+    let redis = servers::redis(&[]);
+    let way = Way::to(redis.port);
+    let patient = Patient::on_redis(&url(way.port), Lane::Ordered);
+    patient.send(&appends(0..10)).await;
+    patient.settle();
+    way.lead(servers::foreign());
+    way.cut();
+    patient.send(&appends(10..40)).await;
+    patient.says("does not speak Redis's protocol");
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    way.lead(redis.port);
+    patient.goes_on();
+    done_once(&redis, 0..40);
+}
+
+/// The old master becomes a replica, and the address leads to the new one: open connections stay where they are.
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_failover_of_redis_the_new_master_is_found() {
+    let (old, new) = (servers::redis(&[]), servers::redis(&[]));
+    let port = |server: &Server| server.port.to_string();
+    let way = Way::to(old.port);
+    let patient = Patient::on_redis(&url(way.port), Lane::Ordered);
+    patient.send(&appends(0..10)).await;
+    patient.settle();
+    cli(&new, &["REPLICAOF", "127.0.0.1", &port(&old)]);
+    crate::support::until("the replica", || {
+        cli(&new, &["INFO", "replication"])
+            .contains("master_link_status:up")
+            .then_some(())
+    });
+    cli(&new, &["REPLICAOF", "NO", "ONE"]);
+    cli(&old, &["REPLICAOF", "127.0.0.1", &port(&new)]);
+    way.lead(new.port);
+    patient.send(&appends(10..40)).await;
+    patient.goes_on();
+    done_once(&new, 0..40);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_paused_redis_is_waited_for_and_named() {
+    let redis = servers::redis(&[]);
+    let patient = Patient::on_redis(&url(redis.port), Lane::Ordered);
+    patient.send(&sets(0..10)).await;
+    patient.settle();
+    redis.signal(libc::SIGSTOP);
+    patient.send(&sets(10..40)).await;
+    patient.says("no answer");
+    redis.signal(libc::SIGCONT);
+    patient.goes_on();
+    done_once(&redis, 0..40);
+}
+
+/// Paused for good, and another one has its address: open connections stay with the one that is paused.
+#[tokio::test(flavor = "multi_thread")]
+async fn another_redis_at_the_address_of_a_paused_one_is_found() {
+    let (paused, other) = (servers::redis(&[]), servers::redis(&[]));
+    let way = Way::to(paused.port);
+    let patient = Patient::on_redis(&url(way.port), Lane::Ordered);
+    patient.send(&sets(0..10)).await;
+    patient.settle();
+    paused.signal(libc::SIGSTOP);
+    way.lead(other.port);
+    patient.send(&sets(10..40)).await;
+    patient.goes_on();
+    done_once(&other, 10..40);
+}
+
+/// A value that is larger than what is left is its message's own affair, and holds its partition for a while only.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_redis_alone_refuses_holds_its_partition_for_a_while_only() {
+    let redis = servers::redis(&[]);
+    let patient = Patient::on_redis(&url(redis.port), Lane::Ordered);
+    patient.send(&appends(0..1)).await;
+    patient.settle();
+    // A third of it is what Redis has of buffers when a large value comes.
+    let used: u64 = cli(&redis, &["INFO", "memory"])
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("used_memory:"))
+        .and_then(|used| used.parse().ok())
+        .expect("its memory");
+    cli(
+        &redis,
+        &["CONFIG", "SET", "maxmemory", &(used + 600_000).to_string()],
+    );
+    let large = json!({ "do": "redis", "store": "cache", "call": "set", "key": "p:large",
+                        "value": "x".repeat(900_000) });
+    patient.send(&[large]).await;
+    patient.send(&appends(1..10)).await;
+    patient.settle();
+    let dead = patient.dead();
+    assert!(
+        matches!(&dead[..], [one] if one.contains("OOM")),
+        "{dead:?}"
+    );
+    done_once(&redis, 0..10);
+}
+
+async fn refused(url: String) -> String {
+    match Store::connect(&RedisUrl::Remote(url), system_clock())
+        .await
+        .map(drop)
+    {
+        Err(StoreError::Refused(why) | StoreError::Unavailable(why)) => why,
+        Ok(()) => panic!("it is taken"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_of_a_redis_cluster_is_refused_with_the_reason() {
+    let redis = servers::redis(&["--cluster-enabled", "yes"]);
+    let why = refused(url(redis.port)).await;
+    assert!(
+        why.contains("Redis Cluster") && why.contains("does not support"),
+        "{why}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tls_on_one_side_only_is_named() {
+    let redis = servers::redis(&[]);
+    let why = refused(format!("rediss://127.0.0.1:{}", redis.port)).await;
+    assert!(why.contains("write redis://"), "{why}");
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = |name: &str| folder.path().join(name).display().to_string();
+    let made = std::process::Command::new("openssl")
+        .args([
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-days",
+            "2",
+            "-subj",
+            "/CN=localhost",
+        ])
+        .args(["-keyout", &file("key"), "-out", &file("certificate")])
+        .output()
+        .expect("openssl");
+    assert!(made.status.success(), "{made:?}");
+    let plain = servers::redis(&[]);
+    let port = plain.port.to_string();
+    drop(plain);
+    let redis = servers::redis(&[
+        "--tls-port",
+        &port,
+        "--tls-cert-file",
+        &file("certificate"),
+        "--tls-key-file",
+        &file("key"),
+        "--tls-ca-cert-file",
+        &file("certificate"),
+    ]);
+    let why = refused(format!("redis://127.0.0.1:{port}")).await;
+    assert!(why.contains("write rediss://"), "{why}");
+    drop(redis);
+}
