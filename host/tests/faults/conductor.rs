@@ -149,11 +149,9 @@ impl Run {
             Kind::CutKafka => cut(&bench.to_kafka, round, tally),
             Kind::CutPostgres => cut(&bench.to_postgres, round, tally),
             Kind::CutRedis => cut(&bench.to_redis, round, tally),
-            Kind::SickKafka
-            | Kind::SickPostgres
-            | Kind::RefusePostgres
-            | Kind::SickRedis
-            | Kind::RefuseRedis => sick(bench, round, tally, found),
+            Kind::SickPostgres | Kind::RefusePostgres | Kind::SickRedis | Kind::RefuseRedis => {
+                sick(bench, round, tally, found)
+            }
         }
         tally.round(round.kind);
         bench.hosts.thaw();

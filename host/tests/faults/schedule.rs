@@ -29,8 +29,6 @@ pub(crate) enum Kind {
     CutPostgres,
     /// The same for Redis.
     CutRedis,
-    /// Kafka has too few in-sync replicas for what the stages send.
-    SickKafka,
     /// PostgreSQL is read-only, or somebody locks the lanes' rows.
     SickPostgres,
     /// PostgreSQL lets the hosts' role in no more.
@@ -42,7 +40,7 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    pub(crate) const ALL: [Self; 15] = [
+    pub(crate) const ALL: [Self; 14] = [
         Self::KillHost,
         Self::FreezeHost,
         Self::StopHost,
@@ -53,7 +51,6 @@ impl Kind {
         Self::CutKafka,
         Self::CutPostgres,
         Self::CutRedis,
-        Self::SickKafka,
         Self::SickPostgres,
         Self::RefusePostgres,
         Self::SickRedis,
@@ -73,7 +70,6 @@ impl Kind {
             Self::CutKafka => "cut-kafka",
             Self::CutPostgres => "cut-postgres",
             Self::CutRedis => "cut-redis",
-            Self::SickKafka => "sick-kafka",
             Self::SickPostgres => "sick-postgres",
             Self::RefusePostgres => "refuse-postgres",
             Self::SickRedis => "sick-redis",

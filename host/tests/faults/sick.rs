@@ -4,14 +4,11 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use rdkafka::ClientConfig;
-use rdkafka::admin::{AdminClient, AdminOptions, AlterConfig, ResourceSpecifier};
-use rdkafka::client::DefaultClientContext;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use tokio::runtime::Handle;
 
 use crate::bench::Addresses;
-use crate::pipeline::{MIDDLE, OUT, ROLE};
+use crate::pipeline::ROLE;
 use crate::schedule::Kind;
 
 /// How long a sickness may last before it is said.
@@ -70,7 +67,6 @@ impl<'a> Sickness<'a> {
                 );
                 sickness.postgres(&[&refuses, &ends]);
             }
-            Kind::SickKafka => sickness.min_in_sync("2"),
             _ => panic!("{kind:?} is no sickness"),
         }
         sickness
@@ -80,8 +76,7 @@ impl<'a> Sickness<'a> {
     pub(crate) fn words(&self) -> &'static str {
         match self.kind {
             Kind::SickRedis | Kind::RefuseRedis => "cache",
-            Kind::SickPostgres | Kind::RefusePostgres => "effects",
-            _ => "min.insync.replicas",
+            _ => "effects",
         }
     }
 
@@ -93,8 +88,7 @@ impl<'a> Sickness<'a> {
             (Kind::RefuseRedis, _) => "redis's password changed",
             (Kind::SickPostgres, true) => "postgres read-only",
             (Kind::SickPostgres, false) => "progress locked in postgres",
-            (Kind::RefusePostgres, _) => "postgres refused logins",
-            _ => "kafka short of replicas",
+            _ => "postgres refused logins",
         }
     }
 
@@ -113,7 +107,7 @@ impl<'a> Sickness<'a> {
                 let allows = format!("ALTER ROLE {ROLE} LOGIN");
                 self.postgres(&[&allows]);
             }
-            _ => self.min_in_sync("1"),
+            _ => {}
         }
     }
 
@@ -146,30 +140,6 @@ impl<'a> Sickness<'a> {
             Ok::<_, sqlx::Error>(())
         });
         done.unwrap_or_else(|error| panic!("{statements:?}: {error}"));
-    }
-
-    fn min_in_sync(&self, replicas: &str) {
-        let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
-            .set("bootstrap.servers", &self.addresses.brokers)
-            .create()
-            .expect("a client");
-        let change = |topic| {
-            AlterConfig::new(ResourceSpecifier::Topic(topic))
-                .set("min.insync.replicas", replicas)
-                // The call replaces all that a topic has of its own.
-                .set(
-                    "message.timestamp.type",
-                    if topic == MIDDLE {
-                        "LogAppendTime"
-                    } else {
-                        "CreateTime"
-                    },
-                )
-        };
-        let changes = [change(MIDDLE), change(OUT)];
-        let altered = admin.alter_configs(&changes, &AdminOptions::new());
-        let altered = self.runtime.block_on(altered).expect("an answer");
-        assert!(altered.iter().all(Result::is_ok), "{altered:?}");
     }
 }
 

@@ -7,8 +7,6 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rdkafka::ClientConfig;
-use rdkafka::admin::{AdminClient, AdminOptions, AlterConfig, ResourceSpecifier};
-use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::{Headers, Message, OwnedHeaders};
 use rdkafka::producer::{FutureProducer, FutureRecord};
@@ -401,24 +399,6 @@ impl Log {
         let sent = self.enqueue(record.timestamp(timestamp)).await;
         let delivery = sent.await.expect("an answer");
         delivery.expect("the record is acknowledged");
-    }
-
-    /// Changes one of a topic's settings.
-    pub(crate) async fn alter(&self, topic: &str, key: &str, value: &str) {
-        let change = AlterConfig::new(ResourceSpecifier::Topic(topic)).set(key, value);
-        let altered = self
-            .admin()
-            .alter_configs([&change], &AdminOptions::new())
-            .await;
-        let altered = altered.expect("an answer");
-        assert!(altered.iter().all(Result::is_ok), "{altered:?}");
-    }
-
-    fn admin(&self) -> AdminClient<DefaultClientContext> {
-        ClientConfig::new()
-            .set("bootstrap.servers", &self.brokers)
-            .create()
-            .expect("a client")
     }
 
     async fn enqueue(
