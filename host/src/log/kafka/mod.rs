@@ -19,6 +19,7 @@ use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use tracing::{debug, error, info, warn};
 
+pub use self::message::RawHeader;
 use super::LogError;
 
 /// How often clients ask who leads the partitions, in milliseconds.
