@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, Once, PoisonError, RwLock, Weak};
 use bytes::Bytes;
 use kafka_protocol::ResponseError;
 use tokio::sync::Notify;
-use tracing::{error, warn};
+use tracing::{debug, error, warn};
 
 use super::batch::{self, Header};
 use super::compaction::{self, Abandoned, Closed, MAX_KEYS, Pass, Progress, Replacement, swap};
@@ -564,7 +564,15 @@ impl Partition {
         match pass.run(state.progress.clean_until, |replacement| {
             self.replace(replacement)
         }) {
-            Ok(progress) => state.progress = progress,
+            Ok(progress) => {
+                state.progress = progress;
+                debug!(
+                    partition = self.name,
+                    bytes = self.bytes(),
+                    offset = progress.clean_until,
+                    "compacted what is before the offset"
+                );
+            }
             Err(Abandoned::Unwanted) => {}
             Err(_) if self.is_deleted() => {}
             Err(Abandoned::Io(error)) => {
