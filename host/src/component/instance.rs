@@ -234,7 +234,7 @@ impl StageComponent {
             // A store that does not answer is no fault of the guest's, and may answer the next time.
             failed(match state.store() {
                 Some(store) => Fault {
-                    away: Some(Away::silent(store.clone())),
+                    away: Some(Box::new(Away::silent(store.clone()))),
                     ..Fault::new(
                         Cause::Slow,
                         format!("{store} did not answer; {}", self.late()),
