@@ -232,7 +232,10 @@ const CREATE_TOPICS: &[Field] = {
     ];
     &[all(Array(TOPIC)), all(INT32), all(INT8)]
 };
-const DELETE_TOPICS: &[Field] = &[all(Array(TEXTS)), all(INT32)];
+const DELETE_TOPICS: &[Field] = {
+    const TOPIC: &[Field] = &[all(Text), all(Fixed(16))];
+    &[until(5, Array(TEXTS)), since(6, Array(TOPIC)), all(INT32)]
+};
 const CREATE_PARTITIONS: &[Field] = {
     const ASSIGNMENT: &[Field] = &[all(Array(INDEXES))];
     const TOPIC: &[Field] = &[all(Text), all(INT32), all(Array(ASSIGNMENT))];

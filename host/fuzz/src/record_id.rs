@@ -20,8 +20,8 @@ const OTHER: &str = "other/t/0/1/1/1";
 pub(crate) fn check(bytes: &[u8]) {
     check_on_record(bytes);
     // As an id has it that was sent here, and one that was sent elsewhere.
-    check_on_record(&[b"@here/t/0/", bytes].concat());
-    let elsewhere = record(&[b"@there/t/0/", bytes].concat());
+    check_on_record(&[&b"@here/t/0/"[..], bytes].concat());
+    let elsewhere = record(&[&b"@there/t/0/"[..], bytes].concat());
     let id = OutputId::of(&elsewhere, HERE);
     // A group may be called so, in an id of an earlier version; one with where it was sent names three more.
     assert!(id.is_none_or(|id| id.lane.matches('/').count() < 5));

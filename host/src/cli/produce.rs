@@ -12,9 +12,8 @@ use tracing::warn;
 
 use super::log_args::{LogArgs, OpenLog};
 use super::record_line;
-use crate::log::Sink;
 use crate::log::kafka::ClientSettings;
-use crate::log::kafka::producer::{Patience, Producer};
+use crate::log::kafka::producer::{Patience, Producer, RawOutgoing};
 use crate::log::kafka::topics::Admin;
 use crate::record::{Header, Outgoing};
 
@@ -105,7 +104,7 @@ async fn produce<'a>(args: &'a ProduceArgs, log: &mut OpenLog) -> anyhow::Result
         };
         let mut lines = Lines {
             input: open(args.file.as_deref()).await?,
-            template,
+            template: raw(template),
             form,
             read: 0,
             timeless: None,
@@ -127,6 +126,15 @@ async fn produce<'a>(args: &'a ProduceArgs, log: &mut OpenLog) -> anyhow::Result
         partition,
         offset,
     })
+}
+
+fn raw(mut record: Outgoing) -> RawOutgoing {
+    let headers = std::mem::take(&mut record.headers);
+    let headers = headers.into_iter().map(|h| (h.name.into_bytes(), h.value));
+    RawOutgoing {
+        headers: headers.collect(),
+        record,
+    }
 }
 
 /// How large a record may be is the topic's to say, unless the pipeline does.
@@ -196,7 +204,7 @@ enum Form {
 struct Lines {
     input: Input,
     /// What a value lacks of a record.
-    template: Outgoing,
+    template: RawOutgoing,
     form: Form,
     /// How many were read.
     read: u64,
@@ -207,7 +215,7 @@ struct Lines {
 /// Records that are sent together.
 #[derive(Default)]
 struct Chunk {
-    records: Vec<Outgoing>,
+    records: Vec<RawOutgoing>,
     /// Each one's line.
     lines: Vec<u64>,
     /// Why the line behind them is no record.
@@ -220,7 +228,7 @@ impl Lines {
         let mut acknowledged = 0;
         loop {
             let chunk = self.next_chunk().await?;
-            if let Err(unsent) = producer.produce(&chunk.records).await {
+            if let Err(unsent) = producer.produce_raw(&chunk.records).await {
                 let sent = acknowledged + (chunk.records.len() - unsent.len()) as u64;
                 match unsent.into_iter().min_by_key(|unsent| unsent.index) {
                     Some(first) => bail!(
@@ -282,12 +290,11 @@ impl Lines {
     }
 
     /// `None` for a blank line between records.
-    fn record(&mut self, line: Vec<u8>) -> Result<Option<Outgoing>, String> {
+    fn record(&mut self, line: Vec<u8>) -> Result<Option<RawOutgoing>, String> {
         let Form::Records { keeps_partition } = self.form else {
-            return Ok(Some(Outgoing {
-                value: Some(line),
-                ..self.template.clone()
-            }));
+            let mut value = self.template.clone();
+            value.record.value = Some(line);
+            return Ok(Some(value));
         };
         if line.trim_ascii().is_empty() {
             return Ok(None);
@@ -306,12 +313,15 @@ impl Lines {
             (true, Some(partition @ 0..)) => Some(partition),
             (true, _) => return Err("there is no partition to keep".to_owned()),
         };
-        Ok(Some(Outgoing {
-            topic: self.template.topic.clone(),
-            partition,
-            timestamp: record.timestamp,
-            key: record.key,
-            value: record.value,
+        Ok(Some(RawOutgoing {
+            record: Outgoing {
+                topic: self.template.record.topic.clone(),
+                partition,
+                timestamp: record.timestamp,
+                key: record.key,
+                value: record.value,
+                headers: Vec::new(),
+            },
             headers: record.headers,
         }))
     }

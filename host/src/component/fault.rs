@@ -17,7 +17,7 @@ pub(super) struct Trouble {
     pub(super) denied: Option<String>,
     /// A statement was out of time.
     pub(super) slow: bool,
-    pub(super) away: Option<Away>,
+    pub(super) away: Option<Box<Away>>,
 }
 
 /// A fault after a denied call is put down to the denial: trying again would be denied again.

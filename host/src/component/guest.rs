@@ -87,9 +87,9 @@ impl Guest {
     }
 
     /// A store that did not do what it was asked since last asked.
-    pub(super) fn take_away(&mut self) -> Option<Away> {
+    pub(super) fn take_away(&mut self) -> Option<Box<Away>> {
         let away = [self.sql.take_away(), self.redis.take_away()];
-        away.into_iter().flatten().next()
+        away.into_iter().flatten().next().map(Box::new)
     }
 }
 

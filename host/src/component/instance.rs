@@ -103,12 +103,12 @@ impl StageComponent {
         stores: &Stores,
     ) -> anyhow::Result<Self> {
         let pooled = match source.pooled {
-            Some((prepared, room)) => Some((Mould::new(stage, prepared)?, room)),
+            Some((prepared, room)) => Some((Mould::new(prepared)?, room)),
             None => None,
         };
         Ok(Self {
             share: source.share,
-            mapped: Mould::new(stage, source.mapped)?,
+            mapped: Mould::new(source.mapped)?,
             pooled,
             grants: grants(stage, stores),
             deadline: stage.limits.deadline,
@@ -241,7 +241,7 @@ impl StageComponent {
             // A store that does not answer is no fault of the guest's, and may answer the next time.
             failed(match state.store() {
                 Some(store) => Fault {
-                    away: Some(Away::silent(store.clone())),
+                    away: Some(Box::new(Away::silent(store.clone()))),
                     ..Fault::new(
                         Cause::Slow,
                         format!("{store} did not answer; {}", self.late()),
@@ -369,22 +369,24 @@ fn grants(stage: &pipeline::Stage, stores: &Stores) -> Grants {
 }
 
 impl Mould {
-    fn new(stage: &pipeline::Stage, prepared: Prepared) -> anyhow::Result<Self> {
+    fn new(prepared: Prepared) -> anyhow::Result<Self> {
         let Prepared { engine, pre } = prepared;
-        let world = match OnePre::new(pre.clone()) {
-            Ok(one) => World::Handler(one),
-            Err(_) => World::BatchHandler(
-                BatchPre::new(pre)
-                    .map_err(plain)
-                    .with_context(|| {
-                        format!(
-                            "{} exports neither stagehost:stage/handler nor stagehost:stage/batch-handler",
-                            stage.component.display()
-                        )
-                    })?,
-            ),
+        let no_handler = match OnePre::new(pre.clone()) {
+            Ok(one) => {
+                let world = World::Handler(one);
+                return Ok(Self { engine, world });
+            }
+            Err(error) => plain(error),
         };
-        Ok(Self { engine, world })
+        match BatchPre::new(pre) {
+            Ok(batch) => {
+                let world = World::BatchHandler(batch);
+                Ok(Self { engine, world })
+            }
+            // What is wrong is told of the one that it has.
+            Err(_) if !no_handler.to_string().contains("no exported instance") => Err(no_handler),
+            Err(error) => Err(plain(error)),
+        }
     }
 }
 

@@ -32,7 +32,7 @@ pub struct Fault {
     /// In words: the guest's own, or the host's.
     pub message: String,
     /// A store that did not do what the call asked of it, which is likely why it failed.
-    pub away: Option<Away>,
+    pub away: Option<Box<Away>>,
 }
 
 impl Fault {
@@ -138,10 +138,10 @@ impl Invocation {
     pub fn away(&self) -> Option<&Away> {
         let outcomes = match &self.outcomes {
             Ok(outcomes) => outcomes,
-            Err(fault) => return fault.away.as_ref(),
+            Err(fault) => return fault.away.as_deref(),
         };
         fn away(outcome: &Result<(), Fault>) -> Option<&Away> {
-            outcome.as_ref().err()?.away.as_ref()
+            outcome.as_ref().err()?.away.as_deref()
         }
         let first = outcomes.first().and_then(away)?;
         let is_same = |away: &Away| away.store == first.store;

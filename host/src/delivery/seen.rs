@@ -311,13 +311,17 @@ impl Seen {
 
     /// The id of the topic that all of it was read from, if it is known.
     pub fn topic(&self) -> Option<&str> {
-        let (first, _) = self.0.range(TOPIC.to_owned()..).next()?;
-        first.strip_prefix(TOPIC)
+        let from = self.0.range(TOPIC.to_owned()..);
+        let mut names = from.map_while(|(name, _)| name.strip_prefix(TOPIC));
+        // A lane's name has slashes, whatever it begins with.
+        names.find(|name| !name.contains('/'))
     }
 
     /// Remembers the id of the topic that all of it was read from.
     pub fn set_topic(&mut self, id: &str) {
-        self.0.retain(|name, _| !name.starts_with(TOPIC));
+        if let Some(before) = self.topic().map(|before| format!("{TOPIC}{before}")) {
+            self.0.remove(&before);
+        }
         let mark = Mark {
             place: Place::default(),
             at: i64::MAX,
@@ -474,7 +478,7 @@ mod tests {
     fn remembers_its_topic_beside_its_lanes() {
         let mut seen = Seen::default();
         assert_eq!(seen.topic(), None);
-        for lane in ["!/t/0", "@x/t/0", "g/t/0"] {
+        for lane in ["!/t/0", "!topic/t/0", "@x/t/0", "g/t/0"] {
             is_new(&mut seen, &record(&format!("{lane}/1/2/3"), 0));
             assert_eq!(seen.topic(), None, "{lane}");
         }

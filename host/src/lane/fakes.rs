@@ -206,7 +206,7 @@ pub(super) fn fault(cause: Cause) -> Fault {
 
 fn away() -> Fault {
     Fault {
-        away: Some(Away::silent(StoreName::Redis(Arc::from("cache")))),
+        away: Some(Box::new(Away::silent(StoreName::Redis(Arc::from("cache"))))),
         ..fault(Cause::Retry)
     }
 }

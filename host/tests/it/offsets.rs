@@ -277,6 +277,16 @@ async fn a_topic_made_anew_that_is_longer_than_what_was_read_is_noticed() {
     assert_eq!(numbers(&bench), all);
 }
 
+/// Before its group could see that it was gone: within seconds.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_topic_made_anew_while_its_host_runs_is_noticed() {
+    let bench = Bench::start("test-probe", 1, "");
+    bench.deliver(&emits(&bench, 0..5)).await;
+    make_anew(&bench.input).await;
+    bench.send(&emits(&bench, 100..120)).await;
+    not_ready(&bench, &["deleted and made anew", "stagehost_progress"]);
+}
+
 /// No row says otherwise, and the group's offset went with the topic that it was of.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_topic_made_anew_is_read_from_its_first_record_at_least_once() {

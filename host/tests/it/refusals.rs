@@ -51,13 +51,13 @@ fn check(folder: &Path, options: &[&str]) -> (Option<i32>, String) {
     (done.status.code(), String::from_utf8(said).expect("UTF-8"))
 }
 
-/// Both refuse it with these words and the place, and the log was not even made.
-fn both_refuse(folder: &Arc<TempDir>, words: &str) {
-    let (code, said) = check(folder.path(), &[]);
-    assert_eq!(code, Some(2), "{said}");
+/// Both refuse it with these words and the place, and the log was not even made. Answers what `check` said.
+fn both_refuse(folder: &Arc<TempDir>, words: &str) -> String {
+    let (code, checked) = check(folder.path(), &[]);
+    assert_eq!(code, Some(2), "{checked}");
     assert!(
-        said.contains(words) && said.contains("pipeline.toml:"),
-        "{said}"
+        checked.contains(words) && checked.contains("pipeline.toml:"),
+        "{checked}"
     );
     assert!(!folder.path().join("data").exists(), "check made something");
     let host = Host::run(folder.clone(), &folder.path().join("pipeline.toml"), &[]);
@@ -68,17 +68,25 @@ fn both_refuse(folder: &Arc<TempDir>, words: &str) {
         "{said}"
     );
     assert!(!folder.path().join("data/kafka").exists(), "{said}");
+    checked
 }
 
 #[test]
 fn check_refuses_a_component_that_run_can_not_link() {
-    let text = pipeline("embedded", FREE_ADMIN);
-    let text = text.replace(&component("test-echo"), "async.wasm");
-    let folder = folder_with(&text);
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/check/components/async.wat");
-    let bytes = wat::parse_file(source).expect("a component");
-    std::fs::write(folder.path().join("async.wasm"), bytes).expect("the component");
-    both_refuse(&folder, "the component of `one` can't be compiled");
+    for (name, words) in [
+        ("async", "the component of `one` can't be compiled"),
+        ("other-function", "the component of `one` can't be linked"),
+        ("handler", "the component of `one` can't be linked"),
+    ] {
+        let text = pipeline("embedded", FREE_ADMIN);
+        let text = text.replace(&component("test-echo"), "stage.wasm");
+        let folder = folder_with(&text);
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/check/components");
+        let bytes = wat::parse_file(source.join(name).with_extension("wat"));
+        let bytes = bytes.expect("a component");
+        std::fs::write(folder.path().join("stage.wasm"), bytes).expect("the component");
+        println!("{}", both_refuse(&folder, words));
+    }
 }
 
 #[test]

@@ -1,11 +1,14 @@
 //! CreateTopics, DeleteTopics, CreatePartitions and DeleteRecords.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
 use kafka_protocol::ResponseError;
 use kafka_protocol::messages::create_partitions_response::CreatePartitionsTopicResult;
 use kafka_protocol::messages::create_topics_request::CreatableTopic;
-use kafka_protocol::messages::create_topics_response::CreatableTopicResult;
+use kafka_protocol::messages::create_topics_response::{
+    CreatableTopicConfigs, CreatableTopicResult,
+};
 use kafka_protocol::messages::delete_records_response::{
     DeleteRecordsPartitionResult, DeleteRecordsTopicResult,
 };
@@ -20,13 +23,22 @@ use kafka_protocol::messages::{
     DescribeLogDirsRequest, DescribeLogDirsResponse, TopicName,
 };
 
+use uuid::Uuid;
+
+use super::configs::of_topic;
 use super::{Call, code, text, wire};
 use crate::node::NODE_ID;
 use crate::storage::topic_config::Overrides;
-use crate::storage::topics::Refused;
+use crate::storage::topics::{Refused, Topic};
 
 /// What a client sends for "as the broker has it".
 const DEFAULT: i32 = -1;
+/// The first versions of CreateTopics that tell the settings of the new topic, and its id.
+const FIRST_WITH_SETTINGS: i16 = 5;
+const FIRST_WITH_ID: i16 = 7;
+/// The first versions of DeleteTopics that tell why not, and that can name a topic by its id.
+const FIRST_DELETION_WITH_REASON: i16 = 5;
+const FIRST_DELETION_WITH_ID: i16 = 6;
 
 pub(super) async fn create_topics(
     call: &Call,
@@ -45,7 +57,7 @@ pub(super) async fn create_topics(
         };
         let result = CreatableTopicResult::default().with_name(topic.name);
         response.topics.push(match created {
-            Ok(()) => result,
+            Ok(created) => created_result(call, result, &created),
             Err((error, why)) => result
                 .with_error_code(error.code())
                 .with_error_message(Some(wire(why))),
@@ -54,7 +66,35 @@ pub(super) async fn create_topics(
     response
 }
 
-async fn create(call: &Call, topic: &CreatableTopic, only_check: bool) -> Result<(), Refused> {
+/// What the client is told of a topic that was created, as far as its version can say.
+fn created_result(
+    call: &Call,
+    mut result: CreatableTopicResult,
+    topic: &Topic,
+) -> CreatableTopicResult {
+    if call.version >= FIRST_WITH_ID {
+        result.topic_id = topic.uuid();
+    }
+    if call.version < FIRST_WITH_SETTINGS {
+        return result;
+    }
+    let config = |(key, value, source)| {
+        CreatableTopicConfigs::default()
+            .with_name(wire(key))
+            .with_value(Some(wire(value)))
+            .with_config_source(source)
+    };
+    result
+        .with_num_partitions(topic.partitions().len() as i32)
+        .with_replication_factor(1)
+        .with_configs(Some(of_topic(topic).into_iter().map(config).collect()))
+}
+
+async fn create(
+    call: &Call,
+    topic: &CreatableTopic,
+    only_check: bool,
+) -> Result<Arc<Topic>, Refused> {
     let partitions = partition_count(call, topic)?;
     let mut config = Overrides::new();
     for entry in &topic.configs {
@@ -71,7 +111,7 @@ async fn create(call: &Call, topic: &CreatableTopic, only_check: bool) -> Result
         config,
         only_check,
     );
-    created.await.map(|_| ())
+    created.await
 }
 
 /// How many partitions a topic is to have; on one node they all lie there.
@@ -118,14 +158,37 @@ pub(super) async fn delete_topics(
     request: DeleteTopicsRequest,
 ) -> DeleteTopicsResponse {
     let mut response = DeleteTopicsResponse::default();
-    for name in until_shutdown(call, request.topic_names) {
-        let deleted = call.node.topics.delete(&call.node.journal, &name).await;
-        let error = deleted.err().map_or(0, |(error, _)| error.code());
-        response.responses.push(
-            DeletableTopicResult::default()
-                .with_name(Some(name))
-                .with_error_code(error),
-        );
+    let names = request.topic_names.into_iter();
+    let named = names.map(|name| (Some(name), Uuid::nil()));
+    let by_id = request.topics.into_iter();
+    let all = named.chain(by_id.map(|topic| (topic.name, topic.topic_id)));
+    for (name, id) in until_shutdown(call, all.collect()) {
+        let topics = &call.node.topics;
+        let name = match name {
+            Some(name) => Ok(name),
+            None => topics
+                .with_id(id)
+                .map(|topic| TopicName(wire(topic.name.clone())))
+                .ok_or(ResponseError::UnknownTopicId),
+        };
+        let deleted = match &name {
+            Ok(name) => topics.delete(&call.node.journal, name).await,
+            Err(error) => Err((
+                *error,
+                "This server does not host this topic ID.".to_owned(),
+            )),
+        };
+        let mut result = DeletableTopicResult::default().with_name(name.ok());
+        if call.version >= FIRST_DELETION_WITH_ID {
+            result.topic_id = id;
+        }
+        response.responses.push(match deleted {
+            Ok(()) => result,
+            Err((error, why)) if call.version >= FIRST_DELETION_WITH_REASON => result
+                .with_error_code(error.code())
+                .with_error_message(Some(wire(why))),
+            Err((error, _)) => result.with_error_code(error.code()),
+        });
     }
     response
 }

@@ -22,7 +22,7 @@ use super::admin::until_shutdown;
 use super::{BadRequest, Call, text, wire};
 use crate::node::NODE_ID;
 use crate::storage::topic_config::{Overrides, is_list};
-use crate::storage::topics::Refused;
+use crate::storage::topics::{Refused, Topic};
 
 const TOPIC: i8 = 2;
 const BROKER: i8 = 4;
@@ -39,7 +39,7 @@ const APPEND: i8 = 2;
 const SUBTRACT: i8 = 3;
 
 /// Key, value, and where the value is from.
-type Value = (&'static str, String, i8);
+pub(super) type Value = (&'static str, String, i8);
 
 pub(super) fn describe(call: &Call, request: DescribeConfigsRequest) -> DescribeConfigsResponse {
     let describe = |resource: DescribeConfigsResource| {
@@ -236,19 +236,7 @@ fn values(call: &Call, resource: &DescribeConfigsResource) -> Result<Vec<Value>,
                     "This server does not host this topic-partition.".to_owned(),
                 )
             })?;
-            let source = |key| {
-                if topic.config.contains_key(key) {
-                    FROM_TOPIC
-                } else {
-                    FROM_DEFAULT
-                }
-            };
-            Ok(topic
-                .settings
-                .describe()
-                .into_iter()
-                .map(|(key, value)| (key, value, source(key)))
-                .collect())
+            Ok(of_topic(&topic))
         }
         BROKER if name.is_empty() || name == NODE_ID.to_string() => Ok(broker(call)),
         BROKER => Err((
@@ -260,6 +248,21 @@ fn values(call: &Call, resource: &DescribeConfigsResource) -> Result<Vec<Value>,
             format!("resources of type {other} have no configuration here"),
         )),
     }
+}
+
+/// What holds for a topic.
+pub(super) fn of_topic(topic: &Topic) -> Vec<Value> {
+    let source = |key| {
+        if topic.config.contains_key(key) {
+            FROM_TOPIC
+        } else {
+            FROM_DEFAULT
+        }
+    };
+    let described = topic.settings.describe().into_iter();
+    described
+        .map(|(key, value)| (key, value, source(key)))
+        .collect()
 }
 
 /// The broker's settings under the names that Kafka has for them.

@@ -9,13 +9,18 @@ use kafka_protocol::messages::{
 };
 use tokio::sync::oneshot;
 
-use super::{Answer, BadRequest, Call};
+use super::{Answer, BadRequest, Call, wire};
 use crate::storage::batch::{BadBatch, Header};
 use crate::storage::partition::Appended;
 use crate::storage::writer::Append;
 
 /// `acks` of a client that wants no answer.
 const NO_ACKS: i16 = 0;
+
+/// The first version that says why a batch was refused.
+const FIRST_WITH_REASON: i16 = 8;
+/// In Kafka's words.
+const WANTS_KEYS: &str = "Compacted topic cannot accept message without key.";
 
 type Written = oneshot::Receiver<Result<Appended, ResponseError>>;
 
@@ -49,14 +54,17 @@ pub(super) async fn begin(call: Call) -> Result<Answer, BadRequest> {
                 if let (Err(error), NO_ACKS) = (&result, request.acks) {
                     return Err(BadRequest::Unacknowledged(*error));
                 }
-                let start = call
-                    .node
-                    .topics
-                    .partition(&topic.name, index)
-                    .map_or(-1, |partition| partition.start());
-                topic
-                    .partition_responses
-                    .push(partition_response(index, result, start));
+                let partition = call.node.topics.partition(&topic.name, index).ok();
+                let start = partition.as_ref().map_or(-1, |partition| partition.start());
+                let mut response = partition_response(index, result, start);
+                let wants_keys = partition.is_some_and(|partition| partition.settings().compacts);
+                if result == Err(ResponseError::InvalidRecord)
+                    && wants_keys
+                    && call.version >= FIRST_WITH_REASON
+                {
+                    response.error_message = Some(wire(WANTS_KEYS));
+                }
+                topic.partition_responses.push(response);
             }
             response.responses.push(topic);
         }

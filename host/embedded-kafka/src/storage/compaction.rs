@@ -231,7 +231,10 @@ impl Pass<'_> {
         segment: &Closed,
         mut each: impl FnMut(&Header, &mut [u8]) -> Result<Option<T>, Abandoned>,
     ) -> Result<Option<T>, Abandoned> {
-        let file = File::open(&segment.path)?;
+        let file = File::open(&segment.path).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => Abandoned::Unwanted,
+            _ => error.into(),
+        })?;
         let mut batches = Batches::new(&file, segment.base_offset, segment.len, Depth::Checksums);
         let mut offset = segment.base_offset;
         while let Some(next) = batches.next()? {

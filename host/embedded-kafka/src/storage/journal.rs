@@ -406,6 +406,37 @@ mod tests {
         assert_eq!(committed.offset, 2);
     }
 
+    /// `/dev/full` has no room for anything.
+    #[tokio::test]
+    async fn a_full_disk_is_told_until_there_is_room() {
+        let folder = tempfile::tempdir().unwrap();
+        let trouble = Trouble::default();
+        let writer = Writer {
+            folder: folder.path().to_owned(),
+            fsync: true,
+            state: Arc::default(),
+            file: Some(OpenOptions::new().write(true).open("/dev/full").unwrap()),
+            len: 0,
+            floor: 0,
+            trouble: trouble.clone(),
+        };
+        let (queue, changes) = mpsc::channel(1);
+        let journal = Journal {
+            state: writer.state.clone(),
+            queue,
+            trouble,
+        };
+        let thread = thread::spawn(move || writer.run(changes));
+        journal.write(vec![topic()]).await.unwrap_err();
+        let why = journal.trouble().unwrap();
+        assert!(why.contains("No space left"), "{why}");
+        // The file that was refused to is replaced; with nothing to write that is found out too.
+        journal.write(Vec::new()).await.unwrap();
+        assert_eq!(journal.trouble(), None);
+        drop(journal);
+        thread.join().unwrap();
+    }
+
     #[tokio::test]
     async fn a_torn_end_is_cut_at_every_byte_and_damage_before_it_is_refused() {
         let folder = tempfile::tempdir().unwrap();

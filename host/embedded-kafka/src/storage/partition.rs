@@ -7,12 +7,12 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, Once, PoisonError, RwLock, Weak};
 
 use bytes::Bytes;
 use kafka_protocol::ResponseError;
 use tokio::sync::Notify;
-use tracing::{error, warn};
+use tracing::{debug, error, warn};
 
 use super::batch::{self, Header};
 use super::compaction::{self, Abandoned, Closed, MAX_KEYS, Pass, Progress, Replacement, swap};
@@ -42,6 +42,7 @@ pub(crate) struct Partition {
     trouble: Mutex<Option<Trouble>>,
     /// Whether there is trouble, without a lock.
     has_trouble: AtomicBool,
+    told_of_keys: Once,
     /// Fetches that wait for records.
     waiting: Mutex<Vec<Weak<Notify>>>,
     syncs: AtomicU64,
@@ -133,6 +134,7 @@ impl Partition {
             deleted: AtomicBool::new(false),
             trouble: Mutex::default(),
             has_trouble: AtomicBool::new(false),
+            told_of_keys: Once::new(),
             waiting: Mutex::default(),
             syncs: AtomicU64::new(0),
         })
@@ -196,10 +198,12 @@ impl Partition {
     pub(crate) fn append(&self, batch: &[u8], header: &Header) -> Result<Appended, ResponseError> {
         let settings = self.settings();
         if settings.compacts && !records::have_keys(header, batch).unwrap_or(false) {
-            warn!(
-                partition = self.name,
-                "a record without a key was refused: the topic is compacted by its keys"
-            );
+            self.told_of_keys.call_once(|| {
+                warn!(
+                    partition = self.name,
+                    "a record without a key was refused: the topic is compacted by its keys"
+                );
+            });
             return Err(ResponseError::InvalidRecord);
         }
         let log = &mut *lock(&self.log);
@@ -524,6 +528,7 @@ impl Partition {
                 // An empty segment keeps the next offset.
                 let next = self.new_segment(log.next_offset)?;
                 log.segments.push_back(next);
+                log.active_since_ms = now_ms;
             }
             let Some(goes) = log.segments.front() else {
                 break;
@@ -559,7 +564,15 @@ impl Partition {
         match pass.run(state.progress.clean_until, |replacement| {
             self.replace(replacement)
         }) {
-            Ok(progress) => state.progress = progress,
+            Ok(progress) => {
+                state.progress = progress;
+                debug!(
+                    partition = self.name,
+                    bytes = self.bytes(),
+                    offset = progress.clean_until,
+                    "compacted what is before the offset"
+                );
+            }
             Err(Abandoned::Unwanted) => {}
             Err(_) if self.is_deleted() => {}
             Err(Abandoned::Io(error)) => {

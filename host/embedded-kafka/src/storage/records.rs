@@ -172,6 +172,7 @@ fn push_varint(into: &mut Vec<u8>, value: i64) {
 pub(crate) mod tests {
     use proptest::prelude::*;
 
+    use super::super::batch::{assemble, placeholder};
     use super::*;
 
     /// Records with a header each, in the codec.
@@ -203,6 +204,25 @@ pub(crate) mod tests {
     }
 
     proptest! {
+        /// Whatever is in a batch, in whatever codec: it is read or refused.
+        #[test]
+        fn any_bytes_are_read_without_harm(
+            codec in 0i16..5,
+            count in 0i32..20,
+            start in prop::sample::select(vec![&b""[..], b"\x82SNAPPY\0\0\0\0\x01\0\0\0\x01", b"\x1f\x8b\x08\0\0\0\0\0\0\xff", b"\x04\x22\x4d\x18", b"\x28\xb5\x2f\xfd"]),
+            bytes in prop::collection::vec(prop_oneof![Just(0u8), Just(2), Just(255), any::<u8>()], 0..200),
+        ) {
+            let header = Header::parse(&placeholder(7, 20)).unwrap();
+            let header = Header { attributes: codec, record_count: count, ..header };
+            let batch = assemble(&header, &[start, &bytes].concat());
+            let header = Header::parse(&batch).unwrap();
+            if let Ok(mut records) = Records::open(&header, &batch) {
+                while let Ok(Some(record)) = records.next() {
+                    prop_assert!((0..20).contains(&record.offset_delta));
+                }
+            }
+        }
+
         #[test]
         fn varints_are_read_as_they_were_written(value: i64) {
             let mut bytes = Vec::new();

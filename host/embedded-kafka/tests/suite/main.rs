@@ -68,6 +68,7 @@ on_both! {
         bad_alterations_are_refused;
     requests:
         a_topic_has_an_id_that_is_its_own
+        a_new_topic_is_told_with_its_id_and_settings
         committed_offsets_are_deleted_unless_they_are_in_use
         the_record_with_the_largest_timestamp_is_found
         folders_and_their_sizes_are_told

@@ -59,6 +59,11 @@ fn a_client_that_wants_the_new_group_protocol_gets_an_error_at_once() {
     assert_eq!(code, RDKafkaErrorCode::UnsupportedVersion, "{why}");
 }
 
+#[test]
+fn java_is_told_what_there_is_not() {
+    crate::cases::clients::java_is_told_what_there_is_not(&Cluster::embedded());
+}
+
 /// Apache Kafka 4 has no such version any more; older clients ask in it.
 #[test]
 fn configuration_is_described_in_the_oldest_version() {

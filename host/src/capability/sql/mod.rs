@@ -169,6 +169,7 @@ impl Database {
     /// Sees whether the database does what it did not do. Nothing changes.
     pub async fn probe(&self, action: &Action) -> Result<(), StoreError> {
         let answer = match (&self.kind, action) {
+            (Kind::Postgres(database), Action::Answer) => database.probe_locks(self.access).await,
             (_, Action::Answer | Action::Read | Action::Command(_)) => {
                 self.query("SELECT 1", &[]).await.map(drop)
             }

@@ -1,7 +1,7 @@
 //! The `sql` capability on PostgreSQL.
 
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use sqlx::postgres::PgConnection;
@@ -60,6 +60,8 @@ pub(super) struct Postgres {
     secret: Option<Arc<Secret>>,
     /// Known once it is known where the table is.
     progress: Arc<OnceLock<ledger::Statements>>,
+    /// Transactions of others that the host's statements were found to wait for.
+    locks: Arc<Mutex<Vec<String>>>,
 }
 
 /// What a session is given beside what the database, the role and the URL say.
@@ -135,6 +137,7 @@ pub(super) async fn open(
         words: Arc::new(words),
         secret,
         progress: Arc::default(),
+        locks: Arc::default(),
     })
 }
 

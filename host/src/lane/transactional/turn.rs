@@ -94,7 +94,7 @@ pub(super) enum After {
     /// The next message is delivered again after a while; its fault counts.
     Retry(Fault),
     /// The next message is delivered again once the store is there.
-    Away(Away, Fault),
+    Away(Box<Away>, Fault),
     Halt(Halt),
 }
 

@@ -21,11 +21,12 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-use super::super::LogError;
+use super::super::{Gap, LogError};
 use super::membership::{Context, State, list_of};
 use super::message::owned;
 use super::partition::{Bell, Partition, PartitionSource, Position, Pushed};
 use super::start::{self, Begun, Passed};
+use super::topic_id::Asking;
 use super::{ClientSettings, Kind, forbidden};
 use crate::metrics::Metrics;
 use crate::record::Record;
@@ -228,6 +229,7 @@ impl Poller {
         self.bell.belongs_to_this_thread();
         let mut committed = Instant::now();
         let mut all_committed = committed;
+        let mut topics = Asking::new(self.consumer.clone());
         while !self.stop.is_stopped() {
             let mut idle = true;
             if let Some(event) = self.consumer.clone().poll(Duration::ZERO) {
@@ -249,6 +251,7 @@ impl Poller {
                     all_committed = committed;
                 }
                 self.context().commit_settled(&self.consumer, again);
+                self.look_at_topics(&mut topics, again);
             }
             if idle {
                 // Whoever rings before this is not missed: it then returns at once.
@@ -352,12 +355,30 @@ impl Poller {
         records.clear();
     }
 
+    fn read(&self) -> Vec<Arc<Partition>> {
+        let queues = self.queues.iter();
+        queues.map(|queue| queue.partition.clone()).collect()
+    }
+
     /// Markers of transactions, and what was aborted, come to nobody: partitions that are read pass them.
-    fn pass_markers(&mut self) {
-        let read: Vec<_> = (self.queues.iter())
-            .map(|queue| queue.partition.clone())
-            .collect();
-        for (partition, expected, gap) in start::pass_markers(&self.consumer, &read) {
+    fn pass_markers(&self) {
+        self.tell(start::pass_markers(&self.consumer, &self.read()));
+    }
+
+    /// Looks from time to time whether the topics are still the same.
+    fn look_at_topics(&self, topics: &mut Asking, again: bool) {
+        if again {
+            let read = self.read();
+            topics.ask(read.iter().map(|partition| &**partition.topic()));
+        }
+        if let Some(ids) = topics.answer(Duration::ZERO) {
+            self.tell(start::replaced_meanwhile(&self.read(), &ids));
+        }
+    }
+
+    /// Tells lanes what is missing where they are read.
+    fn tell(&self, gaps: Vec<(Arc<Partition>, i64, Gap)>) {
+        for (partition, expected, gap) in gaps {
             let reading = Position::Reading(Some(expected));
             if partition.replace_position(&reading, Position::Gap(gap)) {
                 self.hold(&partition);

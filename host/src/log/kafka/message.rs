@@ -1,10 +1,13 @@
-//! Records as librdkafka hands them over, made our own: a borrowed one would pin its whole fetch.
+//! Records as librdkafka hands them over, made our own: a borrowed one would pin its whole fetch. And headers whatever bytes their
+//! names have, which rdkafka's wrapper takes for text.
 
 use std::ffi::CStr;
 use std::sync::Arc;
 
-use rdkafka::bindings::{rd_kafka_header_get, rd_kafka_header_get_all, rd_kafka_headers_t};
-use rdkafka::message::{BorrowedHeaders, BorrowedMessage, Message};
+use rdkafka::bindings::{
+    rd_kafka_header_add, rd_kafka_header_get, rd_kafka_header_get_all, rd_kafka_headers_t,
+};
+use rdkafka::message::{BorrowedHeaders, BorrowedMessage, Message, OwnedHeaders};
 use rdkafka::types::RDKafkaRespErr;
 use tracing::error;
 
@@ -23,8 +26,11 @@ pub(super) fn owned(message: &BorrowedMessage<'_>, topic: &Arc<str>) -> Record {
     }
 }
 
-/// The record's headers as names and values, whatever bytes a name has.
-pub(super) fn raw_headers(message: &BorrowedMessage<'_>) -> Vec<(Vec<u8>, Option<Vec<u8>>)> {
+/// A header's name, which may be any bytes, and its value.
+pub type RawHeader = (Vec<u8>, Option<Vec<u8>>);
+
+/// The record's headers as they stand in the log.
+pub(super) fn raw_headers(message: &BorrowedMessage<'_>) -> Vec<RawHeader> {
     let headers = read(message, |name, value| {
         Some((name.to_vec(), value.map(<[u8]>::to_vec)))
     });
@@ -114,9 +120,29 @@ fn header(headers: &BorrowedHeaders, index: usize) -> Option<Found<'_>> {
     }
 }
 
+/// Headers to be sent.
+#[allow(unsafe_code, reason = "rdkafka takes header names as text only")]
+pub(super) fn to_send(headers: &[RawHeader]) -> OwnedHeaders {
+    let owned = OwnedHeaders::new_with_capacity(headers.len());
+    let native = std::ptr::from_ref(owned.as_borrowed()).cast::<rd_kafka_headers_t>();
+    for (name, value) in headers {
+        let (value, size) = match value {
+            Some(value) => (value.as_ptr(), value.len().cast_signed()),
+            None => (std::ptr::null(), 0),
+        };
+        // SAFETY: the pointer is librdkafka's own, and as long as nobody else has `owned` it may be written through. What it is
+        // given is copied. There is no error but want of memory, at which it ends the process.
+        unsafe {
+            let (name, length) = (name.as_ptr(), name.len().cast_signed());
+            rd_kafka_header_add(native.cast_mut(), name.cast(), length, value.cast(), size);
+        }
+    }
+    owned
+}
+
 #[cfg(test)]
 mod tests {
-    use rdkafka::message::{Header as KafkaHeader, OwnedHeaders};
+    use rdkafka::message::Header as KafkaHeader;
 
     use super::*;
 
@@ -143,6 +169,20 @@ mod tests {
             assert!(!found.is_cut, "{name:?}");
         }
         assert!(header(headers.as_borrowed(), cases.len()).is_none());
+    }
+
+    #[test]
+    fn names_of_any_bytes_are_sent() {
+        let headers = [
+            (b"\xff\0\xfe".to_vec(), Some(b"v".to_vec())),
+            (b"\xff".to_vec(), None),
+            (vec![], Some(vec![])),
+        ];
+        let sent = to_send(&headers);
+        for (index, (name, value)) in headers.iter().enumerate() {
+            let found = header(sent.as_borrowed(), index).unwrap();
+            assert_eq!((found.name, found.value), (&name[..], value.as_deref()));
+        }
     }
 
     #[test]

@@ -24,6 +24,7 @@ use rdkafka::consumer::ConsumerContext;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use tracing::{debug, error, info, warn};
 
+pub use self::message::RawHeader;
 use super::LogError;
 
 /// How often clients ask who leads the partitions, in milliseconds.

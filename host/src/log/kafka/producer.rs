@@ -12,6 +12,7 @@ use tokio::sync::Notify;
 use tracing::{debug, info, warn};
 
 use super::super::{Addressed, LogError, Sink, Unsent};
+use super::message::{RawHeader, to_send};
 use super::partitioner::{Count, Partitioner};
 use super::polled::PolledProducer;
 pub(crate) use super::polled::until_closed;
@@ -111,8 +112,25 @@ impl Producer {
         }
     }
 
+    /// As [`Sink::produce`], of records whose headers' names may be any bytes.
+    pub async fn produce_raw(&self, records: &[RawOutgoing]) -> Result<(), Vec<Unsent>> {
+        self.produce_all(records).await
+    }
+
+    async fn produce_all(&self, records: &[impl Sent]) -> Result<(), Vec<Unsent>> {
+        let client = self.client();
+        let failed = self.fly(&client, records).await;
+        self.replace_if_fatal(&client);
+        let unsent = self.send_refused_alone(records, failed).await;
+        if unsent.is_empty() {
+            Ok(())
+        } else {
+            Err(unsent)
+        }
+    }
+
     /// Appends the records and answers those that were not taken.
-    async fn fly(&self, client: &Client, records: &[Outgoing]) -> Vec<Unsent> {
+    async fn fly(&self, client: &Client, records: &[impl Sent]) -> Vec<Unsent> {
         let flight = Flight::new(records.len());
         for (index, record) in records.iter().enumerate() {
             self.enqueue(client, &flight, index, record).await;
@@ -122,7 +140,7 @@ impl Producer {
     }
 
     /// Appends one record in a request of its own.
-    async fn fly_alone(&self, record: &Outgoing) -> Result<(), LogError> {
+    async fn fly_alone(&self, record: &impl Sent) -> Result<(), LogError> {
         let mut alone = self.alone.lock().await;
         let client = match alone.take() {
             Some(client) => client,
@@ -143,7 +161,7 @@ impl Producer {
         client: &Client,
         flight: &Arc<Flight>,
         index: usize,
-        record: &Outgoing,
+        record: &impl Sent,
     ) {
         let mut ticket = Box::new(Ticket {
             flight: flight.clone(),
@@ -176,15 +194,7 @@ impl Producer {
 
 impl Sink for Producer {
     async fn produce(&self, records: &[Outgoing]) -> Result<(), Vec<Unsent>> {
-        let client = self.client();
-        let failed = self.fly(&client, records).await;
-        self.replace_if_fatal(&client);
-        let unsent = self.send_refused_alone(records, failed).await;
-        if unsent.is_empty() {
-            Ok(())
-        } else {
-            Err(unsent)
-        }
+        self.produce_all(records).await
     }
 }
 
@@ -211,7 +221,7 @@ impl Producer {
     /// only what it refuses alone is at fault. Answers what is still unsent. None is sent before one that is not.
     async fn send_refused_alone(
         &self,
-        records: &[Outgoing],
+        records: &[impl Sent],
         mut failed: Vec<Unsent>,
     ) -> Vec<Unsent> {
         failed.sort_by_key(|unsent| unsent.index);
@@ -317,21 +327,59 @@ fn create(config: &ClientConfig) -> Result<Client, LogError> {
         .map_err(|error| LogError::Refused(format!("cannot make a producer: {error}")))
 }
 
-fn base_record(record: &Outgoing, ticket: Box<Ticket>) -> BaseRecord<'_, [u8], [u8], Box<Ticket>> {
+/// A record whose headers' names may be any bytes, as no stage makes one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RawOutgoing {
+    /// The record, without headers.
+    pub record: Outgoing,
+    /// Its headers, in their order.
+    pub headers: Vec<RawHeader>,
+}
+
+/// What can be sent.
+trait Sent: Sync {
+    fn record(&self) -> &Outgoing;
+    /// `None` where there are none.
+    fn headers(&self) -> Option<OwnedHeaders>;
+}
+
+impl Sent for Outgoing {
+    fn record(&self) -> &Outgoing {
+        self
+    }
+
+    fn headers(&self) -> Option<OwnedHeaders> {
+        if self.headers.is_empty() {
+            return None;
+        }
+        let empty = OwnedHeaders::new_with_capacity(self.headers.len());
+        Some(self.headers.iter().fold(empty, |headers, h| {
+            headers.insert(KafkaHeader {
+                key: &h.name,
+                value: h.value.as_deref(),
+            })
+        }))
+    }
+}
+
+impl Sent for RawOutgoing {
+    fn record(&self) -> &Outgoing {
+        &self.record
+    }
+
+    fn headers(&self) -> Option<OwnedHeaders> {
+        (!self.headers.is_empty()).then(|| to_send(&self.headers))
+    }
+}
+
+fn base_record(sent: &impl Sent, ticket: Box<Ticket>) -> BaseRecord<'_, [u8], [u8], Box<Ticket>> {
+    let record = sent.record();
     let mut base = BaseRecord::with_opaque_to(&record.topic, ticket);
     base.partition = record.partition;
     base.timestamp = record.timestamp;
     base.key = record.key.as_deref();
     base.payload = record.value.as_deref();
-    if !record.headers.is_empty() {
-        let empty = OwnedHeaders::new_with_capacity(record.headers.len());
-        base.headers = Some(record.headers.iter().fold(empty, |headers, h| {
-            headers.insert(KafkaHeader {
-                key: &h.name,
-                value: h.value.as_deref(),
-            })
-        }));
-    }
+    base.headers = sent.headers();
     base
 }
 

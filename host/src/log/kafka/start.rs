@@ -43,7 +43,7 @@ pub(super) enum Begun {
 ///
 /// Each is `split` from the others just before its first record may come.
 pub(super) fn start(
-    consumer: &BaseConsumer<Context>,
+    consumer: &Arc<BaseConsumer<Context>>,
     partitions: &[Arc<Partition>],
     mut split: impl FnMut(&Arc<Partition>),
 ) -> KafkaResult<Begun> {
@@ -218,6 +218,20 @@ fn outside(expected: i64, first: i64, end: i64) -> Option<Gap> {
     } else {
         None
     }
+}
+
+/// Partitions that are read, and whose topic is another one by now.
+pub(super) fn replaced_meanwhile(
+    partitions: &[Arc<Partition>],
+    topics: &BTreeMap<String, String>,
+) -> Vec<(Arc<Partition>, i64, Gap)> {
+    let gap = |partition: &Arc<Partition>| {
+        let expected = partition.expected()?;
+        let now = topics.get(&**partition.topic())?;
+        let gap = replaced(expected, partition.topic_id().as_deref(), Some(now))?;
+        Some((partition.clone(), expected, gap))
+    };
+    partitions.iter().filter_map(gap).collect()
 }
 
 /// The topic that is there is another one than the one whose offset is known.

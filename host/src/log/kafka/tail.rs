@@ -13,7 +13,7 @@ use rdkafka::util::Timeout;
 use tracing::debug;
 
 use super::super::LogError;
-use super::message::raw_headers;
+use super::message::{RawHeader, raw_headers};
 use super::{ClientSettings, Kind, log_error, log_line};
 
 /// How long one question to the log may take.
@@ -44,7 +44,7 @@ pub struct TailRecord {
     /// The value; `None` is a tombstone.
     pub value: Option<Vec<u8>>,
     /// Names, which may be any bytes, and values of the headers, in their order.
-    pub headers: Vec<(Vec<u8>, Option<Vec<u8>>)>,
+    pub headers: Vec<RawHeader>,
 }
 
 /// What a tail meets.

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{CStr, CString, c_char};
 use std::ptr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rdkafka::bindings::{
@@ -15,7 +16,7 @@ use rdkafka::bindings::{
     rd_kafka_Uuid_least_significant_bits, rd_kafka_Uuid_most_significant_bits, rd_kafka_admin_op_t,
     rd_kafka_error_code, rd_kafka_event_DescribeTopics_result, rd_kafka_event_destroy,
     rd_kafka_event_error, rd_kafka_event_t, rd_kafka_event_type, rd_kafka_queue_destroy,
-    rd_kafka_queue_new, rd_kafka_queue_poll, rd_kafka_t,
+    rd_kafka_queue_new, rd_kafka_queue_poll, rd_kafka_queue_t,
 };
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::IsError;
@@ -28,56 +29,104 @@ const ASK: Duration = Duration::from_secs(3);
 /// How much longer librdkafka may take to say that it did not.
 const GRACE: Duration = Duration::from_secs(1);
 
-/// The ids of those topics of which the log tells one. One that is older than Kafka 2.8, or is not there, tells none.
-pub(super) fn topic_ids<'a>(
-    consumer: &BaseConsumer<Context>,
-    topics: impl Iterator<Item = &'a str>,
-) -> BTreeMap<String, String> {
-    let topics: BTreeSet<_> = topics.collect();
-    // Kafka's names have no zeros.
-    let names: Vec<_> = topics
-        .into_iter()
-        .filter_map(|t| CString::new(t).ok())
-        .collect();
-    if names.is_empty() {
-        return BTreeMap::new();
-    }
-    describe(consumer.client().native_ptr(), &names)
+/// Asks for the ids of topics, one question at a time. To be used on one thread.
+pub(super) struct Asking {
+    /// Outlives the queue.
+    consumer: Arc<BaseConsumer<Context>>,
+    /// Where the answer comes.
+    queue: *mut rd_kafka_queue_t,
+    is_asked: bool,
 }
 
-#[allow(unsafe_code, reason = "rdkafka has no function that describes topics")]
-fn describe(client: *mut rd_kafka_t, names: &[CString]) -> BTreeMap<String, String> {
-    let mut pointers: Vec<*const c_char> = names.iter().map(|name| name.as_ptr()).collect();
-    let millis = |time: Duration| i32::try_from(time.as_millis()).unwrap_or(i32::MAX);
-    // SAFETY: the client outlives the call. Queue, options, collection and event are made here and destroyed here, once
-    // nothing uses them any more: the request copies what it needs of the options and of the names, which end with a zero.
-    unsafe {
-        let queue = rd_kafka_queue_new(client);
+impl Asking {
+    #[allow(unsafe_code, reason = "rdkafka has no function that describes topics")]
+    pub(super) fn new(consumer: Arc<BaseConsumer<Context>>) -> Self {
+        // SAFETY: the client is there for as long as `consumer` is held. The queue is destroyed when this is dropped.
+        let queue = unsafe { rd_kafka_queue_new(consumer.client().native_ptr()) };
+        Self {
+            consumer,
+            queue,
+            is_asked: false,
+        }
+    }
+
+    /// Asks, unless an answer is still to come.
+    pub(super) fn ask<'a>(&mut self, topics: impl Iterator<Item = &'a str>) {
+        let topics: BTreeSet<_> = topics.collect();
+        // Kafka's names have no zeros.
+        let names = topics.into_iter().filter_map(|t| CString::new(t).ok());
+        let names: Vec<_> = names.collect();
+        if !self.is_asked && !names.is_empty() {
+            self.send(&names);
+            self.is_asked = true;
+        }
+    }
+
+    #[allow(unsafe_code, reason = "rdkafka has no function that describes topics")]
+    fn send(&self, names: &[CString]) {
+        let mut pointers: Vec<*const c_char> = names.iter().map(|name| name.as_ptr()).collect();
+        let client = self.consumer.client().native_ptr();
         let operation = rd_kafka_admin_op_t::RD_KAFKA_ADMIN_OP_DESCRIBETOPICS;
-        let options = rd_kafka_AdminOptions_new(client, operation);
         let mut why = [0; 1];
-        rd_kafka_AdminOptions_set_request_timeout(
-            options,
-            millis(ASK),
-            why.as_mut_ptr(),
-            why.len(),
-        );
-        let collection =
-            rd_kafka_TopicCollection_of_topic_names(pointers.as_mut_ptr(), pointers.len());
-        rd_kafka_DescribeTopics(client, collection, options, queue);
-        let event = rd_kafka_queue_poll(queue, millis(ASK + GRACE));
-        let ids = if event.is_null() {
-            BTreeMap::new()
-        } else {
+        // SAFETY: client and queue are there. Options and collection are made here and destroyed here: the request copies
+        // what it needs of them and of the names, which end with a zero.
+        unsafe {
+            let options = rd_kafka_AdminOptions_new(client, operation);
+            rd_kafka_AdminOptions_set_request_timeout(
+                options,
+                millis(ASK),
+                why.as_mut_ptr(),
+                why.len(),
+            );
+            let collection =
+                rd_kafka_TopicCollection_of_topic_names(pointers.as_mut_ptr(), pointers.len());
+            rd_kafka_DescribeTopics(client, collection, options, self.queue);
+            rd_kafka_TopicCollection_destroy(collection);
+            rd_kafka_AdminOptions_destroy(options);
+        }
+    }
+
+    /// The answer, if it comes within this time: the ids of those topics of which the log tells one. One that is older than
+    /// Kafka 2.8, or is not there, tells none.
+    #[allow(unsafe_code, reason = "rdkafka has no function that describes topics")]
+    pub(super) fn answer(&mut self, within: Duration) -> Option<BTreeMap<String, String>> {
+        if !self.is_asked {
+            return None;
+        }
+        // SAFETY: the queue is there, and an event that came out of it is destroyed once, after it was read.
+        unsafe {
+            let event = rd_kafka_queue_poll(self.queue, millis(within));
+            if event.is_null() {
+                return None;
+            }
+            self.is_asked = false;
             let ids = ids(event);
             rd_kafka_event_destroy(event);
-            ids
-        };
-        rd_kafka_TopicCollection_destroy(collection);
-        rd_kafka_AdminOptions_destroy(options);
-        rd_kafka_queue_destroy(queue);
-        ids
+            Some(ids)
+        }
     }
+}
+
+impl Drop for Asking {
+    #[allow(unsafe_code, reason = "rdkafka has no function that describes topics")]
+    fn drop(&mut self) {
+        // SAFETY: it was made by `new`, and nobody has it any more; an answer that is still to come is librdkafka's to drop.
+        unsafe { rd_kafka_queue_destroy(self.queue) }
+    }
+}
+
+fn millis(time: Duration) -> i32 {
+    i32::try_from(time.as_millis()).unwrap_or(i32::MAX)
+}
+
+/// The ids of topics, waited for.
+pub(super) fn topic_ids<'a>(
+    consumer: &Arc<BaseConsumer<Context>>,
+    topics: impl Iterator<Item = &'a str>,
+) -> BTreeMap<String, String> {
+    let mut asking = Asking::new(consumer.clone());
+    asking.ask(topics);
+    asking.answer(ASK + GRACE).unwrap_or_default()
 }
 
 /// # Safety

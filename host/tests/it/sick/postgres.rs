@@ -259,3 +259,93 @@ async fn a_right_that_a_stage_never_had_is_denied() {
         assert!(is_denied, "{lane:?}: {dead:?}");
     }
 }
+
+/// An administrator's transaction that is left open, on a table or on a row of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lock_that_somebody_else_keeps_is_waited_for_and_named() {
+    for (lane, lock) in [
+        (Lane::Ordered, "LOCK TABLE t"),
+        (Lane::Transactional, "LOCK TABLE t"),
+        (
+            Lane::Transactional,
+            "SELECT n FROM t WHERE n = 0 FOR UPDATE",
+        ),
+    ] {
+        let place = Place::new().await;
+        let patient = Patient::on_database(&place.url, lane);
+        patient.send(&inserts(0..10)).await;
+        patient.settle();
+        let mut other = PgConnection::connect(&place.admin)
+            .await
+            .expect("PostgreSQL");
+        let begin = format!("BEGIN; {lock}");
+        let begun = sqlx::raw_sql(AssertSqlSafe(begin))
+            .execute(&mut other)
+            .await;
+        begun.expect("a lock");
+        let update =
+            json!({ "do": "sql", "store": "db", "statement": "UPDATE t SET n = n WHERE n = 0" });
+        patient.send(&[update]).await;
+        patient.send(&inserts(10..20)).await;
+        patient.says("wait for a lock");
+        tokio::time::sleep(Duration::from_secs(15)).await;
+        assert_eq!(patient.dead(), Vec::<String>::new(), "{lane:?}: {lock}");
+        let ended = sqlx::raw_sql("ROLLBACK").execute(&mut other).await;
+        ended.expect("an end");
+        patient.goes_on();
+        assert_eq!(
+            place.numbers().await,
+            Vec::from_iter(0..20),
+            "{lane:?}: {lock}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_of_progress_that_somebody_keeps_locked_costs_nothing_and_is_named() {
+    let place = Place::new().await;
+    let patient = Patient::on_database(&place.url, Lane::Transactional);
+    patient.send(&inserts(0..10)).await;
+    patient.settle();
+    let mut other = PgConnection::connect(&place.admin)
+        .await
+        .expect("PostgreSQL");
+    let begin = sqlx::raw_sql("BEGIN; SELECT * FROM stagehost_progress FOR UPDATE");
+    begin.execute(&mut other).await.expect("a lock");
+    patient.send(&inserts(10..20)).await;
+    let admin = patient.host.address("admin");
+    patient.host.wait_for("readiness to name it", || {
+        let (status, said) = crate::support::get(&admin, "/readyz");
+        (status == 503 && said.contains("in stagehost_progress locked")).then_some(())
+    });
+    assert_eq!(patient.dead(), Vec::<String>::new());
+    sqlx::raw_sql("ROLLBACK")
+        .execute(&mut other)
+        .await
+        .expect("an end");
+    patient.goes_on();
+    assert_eq!(place.numbers().await, Vec::from_iter(0..20));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn something_else_at_the_address_of_postgresql_is_named_and_passes() {
+    let place = Place::new().await;
+    let mut url = url::Url::parse(&place.url).expect("a URL");
+    let port = url.port().expect("a port");
+    let way = servers::Way::to(port);
+    url.set_port(Some(way.port)).expect("a port");
+    for lane in [Lane::Ordered, Lane::Transactional] {
+        place.run("TRUNCATE t").await;
+        let patient = Patient::on_database(url.as_str(), lane);
+        patient.send(&inserts(0..10)).await;
+        patient.settle();
+        way.lead(servers::foreign());
+        way.cut();
+        patient.send(&inserts(10..20)).await;
+        patient.says("does not speak PostgreSQL's protocol");
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        way.lead(port);
+        patient.goes_on();
+        assert_eq!(place.numbers().await, Vec::from_iter(0..20), "{lane:?}");
+    }
+}

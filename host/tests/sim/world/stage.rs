@@ -257,7 +257,7 @@ impl Stage {
     fn away(&self) -> Fault {
         self.process.world().evidence().cost(self.number, 1);
         Fault {
-            away: Some(Away::silent(StoreName::Redis(STORE.into()))),
+            away: Some(Box::new(Away::silent(StoreName::Redis(STORE.into())))),
             ..Fault::new(Cause::Retry, "the store is away")
         }
     }

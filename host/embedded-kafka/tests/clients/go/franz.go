@@ -28,12 +28,12 @@ func franz(brokers []string, topic string) error {
 	if _, err := admin.CreateTopic(ctx, 2, 1, nil, topic); err != nil {
 		return err
 	}
-	topics, err := admin.ListTopics(ctx, topic)
+	err = until("the topic has an id", func() (bool, error) {
+		topics, err := admin.ListTopics(ctx, topic)
+		return topics[topic].ID != (kadm.TopicID{}), err
+	})
 	if err != nil {
 		return err
-	}
-	if topics[topic].ID == (kadm.TopicID{}) {
-		return fmt.Errorf("the topic has no id")
 	}
 	for turn := range 2 {
 		if err := franzTurn(ctx, brokers, topic, turn); err != nil {
@@ -87,16 +87,18 @@ func franzAdmin(ctx context.Context, admin *kadm.Client, topic string) error {
 	if _, err := admin.AlterTopicConfigs(ctx, change, topic); err != nil {
 		return err
 	}
-	configs, err := admin.DescribeTopicConfigs(ctx, topic)
+	err := until("the configuration is told", func() (bool, error) {
+		configs, err := admin.DescribeTopicConfigs(ctx, topic)
+		found := false
+		for _, of := range configs {
+			for _, config := range of.Configs {
+				found = found || config.Key == "retention.ms" && config.MaybeValue() == value
+			}
+		}
+		return found, err
+	})
 	if err != nil {
 		return err
-	}
-	found := false
-	for _, config := range configs[0].Configs {
-		found = found || config.Key == "retention.ms" && config.MaybeValue() == value
-	}
-	if !found {
-		return fmt.Errorf("retention.ms is not %s: %v", value, configs)
 	}
 	newest, err := admin.ListMaxTimestampOffsets(ctx, topic)
 	if err = first(err, newest.Error()); err != nil {

@@ -102,18 +102,21 @@ func kafkaGoAdmin(ctx context.Context, client *kafka.Client, topic string) error
 	if err = first(err, changed.Resources[0].Error); err != nil {
 		return err
 	}
-	described, err := client.DescribeConfigs(ctx, &kafka.DescribeConfigsRequest{
-		Resources: []kafka.DescribeConfigRequestResource{{
-			ResourceType: kafka.ResourceTypeTopic,
-			ResourceName: topic,
-			ConfigNames:  []string{"retention.ms"},
-		}},
+	err = until("the configuration is told", func() (bool, error) {
+		described, err := client.DescribeConfigs(ctx, &kafka.DescribeConfigsRequest{
+			Resources: []kafka.DescribeConfigRequestResource{{
+				ResourceType: kafka.ResourceTypeTopic,
+				ResourceName: topic,
+				ConfigNames:  []string{"retention.ms"},
+			}},
+		})
+		if err != nil {
+			return false, err
+		}
+		return described.Resources[0].ConfigEntries[0].ConfigValue == "77777", nil
 	})
 	if err != nil {
 		return err
-	}
-	if value := described.Resources[0].ConfigEntries[0].ConfigValue; value != "77777" {
-		return fmt.Errorf("retention.ms is %s", value)
 	}
 	offsets, err := client.ConsumerOffsets(ctx, kafka.TopicAndGroup{Topic: topic, GroupId: topic})
 	if err != nil {

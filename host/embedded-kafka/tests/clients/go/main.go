@@ -55,6 +55,21 @@ func same(seen, expected []string) error {
 	return nil
 }
 
+// Asks again until it is so: Apache Kafka answers before all of it knows of a change.
+func until(what string, ask func() (bool, error)) error {
+	end := time.Now().Add(patience)
+	for {
+		is, err := ask()
+		if is || err != nil {
+			return err
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("still not so: %s", what)
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+}
+
 func first(errs ...error) error {
 	for _, err := range errs {
 		if err != nil {

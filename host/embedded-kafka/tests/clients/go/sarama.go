@@ -128,12 +128,12 @@ func saramaAdmin(admin sarama.ClusterAdmin, topic string) error {
 		return err
 	}
 	resource := sarama.ConfigResource{Type: sarama.TopicResource, Name: topic, ConfigNames: []string{"retention.ms"}}
-	entries, err := admin.DescribeConfig(resource)
+	err := until("the configuration is told", func() (bool, error) {
+		entries, err := admin.DescribeConfig(resource)
+		return len(entries) == 1 && entries[0].Value == value, err
+	})
 	if err != nil {
 		return err
-	}
-	if len(entries) != 1 || entries[0].Value != value {
-		return fmt.Errorf("retention.ms: %v", entries)
 	}
 	groups, err := admin.ListConsumerGroups()
 	if err != nil {

@@ -40,9 +40,14 @@ async function main(brokers, topic) {
   const configEntries = [{ name: 'retention.ms', value: '77777' }]
   const resource = { type: ConfigResourceTypes.TOPIC, name: topic }
   await admin.alterConfigs({ validateOnly: false, resources: [{ ...resource, configEntries }] })
-  const described = await admin.describeConfigs({ resources: [resource], includeSynonyms: false })
-  const entries = described.resources[0].configEntries
-  assert.strictEqual(entries.find((entry) => entry.configName === 'retention.ms').configValue, '77777')
+  const end = Date.now() + PATIENCE_MS
+  for (;;) {
+    const described = await admin.describeConfigs({ resources: [resource], includeSynonyms: false })
+    const entries = described.resources[0].configEntries
+    if (entries.find((entry) => entry.configName === 'retention.ms').configValue === '77777') break
+    assert(Date.now() < end, 'the configuration is not told')
+    await new Promise((resolve) => setTimeout(resolve, 100))
+  }
   await admin.createPartitions({ topicPartitions: [{ topic, count: 3 }] })
   await admin.deleteTopicRecords({ topic, partitions: [{ partition: 0, offset: '5' }] })
   await admin.deleteGroups([topic])

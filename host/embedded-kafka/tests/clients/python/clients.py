@@ -29,7 +29,7 @@ def kafka_python(brokers, topic):
 
     admin = KafkaAdminClient(bootstrap_servers=brokers)
     admin.create_topics([NewTopic(topic, num_partitions=2, replication_factor=1)])
-    assert topic in admin.list_topics()
+    until("the topic is there", lambda: topic in admin.list_topics())
     for turn in range(2):
         for codec in CODECS:
             compression = None if codec == "none" else codec
@@ -56,8 +56,8 @@ def kafka_python(brokers, topic):
         consumer.close()
     resource = ConfigResource(ConfigResourceType.TOPIC, topic, {"retention.ms": "77777"})
     admin.alter_configs([resource])
-    described = repr(admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)]))
-    assert "77777" in described, described
+    of_topic = [ConfigResource(ConfigResourceType.TOPIC, topic)]
+    until("the configuration is told", lambda: "77777" in repr(admin.describe_configs(of_topic)))
     admin.create_partitions({topic: NewPartitions(3)})
     assert admin.list_group_offsets(topic)
     admin.delete_groups([topic])
@@ -102,8 +102,10 @@ async def aiokafka_on(brokers, topic):
     assert topic in [group[0] for group in groups], groups
     assert await admin.list_consumer_group_offsets(topic)
     await admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, topic, {"retention.ms": "77777"})])
-    described = await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)])
-    assert "77777" in repr(described), described
+    end = time.monotonic() + PATIENCE_S
+    while "77777" not in repr(await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)])):
+        assert time.monotonic() < end, "the configuration is not told"
+        await asyncio.sleep(0.1)
     await admin.delete_topics([topic])
     await admin.close()
 
@@ -124,6 +126,7 @@ def confluent(brokers, topic):
     base = {"bootstrap.servers": brokers}
     admin = AdminClient(base)
     admin.create_topics([NewTopic(topic, 2, 1, config={"cleanup.policy": "compact,delete"})])[topic].result(PATIENCE_S)
+    until("the topic is there", lambda: topic in admin.list_topics().topics)
     described = admin.describe_topics(TopicCollection([topic]))[topic].result(PATIENCE_S)
     assert str(described.topic_id) not in ("", "AAAAAAAAAAAAAAAAAAAAAA"), described.topic_id
     for turn in range(2):
@@ -155,8 +158,12 @@ def confluent(brokers, topic):
     resource = ConfigResource(ResourceType.TOPIC, topic)
     resource.add_incremental_config(ConfigEntry("retention.ms", "77777", incremental_operation=AlterConfigOpType.SET))
     admin.incremental_alter_configs([resource])[resource].result(PATIENCE_S)
-    described = admin.describe_configs([ConfigResource(ResourceType.TOPIC, topic)])
-    assert next(iter(described.values())).result(PATIENCE_S)["retention.ms"].value == "77777"
+
+    def retention():
+        described = admin.describe_configs([ConfigResource(ResourceType.TOPIC, topic)])
+        return next(iter(described.values())).result(PATIENCE_S)["retention.ms"].value
+
+    until("the configuration is told", lambda: retention() == "77777")
     partition = TopicPartition(topic, 0)
     newest = admin.list_offsets({partition: OffsetSpec.max_timestamp()})[partition].result(PATIENCE_S)
     assert newest.offset >= 0 and newest.timestamp > 0, newest

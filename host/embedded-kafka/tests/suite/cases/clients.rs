@@ -1,10 +1,11 @@
 //! Other people's clients: they produce in every codec, consume in groups, and administer. Their programs are in
 //! `tests/clients`; `scripts/kafka-clients` gets what they need.
 
+use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::process::{Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
 
 use crate::cluster::{Cluster, PATIENCE, unique};
 
@@ -121,6 +122,44 @@ pub(crate) fn kafkas_own_tools(cluster: &Cluster) {
     tool(cluster, TOPICS, &["--delete", "--topic", topic], "");
 }
 
+/// What a client says that the broker does not have what it wants. Of the embedded broker only.
+pub(crate) fn java_is_told_what_there_is_not(cluster: &Cluster) {
+    let topic = &*cluster.topic(1);
+    let said = tool_fails(
+        cluster,
+        CONSUMER,
+        &[
+            "--topic",
+            topic,
+            "--group",
+            &unique("g"),
+            "--consumer-property",
+            "group.protocol=consumer",
+        ],
+    );
+    assert!(said.contains("Set group.protocol=classic"), "{said}");
+    let transaction = [
+        "--topic",
+        topic,
+        "--transactional-id",
+        "t",
+        "--num-records",
+        "1",
+        "--record-size",
+        "1",
+        "--throughput",
+        "1",
+        "--producer-props",
+        &format!("bootstrap.servers={}", cluster.brokers),
+    ];
+    let said = fails(java(PERFORMANCE).args(transaction));
+    assert!(
+        said.contains("has no transactions; use Apache Kafka"),
+        "{said}"
+    );
+}
+
+const PERFORMANCE: &str = "org.apache.kafka.tools.ProducerPerformance";
 const TOPICS: &str = "org.apache.kafka.tools.TopicCommand";
 const PRODUCER: &str = "org.apache.kafka.tools.ConsoleProducer";
 const CONSUMER: &str = "org.apache.kafka.tools.consumer.ConsoleConsumer";
@@ -146,6 +185,21 @@ fn go(cluster: &Cluster, client: &str) {
 }
 
 fn tool(cluster: &Cluster, class: &str, arguments: &[&str], input: &str) -> String {
+    let mut tool = java(class);
+    tool.args(["--bootstrap-server", &cluster.brokers])
+        .args(arguments);
+    run(&mut tool, input)
+}
+
+fn tool_fails(cluster: &Cluster, class: &str, arguments: &[&str]) -> String {
+    let mut tool = java(class);
+    fails(
+        tool.args(["--bootstrap-server", &cluster.brokers])
+            .args(arguments),
+    )
+}
+
+fn java(class: &str) -> Command {
     let jars = std::env::var("KAFKA_JARS")
         .expect("KAFKA_JARS is not set: run `make test`, which sees to it");
     let mut java = Command::new("java");
@@ -155,10 +209,8 @@ fn tool(cluster: &Cluster, class: &str, arguments: &[&str], input: &str) -> Stri
         "-XX:+UseSerialGC",
         "-Dorg.slf4j.simpleLogger.defaultLogLevel=error",
     ])
-    .args(["-cp", &format!("{jars}/*"), class])
-    .args(["--bootstrap-server", &cluster.brokers])
-    .args(arguments);
-    run(&mut java, input)
+    .args(["-cp", &format!("{jars}/*"), class]);
+    java
 }
 
 /// Where the programs are.
@@ -175,6 +227,21 @@ fn clients() -> PathBuf {
 
 /// Runs a program to its end, within a time, and gives what it printed.
 fn run(command: &mut Command, input: &str) -> String {
+    let (status, printed, said) = end(command, input);
+    let ended_well = status.is_some_and(|status| status.success());
+    assert!(ended_well, "{command:?}: {status:?}\n{printed}\n{said}");
+    printed
+}
+
+/// Runs a program that ends by itself for want of something, and gives all that it said.
+fn fails(command: &mut Command) -> String {
+    let (status, printed, said) = end(command, "");
+    assert!(status.is_some(), "{command:?} waits:\n{printed}\n{said}");
+    printed + &said
+}
+
+/// How a program ended (`None`: it had to be killed), and what it wrote.
+fn end(command: &mut Command, input: &str) -> (Option<ExitStatus>, String, String) {
     let mut given = tempfile::tempfile().expect("a file");
     given.write_all(input.as_bytes()).expect("written");
     given.rewind().expect("rewound");
@@ -196,16 +263,13 @@ fn run(command: &mut Command, input: &str) -> String {
             let _ = child.wait();
             break None;
         }
-        std::thread::sleep(std::time::Duration::from_millis(20));
+        std::thread::sleep(Duration::from_millis(20));
     };
-    let text = |file: &mut std::fs::File| {
+    let text = |file: &mut File| {
         let mut text = String::new();
         file.rewind().expect("rewound");
         file.read_to_string(&mut text).expect("UTF-8");
         text
     };
-    let (printed, said) = (text(&mut printed), text(&mut said));
-    let ended_well = status.is_some_and(|status| status.success());
-    assert!(ended_well, "{command:?}: {status:?}\n{printed}\n{said}");
-    printed
+    (status, text(&mut printed), text(&mut said))
 }

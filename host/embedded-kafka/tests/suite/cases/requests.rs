@@ -8,6 +8,8 @@ use rdkafka::{Offset, TopicPartitionList};
 use crate::cluster::{Cluster, PATIENCE, assigned, eventually, poll_until, unique};
 use crate::raw::{Answer, Connection, compact, string};
 
+const CREATE_TOPICS: i16 = 19;
+const DELETE_TOPICS: i16 = 20;
 const LIST_OFFSETS: i16 = 2;
 const METADATA: i16 = 3;
 const LIST_GROUPS: i16 = 16;
@@ -34,8 +36,8 @@ pub(crate) fn a_topic_has_an_id_that_is_its_own(cluster: &Cluster) {
     // One of the same name is another topic.
     let options = AdminOptions::new();
     let admin = cluster.admin();
-    let deleted = cluster.block_on(admin.delete_topics(&[&topic], &options));
-    assert_eq!(deleted.expect("an answer"), [Ok(topic.clone())]);
+    assert_eq!(delete(&mut connection, [1; 16]), UNKNOWN_TOPIC_ID);
+    assert_eq!(delete(&mut connection, id), 0);
     eventually("the id is unknown", || {
         metadata(&mut connection, None, id).0 == UNKNOWN_TOPIC_ID
     });
@@ -48,6 +50,61 @@ pub(crate) fn a_topic_has_an_id_that_is_its_own(cluster: &Cluster) {
         let (error, _, now) = metadata(&mut connection, Some(&topic), NO_ID);
         error == 0 && now != id && now != NO_ID
     });
+}
+
+pub(crate) fn a_new_topic_is_told_with_its_id_and_settings(cluster: &Cluster) {
+    let topic = unique("t");
+    let mut connection = Connection::open(cluster.address());
+    // One topic of 3 partitions, one replica, no assignment, one setting; 30 s, not only to be checked.
+    let setting = [&compact("retention.ms")[..], &compact("77"), &[0]].concat();
+    let parts: [&[u8]; 9] = [
+        &[2],
+        &compact(&topic),
+        &3i32.to_be_bytes(),
+        &1i16.to_be_bytes(),
+        &[1, 2],
+        &setting,
+        &[0],
+        &30_000i32.to_be_bytes(),
+        &[0, 0],
+    ];
+    let mut answer = Answer(connection.call_flexible(CREATE_TOPICS, 7, &parts.concat()));
+    assert_eq!((answer.i32(), answer.take()), (0, [2]));
+    assert_eq!(answer.compact(), topic);
+    let id: Id = answer.take();
+    assert_ne!(id, NO_ID);
+    assert_eq!((answer.i16(), answer.compact()), (0, String::new()));
+    assert_eq!(
+        (answer.i32(), answer.i16()),
+        (3, 1),
+        "partitions and replicas"
+    );
+    let [count] = answer.take();
+    let settings: Vec<_> = (1..count)
+        .map(|_| {
+            let setting = (answer.compact(), answer.compact());
+            // Read-only, source, sensitive, tags.
+            answer.take::<4>();
+            setting
+        })
+        .collect();
+    assert!(
+        settings.contains(&("retention.ms".to_owned(), "77".to_owned())),
+        "{settings:?}"
+    );
+    eventually("it is there", || {
+        metadata(&mut connection, Some(&topic), NO_ID) == (0, topic.clone(), id)
+    });
+}
+
+/// Deletes a topic by its id; the error.
+fn delete(connection: &mut Connection, id: Id) -> i16 {
+    let body = [&[2, 0][..], &id, &[0], &30_000i32.to_be_bytes(), &[0]].concat();
+    let mut answer = Answer(connection.call_flexible(DELETE_TOPICS, 6, &body));
+    assert_eq!((answer.i32(), answer.take()), (0, [2]));
+    answer.compact();
+    assert_eq!(answer.take(), id);
+    answer.i16()
 }
 
 fn by_name(connection: &mut Connection, topic: &str) -> Id {

@@ -1,6 +1,6 @@
 //! Whether a database does what it did not do, and what a refusal says of it.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use super::super::{
     Action, Error, Failure, Refusal, SqlAccess, StoreError, Value, WAS_DONE, Work, host_error,
@@ -53,6 +53,45 @@ impl Postgres {
             };
         }
         Refusal::of(error, access)
+    }
+
+    /// Sees whether the database answers, and whether somebody else's transaction holds what this host's sessions wait for: then
+    /// it is waited for, and not each message's time for nothing. Sessions of hosts are in each other's way now and then.
+    pub(in super::super) async fn probe_locks(&self, access: SqlAccess) -> Result<(), Error> {
+        let before = self.locks().clone();
+        let known: Vec<_> = before.iter().map(|lock| format!("'{lock}'")).collect();
+        let known = match known.is_empty() {
+            true => "''".to_owned(),
+            false => known.join(", "),
+        };
+        let ask = format!(
+            "WITH blocking AS (SELECT DISTINCT pg_catalog.unnest(pg_catalog.pg_blocking_pids(pid)) AS pid \
+             FROM pg_catalog.pg_stat_activity WHERE usename = current_user AND datname = current_database() \
+             AND application_name = pg_catalog.current_setting('application_name') AND wait_event_type = 'Lock') \
+             SELECT pg_catalog.string_agg(DISTINCT l.virtualtransaction || ' ' || l.pid, ',') \
+             FROM pg_catalog.pg_locks AS l LEFT JOIN pg_catalog.pg_stat_activity AS o ON o.pid = l.pid \
+             WHERE l.granted AND (l.virtualtransaction IN ({known}) OR l.pid IN (SELECT pid FROM blocking) \
+             AND coalesce(o.application_name, '') <> pg_catalog.current_setting('application_name'))"
+        );
+        let mut lease = self.take(access).await?;
+        let held = in_time(lease.look(&ask)).await;
+        let held = held.map_err(Failure::into_error)?.unwrap_or_default();
+        let (locks, processes): (Vec<_>, Vec<_>) = held
+            .split(',')
+            .filter_map(|lock| lock.split_once(' '))
+            .unzip();
+        *self.locks() = locks.into_iter().map(str::to_owned).collect();
+        if processes.is_empty() {
+            return Ok(());
+        }
+        Err(Error::Unavailable(format!(
+            "statements wait for a lock that another session has (process {}): end its transaction",
+            processes.join(", ")
+        )))
+    }
+
+    fn locks(&self) -> std::sync::MutexGuard<'_, Vec<String>> {
+        self.locks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Writes as a stage would, and as the host does where it keeps progress, and takes it back.

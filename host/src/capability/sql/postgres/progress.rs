@@ -1,5 +1,7 @@
 //! The table of the lanes' progress on PostgreSQL.
 
+use std::time::Duration;
+
 use postgres_types::Type;
 use sqlx::Connection;
 use sqlx::migrate::Migrator;
@@ -7,7 +9,7 @@ use sqlx::migrate::Migrator;
 use super::super::ledger::{self, Own, POSTGRES, Statements, TABLE};
 use super::super::migrate::{self, TIMEOUT};
 use super::super::transaction::{unanswered, words};
-use super::super::{Error, Failure, StoreError, Value};
+use super::super::{Error, Failure, IN_THE_WAY, StoreError, Value};
 use super::call::forget_plans;
 use super::client::Client;
 use super::error::{STALE_PLAN, error_of};
@@ -22,6 +24,14 @@ const UNDEFINED_COLUMN: &str = "42703";
 const INVALID_SCHEMA: &str = "3F000";
 /// What [`Statements::save_or_fail`] makes of a row that is not the commit's any more.
 const DIVISION_BY_ZERO: &str = "22012";
+
+/// How long a claim waits for who has the row.
+const ROW_PATIENCE: Duration = Duration::from_secs(5);
+/// Sessions that are no host's and have rows of the table.
+const WHO_HAS_ROWS: &str = "SELECT pg_catalog.string_agg(DISTINCT l.pid::text, ', ') FROM pg_catalog.pg_locks AS l \
+                            JOIN pg_catalog.pg_stat_activity AS o ON o.pid = l.pid \
+                            WHERE l.relation = to_regclass('stagehost_progress') AND l.granted \
+                            AND o.application_name <> pg_catalog.current_setting('application_name')";
 
 /// Where the table is, and what may be done with it.
 struct Found {
@@ -70,10 +80,9 @@ impl Postgres {
             }
         };
         let mut lease = self.own.take().await?;
-        let rows = match in_time(lease.ask(text, &parameters)).await {
+        let rows = match claim_in_time(&mut lease, text, &parameters).await {
             Ok(rows) => rows,
-            Err(failure) => {
-                let error = failure.into_error();
+            Err(error) => {
                 if matches!(&error, Error::Unavailable(why) if why == STALE_PLAN) {
                     // The next claim may meet this connection again; one that can't forget is closed.
                     let _ = forget_plans(&mut lease).await;
@@ -151,6 +160,40 @@ impl Postgres {
             }
             _ => Ok(()),
         }
+    }
+}
+
+/// Claims, not waiting longer for who has the row than a commit of another host takes: whoever keeps it is named.
+async fn claim_in_time(
+    client: &mut Client,
+    text: &str,
+    parameters: &Parameters,
+) -> Result<Vec<Vec<Value>>, Error> {
+    let begin = format!(
+        "BEGIN; SET LOCAL lock_timeout = '{}ms'",
+        ROW_PATIENCE.as_millis()
+    );
+    let begun = in_time(client.command(&begin)).await;
+    begun.map_err(Failure::into_error)?;
+    let claimed = in_time(client.ask(text, parameters)).await;
+    let end = match claimed {
+        Ok(_) => "COMMIT",
+        Err(_) => "ROLLBACK",
+    };
+    let ended = in_time(client.command(end)).await;
+    let error = match (claimed, ended) {
+        (Ok(rows), Ok(())) => return Ok(rows),
+        (Err(failure), _) | (Ok(_), Err(failure)) => failure.into_error(),
+    };
+    match error {
+        Error::Unavailable(why) if why.starts_with(IN_THE_WAY) => {
+            let who = in_time(client.look(WHO_HAS_ROWS)).await.ok().flatten();
+            let who = who.map_or(String::new(), |who| format!(" (process {who})"));
+            Err(Error::Unavailable(format!(
+                "another session{who} keeps the lane's row in {TABLE} locked: end its transaction"
+            )))
+        }
+        error => Err(error),
     }
 }
 

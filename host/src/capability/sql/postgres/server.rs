@@ -228,7 +228,7 @@ impl Server {
             process: 0,
         };
         loop {
-            let message = match wire.next().await? {
+            let message = match wire.next().await.map_err(misread)? {
                 Incoming::Message(message) => message,
                 Incoming::TooLarge(_) => return Err(unexpected()),
             };
@@ -277,7 +277,8 @@ impl Server {
         stream.write_all(&request).await?;
         match stream.read_u8().await? {
             b'S' => {}
-            _ if matches!(mode, PgSslMode::Prefer) => return Ok(plain(stream)),
+            b'N' | b'E' if matches!(mode, PgSslMode::Prefer) => return Ok(plain(stream)),
+            other if !matches!(other, b'N' | b'E') => return Err(foreign()),
             _ => {
                 let why = "the server does not support TLS, which sslmode asks for";
                 return Err(LoginError::Refused(why.to_owned()));
@@ -329,6 +330,21 @@ async fn pem(name: &str, value: &str) -> Result<Vec<u8>, String> {
     }
     let read = tokio::fs::read(value).await;
     read.map_err(|error| format!("{name}: {error}"))
+}
+
+/// An error of what came, not of its way.
+fn misread(error: io::Error) -> LoginError {
+    match error.kind() {
+        io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput | io::ErrorKind::FileTooLarge => {
+            foreign()
+        }
+        _ => error.into(),
+    }
+}
+
+/// Something else has the server's address, and may give it back.
+fn foreign() -> LoginError {
+    LoginError::Away("what answers there does not speak PostgreSQL's protocol".to_owned())
 }
 
 fn unexpected() -> LoginError {

@@ -8,7 +8,7 @@ use futures::FutureExt;
 use host::capability::StoreError;
 use host::capability::sql::{Database, Value};
 use host::pipeline::SqlUrl;
-use sqlx::{AssertSqlSafe, ConnectOptions};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
 use tempfile::TempDir;
 
 use crate::support::server;
@@ -94,7 +94,10 @@ impl Place {
                 let options = sqlx::sqlite::SqliteConnectOptions::new().filename(file);
                 let mut owner = options.connect().await.expect("the file");
                 let done = sqlx::raw_sql(AssertSqlSafe(statements)).execute(&mut owner);
-                done.await.map(drop)
+                let done = done.await.map(drop);
+                // Dropped, it would have the file for a moment longer.
+                owner.close().await.expect("the file is closed");
+                done
             }
         };
         done.unwrap_or_else(|error| panic!("{statements}: {error}"));
