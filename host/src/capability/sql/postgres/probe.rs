@@ -12,8 +12,6 @@ use crate::capability::Concern;
 /// Bytes that are written to see whether something can be, random so that they take as much room as they are: more than fits
 /// into the pages that a table has.
 const PROBE_BYTES: usize = 16 * 1024;
-/// Parameters that are kept for a probe; with more, the database may be asked without them.
-const MAX_KEPT_PARAMETERS: usize = 100;
 
 /// Of a statement of the host's own, or of one that had run before: what the database has and allows is its affair.
 fn of_store(error: Error) -> Error {
@@ -58,11 +56,9 @@ impl Postgres {
         // Who makes and drops tables knows what is there.
         let is_known = code == "42501" || access != SqlAccess::DataDefinition;
         if concern(code) == Concern::Standing && is_known && self.pool.done().contains(text) {
-            let params = work.example();
-            let kept = &params[..params.len().min(MAX_KEPT_PARAMETERS)];
             return Refusal {
                 error: Error::Unavailable(format!("{WAS_DONE}{}", said.message)),
-                away: Some(Action::Statement(text.into(), kept.into())),
+                away: Some(Action::Statement(text.into(), work.example().into())),
             };
         }
         Refusal::of(error, access)
