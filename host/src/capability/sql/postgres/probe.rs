@@ -132,7 +132,7 @@ impl Postgres {
         // Of its own, so that it waits for nobody else's.
         parameters.text(&format!("stagehost-probe-{}", rand::random::<u64>()))?;
         parameters.bytea(&weight)?;
-        let mut lease = self.own.take().await?;
+        let mut lease = self.take_own().await?;
         let begun = in_time(lease.command("BEGIN")).await;
         begun.map_err(Failure::into_error)?;
         let written = in_time(lease.ask(write, &parameters)).await;
