@@ -25,6 +25,8 @@ pub(crate) struct Log {
     partition: i32,
     next: i64,
     end: i64,
+    /// What its records' ids begin with.
+    sent: String,
     stopping: CancellationToken,
 }
 
@@ -35,15 +37,9 @@ impl Log {
             partition,
             next: 0,
             end: i64::try_from(messages).expect("an offset"),
+            sent: format!("@{CLUSTER}/{topic}/{partition}/up/in/0/1/"),
             stopping: CancellationToken::new(),
         }
-    }
-
-    fn id(&self, offset: i64) -> String {
-        let Self {
-            topic, partition, ..
-        } = self;
-        format!("@{CLUSTER}/{topic}/{partition}/up/in/0/1/{offset}/0")
     }
 
     fn record(&self, offset: i64) -> Record {
@@ -54,7 +50,10 @@ impl Log {
             timestamp: None,
             key: Some((offset % KEYS).to_be_bytes().to_vec()),
             value: Some(VALUE.to_vec()),
-            headers: vec![Header::new("stagehost-id", self.id(offset))],
+            headers: vec![Header::new(
+                "stagehost-id",
+                format!("{}{offset}/0", self.sent),
+            )],
         }
     }
 }

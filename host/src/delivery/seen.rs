@@ -112,11 +112,9 @@ struct Parsed<'a> {
 
 impl<'a> Parsed<'a> {
     fn read(text: &'a str) -> Option<Self> {
-        let mut parts = text.rsplitn(4, '/');
-        let index = parts.next()?.parse().ok()?;
-        let offset = parts.next()?.parse().ok()?;
-        let generation = parts.next()?.parse().ok()?;
-        let lane = parts.next()?;
+        let (rest, index) = last(text)?;
+        let (rest, offset) = last(rest)?;
+        let (lane, generation) = last(rest)?;
         let sent = sent(lane);
         let source = source(sent.map_or(lane, |(_, rest)| rest))?;
         Some(Self {
@@ -124,9 +122,9 @@ impl<'a> Parsed<'a> {
             sent: sent.map(|(sent, _)| sent),
             source,
             place: Place {
-                generation,
-                offset,
-                index,
+                generation: generation.parse().ok()?,
+                offset: offset.parse().ok()?,
+                index: index.parse().ok()?,
             },
         })
     }
@@ -161,17 +159,30 @@ fn last_id(record: &Record) -> Option<&[u8]> {
 
 /// `@cluster/topic/partition`, and what follows it.
 fn sent(lane: &str) -> Option<((&str, &str, i32), &str)> {
-    let mut parts = lane.strip_prefix(SENT)?.splitn(4, '/');
-    let (cluster, topic) = (parts.next()?, parts.next()?);
-    let partition = parts.next()?.parse().ok()?;
-    Some(((cluster, topic, partition), parts.next()?))
+    let (cluster, rest) = first(lane.strip_prefix(SENT)?)?;
+    let (topic, rest) = first(rest)?;
+    let (partition, rest) = first(rest)?;
+    Some(((cluster, topic, partition.parse().ok()?), rest))
 }
 
 /// `group/topic/partition`.
 fn source(lane: &str) -> Option<(&str, &str, i32)> {
-    let (rest, partition) = lane.rsplit_once('/')?;
-    let (group, topic) = rest.rsplit_once('/')?;
+    let (rest, partition) = last(lane)?;
+    let (group, topic) = last(rest)?;
     Some((group, topic, partition.parse().ok()?))
+}
+
+/// What is before the first slash, and what is behind it. Parts are short, so that to look at each byte is faster than the
+/// standard library's search; it is done for every record.
+fn first(text: &str) -> Option<(&str, &str)> {
+    let at = text.bytes().position(|byte| byte == b'/')?;
+    Some((&text[..at], &text[at + 1..]))
+}
+
+/// The same of the last one.
+fn last(text: &str) -> Option<(&str, &str)> {
+    let at = text.bytes().rposition(|byte| byte == b'/')?;
+    Some((&text[..at], &text[at + 1..]))
 }
 
 impl OutputId {

@@ -85,3 +85,26 @@ async fn a_wrong_password_is_said_without_it() {
     assert!(!said.contains("not-the-password"), "{said}");
     assert!(host.stop().0.success());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn plaintext_to_a_port_that_speaks_tls_is_named() {
+    let text = pipeline("", &unique("in"), &unique("out"), &unique("group"));
+    let secure = "\"security.protocol\" = \"sasl_ssl\"";
+    let text = text.replace(secure, "\"security.protocol\" = \"plaintext\"");
+    let text = text.replace("\"sasl.username\" = \"stagehost\"", "");
+    let folder = Arc::new(tempfile::tempdir().expect("a folder"));
+    let host = Host::spawn(folder, &text, &[]);
+    // It prints where it listens only once it has started.
+    let admin = host.wait_for("the admin listener", || {
+        let log = host.log();
+        let (_, rest) = log.split_once("admin listens on http://")?;
+        Some(rest.split_whitespace().next()?.to_owned())
+    });
+    host.wait_for("the cause", || {
+        let (status, said) = crate::support::get(&admin, "/readyz");
+        (status == 503 && said.contains("speaks TLS")).then_some(())
+    });
+    host.wait_for("the log", || {
+        host.log().contains("security.protocol").then_some(())
+    });
+}

@@ -372,3 +372,43 @@ fn values(run: &Run, topic: &Arc<str>) -> BTreeSet<String> {
     };
     records.map(value).collect()
 }
+
+/// A topic of transactions that is processed, and then emptied by retention, its markers with it.
+#[test]
+fn markers_that_are_removed_are_no_gap() {
+    let mut halted = 0;
+    for seed in 1..=20 {
+        assert_eq!(simulate(markers(seed, None)), 0, "seed {seed}");
+        halted += simulate(markers(seed, Some(Bug::StaysAtMarkers)));
+    }
+    assert!(halted > 0, "markers that are not passed were not noticed");
+}
+
+/// How many lanes have stopped.
+async fn markers(seed: u64, bug: Option<Bug>) -> usize {
+    let mut schedule = Schedule::calm(seed);
+    schedule.on_gap = OnGap::Stop;
+    let run = Run::begin(schedule, bug).await;
+    run.play().await;
+    run.heal().await;
+    let topology = run.schedule.topology.clone();
+    let (input, broker) = (&topology.stages[0].input, &run.servers.broker);
+    let before = run.cluster.halted().len();
+    let partitions = 0..i32::try_from(topology.partitions(input)).unwrap_or(0);
+    for number in partitions.clone() {
+        broker.mark(input, number, 3);
+    }
+    pause(SETTLED).await;
+    for number in partitions {
+        let (_, end) = broker.range(input, number);
+        broker.remove(input, number, end);
+    }
+    for host in run.cluster.hosts() {
+        host.crash();
+    }
+    run.cluster.tend(true).await;
+    pause(SETTLED).await;
+    let halted = run.cluster.halted().len();
+    run.servers.world.end();
+    halted.saturating_sub(before)
+}

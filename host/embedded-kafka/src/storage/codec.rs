@@ -23,6 +23,9 @@ const SNAPPY_NAME_LEN: usize = 8;
 /// As Java's clients cut their blocks.
 const SNAPPY_BLOCK: usize = 32 << 10;
 
+/// A block says first how long its content is, and memory is set aside for it. Three bytes stand for 64 at most.
+const MAX_SNAPPY_RATIO: usize = 22;
+
 /// Reads what a codec wrote.
 pub(crate) fn decoder(codec: i16, bytes: &[u8]) -> io::Result<Box<dyn Read + '_>> {
     Ok(match codec {
@@ -137,7 +140,7 @@ impl Read for SnappyBlocks<'_> {
 
 fn snappy_block(block: &[u8]) -> io::Result<Vec<u8>> {
     let len = snap::raw::decompress_len(block)?;
-    if len as u64 > MAX_UNCOMPRESSED {
+    if len > block.len().saturating_mul(MAX_SNAPPY_RATIO) {
         return Err(io::Error::other(format!("a block of {len} bytes")));
     }
     Ok(snap::raw::Decoder::new().decompress_vec(block)?)

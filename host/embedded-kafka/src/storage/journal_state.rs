@@ -110,13 +110,7 @@ impl State {
                     topic.partitions = count;
                 }
             }
-            Entry::TopicDeleted { topic } => {
-                self.topics.remove(&topic);
-                self.offsets.retain(|_, offsets| {
-                    offsets.retain(|(of, _), _| *of != topic);
-                    !offsets.is_empty()
-                });
-            }
+            Entry::TopicDeleted { topic } => self.delete_topic(&topic),
             Entry::Start {
                 topic,
                 partition,
@@ -145,17 +139,29 @@ impl State {
                 topic,
                 partition,
             } => {
-                if let Some(offsets) = self.offsets.get_mut(&group) {
-                    offsets.remove(&(topic, partition));
-                    if offsets.is_empty() {
-                        self.offsets.remove(&group);
-                    }
-                }
+                self.delete_offset(&group, topic, partition);
             }
             Entry::GroupDeleted { group } => {
                 self.offsets.remove(&group);
             }
             Entry::ProducerIds { next } => self.next_producer_id = next,
+        }
+    }
+
+    fn delete_topic(&mut self, topic: &str) {
+        self.topics.remove(topic);
+        self.offsets.retain(|_, offsets| {
+            offsets.retain(|(of, _), _| of != topic);
+            !offsets.is_empty()
+        });
+    }
+
+    fn delete_offset(&mut self, group: &str, topic: String, partition: i32) {
+        if let Some(offsets) = self.offsets.get_mut(group) {
+            offsets.remove(&(topic, partition));
+            if offsets.is_empty() {
+                self.offsets.remove(group);
+            }
         }
     }
 

@@ -2,21 +2,22 @@
 //!
 //! One writer appends and flushes; any number of readers read what is below the high watermark.
 
+mod compacting;
+mod reading;
+mod trouble;
+
 use std::collections::VecDeque;
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Once, PoisonError, RwLock, Weak};
 
-use bytes::Bytes;
 use kafka_protocol::ResponseError;
 use tokio::sync::Notify;
-use tracing::{debug, error, warn};
+use tracing::{error, warn};
 
 use super::batch::{self, Header};
-use super::compaction::{self, Abandoned, Closed, MAX_KEYS, Pass, Progress, Replacement, swap};
-use super::cursor::{Cursor, Place};
 use super::producers::{Producers, Verdict};
 use super::records;
 use super::recovery::{self, Recovered};
@@ -24,6 +25,9 @@ use super::segment::Segment;
 use super::topic_config::Settings;
 use super::{lock, now_ms, sync_folder};
 use crate::config::StartError;
+use compacting::Compaction;
+pub(crate) use reading::Read;
+use trouble::Trouble;
 
 /// A partition of a topic.
 #[derive(Debug)]
@@ -60,21 +64,6 @@ struct Log {
     scratch: Vec<u8>,
 }
 
-/// Why the last write failed.
-#[derive(Debug)]
-struct Trouble {
-    why: String,
-    /// Bytes that there was no room for.
-    len: u64,
-}
-
-#[derive(Debug, Default)]
-struct Compaction {
-    progress: Progress,
-    /// A segment is damaged: there is nothing to be done before somebody looks at it.
-    is_stuck: bool,
-}
-
 #[derive(Debug, Default, PartialEq, Eq)]
 enum State {
     #[default]
@@ -88,15 +77,6 @@ enum State {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Appended {
     pub(crate) base_offset: i64,
-}
-
-/// What was read.
-#[derive(Debug)]
-pub(crate) struct Read {
-    /// Whole batches; the first may begin before the offset asked for.
-    pub(crate) records: Bytes,
-    pub(crate) start: i64,
-    pub(crate) high_watermark: i64,
 }
 
 impl Partition {
@@ -248,51 +228,6 @@ impl Partition {
         Ok(Appended { base_offset })
     }
 
-    /// Why records cannot be written, if the last could not: looks whether the same could be now. Writes what it takes
-    /// back at once; what a crash leaves of it is cut as the end of any other write.
-    pub(crate) fn trouble(&self) -> Option<String> {
-        if !self.has_trouble.load(Ordering::Relaxed) {
-            return None;
-        }
-        let len = lock(&self.trouble).as_ref()?.len;
-        let log = &mut *lock(&self.log);
-        match log.state {
-            State::Deleted => return None,
-            State::Offline => {}
-            State::Online => {
-                let tried = self.prepare(log, len, &self.settings()).and_then(|()| {
-                    log.segments
-                        .back_mut()
-                        .map_or(Ok(()), |active| active.try_room(len))
-                });
-                match tried {
-                    Ok(()) => self.clear_trouble(),
-                    Err(error) => drop(self.set_trouble(&error, len)),
-                }
-            }
-        }
-        lock(&self.trouble)
-            .as_ref()
-            .map(|trouble| trouble.why.clone())
-    }
-
-    /// Whether it is news.
-    fn set_trouble(&self, error: &io::Error, len: u64) -> bool {
-        let why = error.to_string();
-        let mut trouble = lock(&self.trouble);
-        self.has_trouble.store(true, Ordering::Relaxed);
-        let before = trouble.replace(Trouble {
-            why: why.clone(),
-            len,
-        });
-        before.is_none_or(|before| before.why != why)
-    }
-
-    fn clear_trouble(&self) {
-        *lock(&self.trouble) = None;
-        self.has_trouble.store(false, Ordering::Relaxed);
-    }
-
     /// Makes all that was appended durable, then lets readers see it.
     pub(crate) fn sync(&self) -> Result<(), ResponseError> {
         let (file, end) = {
@@ -312,161 +247,6 @@ impl Partition {
         self.high_watermark.fetch_max(end, Ordering::AcqRel);
         self.wake();
         Ok(())
-    }
-
-    /// Reads whole batches from `offset` on, of about `max_bytes`; with `at_least_one`, one however large it is.
-    pub(crate) fn read(
-        &self,
-        offset: i64,
-        max_bytes: usize,
-        at_least_one: bool,
-    ) -> Result<Read, ResponseError> {
-        let empty = {
-            let log = lock(&self.log);
-            if log.state == State::Deleted {
-                return Err(ResponseError::UnknownTopicOrPartition);
-            }
-            let (start, high_watermark) = (self.start(), self.high_watermark());
-            // Between the high watermark and the end a client can be that got its answer just before a restart.
-            if offset < start || offset > log.next_offset {
-                return Err(ResponseError::OffsetOutOfRange);
-            }
-            offset >= high_watermark
-        };
-        let high_watermark = self.high_watermark();
-        let records = if empty {
-            Bytes::new()
-        } else {
-            // What compaction left without records is only handed out where nothing else follows: it shows where to go on.
-            match self.read_from(offset, max_bytes, at_least_one, |header| {
-                header.record_count > 0
-            })? {
-                Some(records) => records,
-                None => self
-                    .read_from(offset, max_bytes, at_least_one, |_| true)?
-                    .unwrap_or_default(),
-            }
-        };
-        Ok(Read {
-            records,
-            start: self.start(),
-            high_watermark,
-        })
-    }
-
-    /// Reads from the first batch on that reaches beyond `offset` and is wanted.
-    fn read_from(
-        &self,
-        mut offset: i64,
-        max_bytes: usize,
-        at_least_one: bool,
-        is_wanted: impl Fn(&Header) -> bool,
-    ) -> Result<Option<Bytes>, ResponseError> {
-        let high_watermark = self.high_watermark();
-        while offset < high_watermark {
-            let (file, entry, limit, next) = {
-                let log = lock(&self.log);
-                let segment = log
-                    .segment_of(offset)
-                    .ok_or(ResponseError::OffsetOutOfRange)?;
-                let (entry, next) = (segment.seek_offset(offset), segment.next_offset());
-                (segment.file(), entry, segment.len(), next)
-            };
-            let cursor = Cursor::new(&self.name, self.readable(file)?, limit, high_watermark);
-            let wanted = |header: &Header| header.next_offset() > offset && is_wanted(header);
-            if let Some(first) = cursor.find(entry, wanted)? {
-                return cursor
-                    .batches_from(first, max_bytes, at_least_one)
-                    .map(Some);
-            }
-            if next <= offset {
-                break;
-            }
-            offset = next;
-        }
-        Ok(None)
-    }
-
-    /// Offset and timestamp of the first record that is not older than `timestamp`.
-    pub(crate) fn find_timestamp(
-        &self,
-        timestamp: i64,
-    ) -> Result<Option<(i64, i64)>, ResponseError> {
-        let high_watermark = self.high_watermark();
-        let mut from = self.start();
-        loop {
-            let (file, entry, limit, next) = {
-                let log = lock(&self.log);
-                let newer = |segment: &&Segment| {
-                    segment.max_timestamp() >= timestamp && segment.next_offset() > from
-                };
-                let Some(segment) = log.segments.iter().find(newer) else {
-                    return Ok(None);
-                };
-                (
-                    segment.file(),
-                    segment.seek_timestamp(timestamp),
-                    segment.len(),
-                    segment.next_offset(),
-                )
-            };
-            let cursor = Cursor::new(&self.name, self.readable(file)?, limit, high_watermark);
-            let newer = |header: &Header| {
-                header.max_timestamp >= timestamp
-                    && header.next_offset() > from
-                    && header.record_count > 0
-            };
-            if let Some(first) = cursor.find(entry, newer)? {
-                let batch = cursor.batches_from(first, 0, true)?;
-                let (offset, timestamp) = batch::find_timestamp(&first.header, &batch, timestamp);
-                return Ok(Some((offset.max(from), timestamp)));
-            }
-            from = next;
-        }
-    }
-
-    /// Offset and timestamp of the newest record by its timestamp; of several, the first.
-    pub(crate) fn find_newest(&self) -> Result<Option<(i64, i64)>, ResponseError> {
-        let (high_watermark, start) = (self.high_watermark(), self.start());
-        let mut found: Option<(Cursor<'_>, Place)> = None;
-        let mut base = start;
-        while base < high_watermark {
-            let (file, entry, limit, next, newest) = {
-                let log = lock(&self.log);
-                let Some(segment) = log.segment_of(base) else {
-                    break;
-                };
-                let (entry, next) = (segment.seek_offset(base), segment.next_offset());
-                (
-                    segment.file(),
-                    entry,
-                    segment.len(),
-                    next,
-                    segment.max_timestamp(),
-                )
-            };
-            let known = found
-                .as_ref()
-                .map_or(-1, |(_, place)| place.header.max_timestamp);
-            if newest > known {
-                let file = self.readable(file)?;
-                let cursor = Cursor::new(&self.name, file.clone(), limit, high_watermark);
-                let best = cursor.newest(entry, |header| header.next_offset() > start)?;
-                if let Some(best) = best.filter(|best| best.header.max_timestamp > known) {
-                    found = Some((cursor, best));
-                }
-            }
-            if next <= base {
-                break;
-            }
-            base = next;
-        }
-        let Some((cursor, place)) = found else {
-            return Ok(None);
-        };
-        let batch = cursor.batches_from(place, 0, true)?;
-        let (offset, timestamp) = batch::find_newest(&place.header, &batch);
-        Ok(Some((offset.max(start), timestamp)))
     }
 
     /// Has `notify` notified when records become readable. The caller looks again after this.
@@ -538,73 +318,6 @@ impl Partition {
             remove_file(goes.path())?;
             log.segments.pop_front();
         }
-        Ok(())
-    }
-
-    /// Compacts what is closed, if the topic is to be compacted and there is enough that is new. Gives up when
-    /// `is_unwanted`.
-    pub(crate) fn compact(&self, now_ms: i64, is_unwanted: &dyn Fn() -> bool) {
-        let settings = self.settings();
-        let mut state = lock(&self.compaction);
-        if !settings.compacts || state.is_stuck || lock(&self.log).usable().is_err() {
-            return;
-        }
-        let closed = lock(&self.log).closed();
-        let Some(segments) = compaction::plan(closed, &state.progress, &settings, now_ms) else {
-            return;
-        };
-        let pass = Pass {
-            segments,
-            settings: &settings,
-            now_ms,
-            is_unwanted: &|| is_unwanted() || self.is_deleted(),
-            max_keys: MAX_KEYS,
-            is_last_of_producer: &|header| lock(&self.log).producers.is_last(header),
-        };
-        match pass.run(state.progress.clean_until, |replacement| {
-            self.replace(replacement)
-        }) {
-            Ok(progress) => {
-                state.progress = progress;
-                debug!(
-                    partition = self.name,
-                    bytes = self.bytes(),
-                    offset = progress.clean_until,
-                    "compacted what is before the offset"
-                );
-            }
-            Err(Abandoned::Unwanted) => {}
-            Err(_) if self.is_deleted() => {}
-            Err(Abandoned::Io(error)) => {
-                warn!(partition = self.name, %error, "could not compact; the next round tries again");
-            }
-            Err(damaged @ Abandoned::Damaged { .. }) => {
-                error!(
-                    partition = self.name,
-                    "is not compacted any more: {damaged}"
-                );
-                state.is_stuck = true;
-            }
-        }
-    }
-
-    /// Puts what compaction left of some segments in their place.
-    fn replace(&self, Replacement { olds, mut new }: Replacement) -> Result<(), Abandoned> {
-        let log = &mut *lock(&self.log);
-        let at = log.position_of(&olds);
-        let (Some(at), Ok(())) = (at, log.usable()) else {
-            remove_file(new.path())?;
-            return Err(Abandoned::Unwanted);
-        };
-        let paths: Vec<PathBuf> = olds.iter().map(|old| old.path.clone()).collect();
-        if let Err(error) = swap::publish(&mut new).and_then(|()| swap::finish(&mut new, &paths)) {
-            self.go_offline(log, &error);
-            return Err(error.into());
-        }
-        let rest = log.segments.split_off(at + olds.len());
-        log.segments.truncate(at);
-        log.segments.push_back(new);
-        log.segments.extend(rest);
         Ok(())
     }
 
@@ -683,17 +396,6 @@ impl Partition {
         self.set_trouble(&io::Error::new(error.kind(), what), 0);
     }
 
-    fn readable(&self, file: io::Result<Arc<File>>) -> Result<Arc<File>, ResponseError> {
-        file.map_err(|error| match error.kind() {
-            // Retention took it since.
-            io::ErrorKind::NotFound => ResponseError::OffsetOutOfRange,
-            _ => {
-                error!(partition = self.name, %error, "could not open a segment");
-                ResponseError::KafkaStorageError
-            }
-        })
-    }
-
     fn wake(&self) {
         for notify in lock(&self.waiting).drain(..) {
             if let Some(notify) = notify.upgrade() {
@@ -710,35 +412,6 @@ impl Log {
             State::Offline => Err(ResponseError::KafkaStorageError),
             State::Deleted => Err(ResponseError::UnknownTopicOrPartition),
         }
-    }
-
-    /// The segments that nothing is written to any more.
-    fn closed(&self) -> Vec<Closed> {
-        let count = self.segments.len().saturating_sub(1);
-        let closed = |segment: &Segment| Closed {
-            base_offset: segment.base_offset(),
-            next_offset: segment.next_offset(),
-            path: segment.path().to_owned(),
-            len: segment.len(),
-            max_timestamp: segment.max_timestamp(),
-        };
-        self.segments.iter().take(count).map(closed).collect()
-    }
-
-    /// Where these closed segments are, if all of them are here still.
-    fn position_of(&self, closed: &[Closed]) -> Option<usize> {
-        let first = closed.first()?;
-        let at = self
-            .segments
-            .iter()
-            .position(|segment| segment.base_offset() == first.base_offset)?;
-        let here = self.segments.iter().skip(at).zip(closed);
-        let all_here = here.clone().count() == closed.len()
-            && here
-                .into_iter()
-                .all(|(segment, closed)| segment.path() == closed.path)
-            && at + closed.len() < self.segments.len();
-        all_here.then_some(at)
     }
 
     fn segment_of(&self, offset: i64) -> Option<&Segment> {

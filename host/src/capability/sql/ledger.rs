@@ -88,7 +88,8 @@ impl Statements {
         Self {
             probe: format!("SELECT {KEY}, {ROW}, updated_at FROM {table} LIMIT 0").into(),
             probe_write: format!(
-                "INSERT INTO {table} ({KEY}, {ROW}) VALUES ($1, '', -1, 0, 0, 0, NULL, 0, $2, $2)"
+                "INSERT INTO {table} ({KEY}, epoch, generation, commits, attempts, pending, seen) \
+                 VALUES ($1, '', -1, 0, 0, 0, 0, $2, $2)"
             )
             .into(),
             claim: format!(

@@ -181,7 +181,8 @@ impl Database {
                 database.probe_write().await
             }
         };
-        answer.map_err(host_error)
+        // What speaks of the store is unavailable already; with what else it may say, it answers.
+        answer.map_err(StoreError::from)
     }
 
     /// Waits for the statements that are running, and closes the connections.

@@ -229,6 +229,15 @@ impl Postgres {
     }
 }
 
+impl Postgres {
+    /// A session for the host's own statements. Where a stage that only reads had it before, it was made to read only.
+    async fn take_own(&self) -> Result<Lease, Error> {
+        let mut lease = self.own.take().await?;
+        set_access(&mut lease, SqlAccess::Data)?;
+        Ok(lease)
+    }
+}
+
 /// Has the session's transactions begin as the access says.
 fn set_access(client: &mut Client, access: SqlAccess) -> Result<(), Error> {
     let reads_only = access == SqlAccess::ReadOnly;

@@ -366,3 +366,61 @@ fn known_bounds(consumer: &BaseConsumer<Context>, partition: &Partition) -> Opti
     };
     (!error.is_error() && first >= 0).then_some((first, end))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::log::committed::{Mark, RowMark};
+
+    #[test]
+    fn a_lane_goes_on_behind_markers_that_its_group_has_passed() {
+        let committed = |offset, next_offset| {
+            let row = RowMark {
+                next_offset,
+                ..RowMark::default()
+            };
+            let mark = Mark {
+                topic: None,
+                row: Some(row),
+            };
+            Some(Committed {
+                offset,
+                mark: Some(mark),
+            })
+        };
+        let set = Some(Committed {
+            offset: 9,
+            mark: None,
+        });
+        for (wanted, committed, expected) in [
+            (None, None, None),
+            (None, committed(7, 5), Some(7)),
+            (Some(5), None, Some(5)),
+            (Some(5), committed(7, 5), Some(7)),
+            // The row has gone on since.
+            (Some(6), committed(7, 5), Some(6)),
+            (Some(8), committed(7, 7), Some(8)),
+            // Somebody has set it.
+            (Some(5), set, Some(5)),
+        ] {
+            assert_eq!(known(wanted, committed.as_ref()), expected, "{wanted:?}");
+        }
+    }
+
+    #[test]
+    fn another_topic_of_the_same_name_is_told_where_both_ids_are_known() {
+        let gap = Gap::Replaced {
+            expected: 5,
+            before: "one".into(),
+            now: "another".into(),
+        };
+        assert_eq!(replaced(5, Some("one"), Some("another")), Some(gap));
+        for (before, now) in [
+            (Some("one"), Some("one")),
+            (None, Some("one")),
+            (Some("one"), None),
+        ] {
+            assert_eq!(replaced(5, before, now), None);
+        }
+    }
+}

@@ -21,6 +21,9 @@ use crate::pipeline::Topic;
 
 /// How long one question to the log may take.
 const ASK_TIMEOUT: Duration = Duration::from_secs(5);
+/// What librdkafka calls a connection that failed, and the state that it is in until the broker has answered for the first time.
+const FAILED: &str = "FAIL";
+const FIRST_QUESTION: &str = "APIVERSION_QUERY";
 /// How long creating topics may take.
 const CREATE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How often and how long to look for topics that were just created.
@@ -49,6 +52,13 @@ impl Asking {
 
 impl ClientContext for Asking {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        // It takes what comes before it is logged in for a matter of course, and hands it on to nobody.
+        if facility == FAILED && message.contains(FIRST_QUESTION) {
+            *self.trouble() = Some(format!(
+                "the broker ends connections at the client's first question, as one does whose port speaks TLS: then write \
+                 \"security.protocol\" = \"ssl\" or \"sasl_ssl\" under [kafka.properties] ({message})"
+            ));
+        }
         log_line(level, facility, message);
     }
 

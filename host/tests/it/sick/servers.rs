@@ -197,12 +197,12 @@ pub(super) fn postgres() -> Server {
 }
 
 /// PgBouncer in front of a PostgreSQL server without passwords, at this port.
-pub(super) fn pgbouncer(to: u16, mode: &str) -> Server {
+pub(super) fn pgbouncer(to: u16, mode: &str, more: &str) -> Server {
     let (folder, port) = (tempfile::tempdir().expect("a folder"), free_port());
     let file = folder.path().join("pgbouncer.ini");
     let settings = format!(
         "[databases]\n* = host=127.0.0.1 port={to}\n[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\n\
-         auth_type = any\npool_mode = {mode}\nunix_socket_dir =\nignore_startup_parameters = extra_float_digits\n"
+         auth_type = any\npool_mode = {mode}\nunix_socket_dir =\n{more}\n"
     );
     // Everybody is let in as whom it says, and goes on as the server's user.
     let settings = settings.replace(

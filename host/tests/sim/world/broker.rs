@@ -37,10 +37,16 @@ pub(crate) struct Partition {
     /// From offset 0 on.
     pub(crate) records: Vec<Record>,
     ids: Vec<Arc<str>>,
+    /// Behind the records: markers of transactions, and what was aborted.
+    markers: i64,
 }
 
 impl Partition {
     pub(crate) fn end(&self) -> i64 {
+        self.end_of_records() + self.markers
+    }
+
+    fn end_of_records(&self) -> i64 {
         self.records.len().try_into().unwrap_or(i64::MAX)
     }
 }
@@ -139,6 +145,17 @@ impl Broker {
         let mut state = self.state();
         let partition = partition_mut(&mut state, topic, number);
         (partition.first, partition.end())
+    }
+
+    /// Behind the last record; what follows it up to the end comes to nobody.
+    pub(crate) fn end_of_records(&self, topic: &str, number: i32) -> i64 {
+        partition_mut(&mut self.state(), topic, number).end_of_records()
+    }
+
+    /// Transactions end, with their markers, and no record comes after them.
+    pub(crate) fn mark(&self, topic: &str, number: i32, markers: i64) {
+        partition_mut(&mut self.state(), topic, number).markers += markers;
+        self.changed.notify_waiters();
     }
 
     /// So many records from an offset on, at most.

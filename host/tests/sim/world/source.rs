@@ -105,7 +105,8 @@ impl PartitionSource {
         let Some(position) = self.position else {
             return Ok(Vec::new());
         };
-        let (first, end) = self.broker.range(&self.topic, self.partition());
+        let (first, _) = self.broker.range(&self.topic, self.partition());
+        let end = self.broker.end_of_records(&self.topic, self.partition());
         if position < first {
             return Err(Gap::Removed {
                 expected: position,
@@ -186,6 +187,12 @@ impl Source for PartitionSource {
         settled.row = row;
         drop(settled);
         self.slot.dirty.notify_one();
+    }
+
+    fn passed(&self) -> Option<i64> {
+        let (_, end) = self.broker.range(&self.topic, self.partition());
+        let records = self.broker.end_of_records(&self.topic, self.partition());
+        self.position.filter(|at| *at >= records).map(|_| end)
     }
 
     fn stopping(&self) -> CancellationToken {

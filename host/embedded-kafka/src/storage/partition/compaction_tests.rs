@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use super::super::batch::tests::keyed;
-use super::super::compaction::Pass;
+use super::super::compaction::{Abandoned, MAX_KEYS, Pass, Replacement, swap};
 use super::super::records::{Records, tests::content};
 use super::super::segment::{Batches, Depth};
 use super::*;

@@ -16,6 +16,8 @@ pub(super) const STALE_PLAN: &str = "a table was altered after the statement had
 const QUERY_CANCELED: &str = "57014";
 /// What a database says that is a replica, or was made read-only. Also what a stage is told that may only read.
 pub(super) const READ_ONLY: &str = "25006";
+/// What PgBouncer says of what a client asks for at its login.
+const UNSUPPORTED: &str = "unsupported startup parameter";
 /// Bytes that are kept of the server's words: it quotes values, however long they are.
 const MAX_WORDS: usize = 8 * 1024;
 
@@ -185,6 +187,13 @@ impl From<LoginError> for StoreError {
             LoginError::Refused(why) => Self::Refused(why),
             // As the pipeline has them, who logs in and where are wrong, and waiting is no help at a start.
             LoginError::Spoken(spoken) if spoken.is_about_login() => Self::Refused(spoken.message),
+            LoginError::Spoken(spoken) if spoken.message.contains(UNSUPPORTED) => {
+                Self::Refused(format!(
+                    "{}: it is PgBouncer, which needs `ignore_startup_parameters = extra_float_digits` and \
+                     `pool_mode = session` for this host",
+                    spoken.message
+                ))
+            }
             LoginError::Spoken(spoken) => spoken.error().into(),
         }
     }

@@ -2,9 +2,7 @@
 
 use std::sync::{Arc, PoisonError};
 
-use super::super::{
-    Action, Error, Failure, Refusal, SqlAccess, StoreError, Value, WAS_DONE, Work, host_error,
-};
+use super::super::{Action, Error, Failure, Refusal, SqlAccess, StoreError, Value, WAS_DONE, Work};
 use super::client::Whose;
 use super::error::{READ_ONLY, concern};
 use super::value::Parameters;
@@ -14,8 +12,21 @@ use crate::capability::Concern;
 /// Bytes that are written to see whether something can be, random so that they take as much room as they are: more than fits
 /// into the pages that a table has.
 const PROBE_BYTES: usize = 16 * 1024;
-/// Parameters that are kept for a probe; with more, the database may be asked without them.
-const MAX_KEPT_PARAMETERS: usize = 100;
+
+/// Of a statement of the host's own, or of one that had run before: what the database has and allows is its affair.
+fn of_store(error: Error) -> Error {
+    match error {
+        Error::Database(said)
+            if matches!(
+                concern(said.sqlstate.as_deref().unwrap_or_default()),
+                Concern::Store | Concern::Standing
+            ) =>
+        {
+            Error::Unavailable(said.message)
+        }
+        other => other,
+    }
+}
 
 impl Postgres {
     /// What the failure of a guest's statement says of the database.
@@ -45,11 +56,9 @@ impl Postgres {
         // Who makes and drops tables knows what is there.
         let is_known = code == "42501" || access != SqlAccess::DataDefinition;
         if concern(code) == Concern::Standing && is_known && self.pool.done().contains(text) {
-            let params = work.example();
-            let kept = &params[..params.len().min(MAX_KEPT_PARAMETERS)];
             return Refusal {
                 error: Error::Unavailable(format!("{WAS_DONE}{}", said.message)),
-                away: Some(Action::Statement(text.into(), kept.into())),
+                away: Some(Action::Statement(text.into(), work.example().into())),
             };
         }
         Refusal::of(error, access)
@@ -123,12 +132,12 @@ impl Postgres {
         // Of its own, so that it waits for nobody else's.
         parameters.text(&format!("stagehost-probe-{}", rand::random::<u64>()))?;
         parameters.bytea(&weight)?;
-        let mut lease = self.own.take().await?;
+        let mut lease = self.take_own().await?;
         let begun = in_time(lease.command("BEGIN")).await;
         begun.map_err(Failure::into_error)?;
         let written = in_time(lease.ask(write, &parameters)).await;
         let undone = in_time(lease.command("ROLLBACK")).await;
-        written.map_err(Failure::into_error)?;
+        written.map_err(|failure| of_store(failure.into_error()))?;
         undone.map_err(Failure::into_error)
     }
 
@@ -151,14 +160,8 @@ impl Postgres {
         });
         match explained.await.map_err(Failure::into_error) {
             Ok(_) => Ok(()),
-            Err(Error::Database(said)) => {
-                match concern(said.sqlstate.as_deref().unwrap_or_default()) {
-                    Concern::Store | Concern::Standing => Err(host_error(Error::Database(said))),
-                    // It can't be explained.
-                    Concern::Others | Concern::Message => Err(StoreError::Refused(said.message)),
-                }
-            }
-            Err(error) => Err(error.into()),
+            // What says something else can't be explained.
+            Err(error) => Err(of_store(error).into()),
         }
     }
 }

@@ -43,7 +43,7 @@ struct Found {
 
 impl Postgres {
     pub(in super::super) async fn prepare_progress(&self) -> Result<(), StoreError> {
-        let mut lease = self.own.take().await?;
+        let mut lease = self.take_own().await?;
         let (statements, schema) = prepare(&mut lease, self).await?;
         if let Some(secret) = &self.secret {
             secret.prepare(&mut lease, &schema).await?;
@@ -79,7 +79,7 @@ impl Postgres {
                 &statements.raise
             }
         };
-        let mut lease = self.own.take().await?;
+        let mut lease = self.take_own().await?;
         let rows = match claim_in_time(&mut lease, text, &parameters).await {
             Ok(rows) => rows,
             Err(error) => {
@@ -95,7 +95,7 @@ impl Postgres {
 
     pub(in super::super) async fn save(&self, commit: Commit<'_>) -> Result<bool, Error> {
         let parameters = parameters(None, commit)?;
-        let mut lease = self.own.take().await?;
+        let mut lease = self.take_own().await?;
         let text = &self.statements().save_or_fail;
         let saved = in_time(lease.ask(text, &parameters)).await;
         match saved {
@@ -154,7 +154,7 @@ impl Postgres {
     pub(super) async fn renew_secret(&self) -> Result<(), Error> {
         match &self.secret {
             Some(secret) if !secret.is_known() => {
-                let mut lease = self.own.take().await?;
+                let mut lease = self.take_own().await?;
                 let made = secret.register(&mut lease).await;
                 made.map_err(Failure::into_error)
             }
