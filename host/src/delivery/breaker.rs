@@ -32,6 +32,8 @@ const REMIND_EVERY: u32 = 10;
 /// A message at which its store fails so often in a row may be what brings it down, or what it refuses: it counts from then on,
 /// since a bad message must not hold its partition for ever.
 pub const MAX_LOSSES: u32 = 8;
+/// And from so many on, it is said of the store.
+const SAID_LOSSES: u32 = 3;
 
 /// One for all stages of a host: a store that is away for one is away for all.
 pub struct Breaker {
@@ -50,6 +52,9 @@ struct Watch {
     changes: AtomicU64,
     /// The rank of what it was asked for last.
     asked: AtomicU8,
+    /// Who says that it does not do what it should, and why.
+    voices: std::sync::Mutex<BTreeMap<u64, String>>,
+    last_voice: AtomicU64,
 }
 
 impl Watch {
@@ -62,6 +67,12 @@ impl Watch {
         if is_away(self.changes()) != away {
             self.changes.fetch_add(1, Ordering::AcqRel);
         }
+    }
+}
+
+impl Watch {
+    fn voices(&self) -> std::sync::MutexGuard<'_, BTreeMap<u64, String>> {
+        self.voices.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -110,8 +121,12 @@ impl Breaker {
         let Some(watch) = self.stores.get(&away.store) else {
             return false;
         };
+        if away.action.had_been_done() {
+            // It may be this stage's alone: nobody else is to wait for it.
+            return self.until_done(watch, away, losses, probe).await;
+        }
         let before = watch.changes();
-        let _asking = watch.asking.lock().await;
+        let asking = watch.asking.lock().await;
         let now = watch.changes();
         let rank = away.action.rank();
         if now != before && !is_away(now) && rank <= watch.asked.load(Ordering::Acquire) {
@@ -121,15 +136,49 @@ impl Breaker {
         watch.asked.store(rank, Ordering::Release);
         let mut said = Said::new(self, watch, away);
         let was_away = self.ask(&mut said, probe).await;
+        watch.set_away(false);
+        drop(asking);
         if was_away || is_away(before) {
             return losses < MAX_LOSSES;
         }
+        let may_be_its_own = away.action.is_refused();
+        self.wait_though_it_does(&mut said, losses, may_be_its_own)
+            .await
+    }
+
+    /// The same of what one stage had done before. Where the store says that it would do it, that may not be all: rights that
+    /// are looked at only when it is done, say.
+    async fn until_done<F>(
+        &self,
+        watch: &Watch,
+        away: &Away,
+        losses: u32,
+        probe: impl Fn() -> F,
+    ) -> bool
+    where
+        F: Future<Output = Result<(), StoreError>>,
+    {
+        let mut said = Said::new(self, watch, away);
+        if self.ask(&mut said, probe).await {
+            return losses < MAX_LOSSES;
+        }
+        self.wait_though_it_does(&mut said, losses, true).await
+    }
+
+    async fn wait_though_it_does(
+        &self,
+        said: &mut Said<'_>,
+        losses: u32,
+        may_be_its_own: bool,
+    ) -> bool {
+        let away = said.away;
         // It does so for the host, and yet it said of itself that it can't. A store at its limit does now and then.
-        let is_its_own = away.action.is_refused() && (1..MAX_LOSSES).contains(&losses);
+        let is_its_own = may_be_its_own && (1..MAX_LOSSES).contains(&losses);
         if is_its_own {
             let wait = self.wait(losses);
-            said.say(&away.why);
-            if losses > 1 {
+            // One message alone may be why, so the store is not called sick at once.
+            if losses >= SAID_LOSSES {
+                said.say(&away.why);
                 warn!(
                     "{}: refused {losses} times at one message while it does as much for the host, next try in \
                      {wait:.1?}: {}",
@@ -192,6 +241,7 @@ struct Said<'a> {
     watch: &'a Watch,
     away: &'a Away,
     condition: String,
+    voice: u64,
     away_now: bool,
 }
 
@@ -202,6 +252,7 @@ impl<'a> Said<'a> {
             watch,
             away,
             condition: Breaker::condition(away.store.name()),
+            voice: watch.last_voice.fetch_add(1, Ordering::Relaxed),
             away_now: false,
         }
     }
@@ -209,7 +260,10 @@ impl<'a> Said<'a> {
     /// The store does not do what it should.
     fn say(&mut self, why: &str) {
         self.away_now = true;
-        self.watch.set_away(true);
+        if !self.away.action.had_been_done() {
+            self.watch.set_away(true);
+        }
+        self.watch.voices().insert(self.voice, why.to_owned());
         self.breaker.readiness.not_ready(&self.condition, why);
         let store = self.away.store.name();
         self.breaker.metrics.set_circuit_open(store, true);
@@ -235,10 +289,20 @@ impl<'a> Said<'a> {
 
 impl Drop for Said<'_> {
     fn drop(&mut self) {
-        self.watch.set_away(false);
-        self.breaker.readiness.ready(&self.condition);
+        if !self.away.action.had_been_done() {
+            self.watch.set_away(false);
+        }
+        // Held, so that nobody says something else meanwhile.
+        let mut voices = self.watch.voices();
+        voices.remove(&self.voice);
         let store = self.away.store.name();
-        self.breaker.metrics.set_circuit_open(store, false);
+        match voices.values().next() {
+            Some(why) => drop(self.breaker.readiness.not_ready(&self.condition, why)),
+            None => {
+                self.breaker.readiness.ready(&self.condition);
+                self.breaker.metrics.set_circuit_open(store, false);
+            }
+        }
     }
 }
 
@@ -350,14 +414,44 @@ mod tests {
             let waiting = breaker.until_there(&away, losses, probe);
             tokio::pin!(waiting);
             assert!(futures::poll!(&mut waiting).is_pending());
-            assert_eq!(readiness.reasons(), ["store posts: OOM"]);
+            let said = match losses < SAID_LOSSES {
+                true => vec![],
+                false => vec!["store posts: OOM"],
+            };
+            assert_eq!(readiness.reasons(), said, "{losses} times");
             assert!(waiting.await, "{losses} times");
+            assert!(readiness.reasons().is_empty());
         }
         assert!(!breaker.until_there(&away, MAX_LOSSES, probe).await);
         let no_message = breaker.until_there(&away, 0, probe).await;
         assert!(!no_message, "nobody waits where no message is to blame");
         away.action = Action::Command("SET");
-        assert!(!breaker.until_there(&away, 1, probe).await, "it is its own");
+        assert!(breaker.until_there(&away, 1, probe).await);
+        assert!(!breaker.until_there(&away, MAX_LOSSES, probe).await);
+    }
+
+    /// What one stage had done before, and may not do any more, holds nobody else.
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_for_a_right_of_its_own_keeps_nobody_waiting() {
+        let readiness = Arc::<Readiness>::default();
+        let (breaker, away) = breaker(&readiness);
+        let refused = Away {
+            action: Action::Command("SET"),
+            ..away.clone()
+        };
+        let never = || async { Err(StoreError::Unavailable("NOPERM".into())) };
+        let waiting = breaker.until_there(&refused, 1, never);
+        {
+            tokio::pin!(waiting);
+            assert!(futures::poll!(&mut waiting).is_pending());
+            assert!(!breaker.until_there(&away, 1, || async { Ok(()) }).await);
+            assert_eq!(
+                readiness.reasons(),
+                ["store posts: NOPERM"],
+                "it still waits"
+            );
+        }
+        assert_eq!(readiness.reasons(), Vec::<String>::new());
     }
 
     #[tokio::test(start_paused = true)]

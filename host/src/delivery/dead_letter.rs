@@ -14,6 +14,8 @@ const SHORT_MESSAGE: usize = 200;
 /// Bytes of its value then, at first, and where that is too much too.
 const KEPT_VALUE: usize = 64 << 10;
 const SHORT_VALUE: usize = 256;
+/// An id of more bytes is none.
+const MAX_KEPT_ID: usize = 2 << 10;
 /// A key of more bytes may be why.
 const SHORT_KEY: usize = 64;
 /// The header that has the fault's words.
@@ -190,7 +192,9 @@ fn shrink(letter: &mut Outgoing) -> Option<&'static str> {
 
 /// Cuts the fault's words.
 fn shorten(letter: &mut Outgoing) -> bool {
-    let words = (letter.headers.iter_mut()).find(|header| header.name == ERROR_MESSAGE);
+    // A letter that was sent back has those of its first way before.
+    let mut headers = letter.headers.iter_mut().rev();
+    let words = headers.find(|header| header.name == ERROR_MESSAGE);
     let words = words.and_then(|header| header.value.as_mut());
     let Some(words) = words.filter(|words| words.len() > SHORT_MESSAGE) else {
         return false;
@@ -209,16 +213,23 @@ fn cut_value(letter: &mut Outgoing, kept: usize) -> bool {
     };
     letter.value = Some(value[..kept].to_vec());
     // What is cut once more was cut of the same.
-    if !letter.headers.iter().any(|h| is_cut(h, "value")) {
+    let own = &letter.headers[own_headers(letter)..];
+    if !own.iter().any(|h| is_cut(h, "value")) {
         say_cut(letter, "value", &digest(&value));
     }
     true
 }
 
-/// Leaves out what is not the host's.
+/// Leaves out what is the record's, whatever it is called, but for an id of some length.
 fn cut_headers(letter: &mut Outgoing) -> bool {
     let (all, bytes) = (letter.headers.len(), letter.size());
-    letter.headers.retain(|header| is_ours(&header.name));
+    let own = letter.headers.split_off(own_headers(letter));
+    letter.headers.retain(|header| {
+        let length = header.value.as_ref().map_or(0, Vec::len);
+        header.name == seen::ORIGINAL && length <= MAX_KEPT_ID
+    });
+    letter.headers.truncate(1);
+    letter.headers.extend(own);
     let (left, bytes) = (letter.headers.len(), bytes - letter.size());
     if left < all {
         let left_out = format!("{} of {bytes} bytes left out", all - left);
@@ -227,8 +238,11 @@ fn cut_headers(letter: &mut Outgoing) -> bool {
     left < all
 }
 
-fn is_ours(header: &str) -> bool {
-    header.starts_with("__dlq.errors.") || header.starts_with("stagehost-")
+/// Where the headers begin that the host has added: with the topic that it names last.
+fn own_headers(letter: &Outgoing) -> usize {
+    let names = letter.headers.iter().map(|header| &*header.name);
+    let first = names.enumerate().filter(|(_, name)| *name == ERROR_TOPIC);
+    first.last().map_or(letter.headers.len(), |(at, _)| at)
 }
 
 fn say_cut(letter: &mut Outgoing, part: &str, of: &str) {

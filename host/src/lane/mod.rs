@@ -260,7 +260,8 @@ impl<K, H> Common<K, H> {
         mut from: Option<i64>,
     ) -> Result<(Option<i64>, Option<Started>), Halt> {
         loop {
-            match source.start(from).await {
+            let reading = Wait::Read { why: None };
+            match self.status.during(reading, source.start(from)).await {
                 Ok(started) => return Ok((from, started)),
                 Err(gap) => from = Some(self.pass(&gap)?),
             }

@@ -31,6 +31,11 @@ pub enum Wait {
         /// What the log has said, if anything.
         why: Option<String>,
     },
+    /// For the log, to say where its partition is to be read from.
+    Read {
+        /// What is wrong with the topic, if that is known.
+        why: Option<String>,
+    },
     /// For a store's answer to what the stage or the lane has asked.
     Answer(StoreName),
     /// Until a message is delivered again.
@@ -54,7 +59,7 @@ impl Wait {
             Self::Stopped(_) => "operator",
             Self::Row(_) => "row",
             Self::Store(_) | Self::Answer(_) => "store",
-            Self::Log { .. } => "log",
+            Self::Log { .. } | Self::Read { .. } => "log",
             Self::Retry => "retry",
             Self::Nothing => "nothing",
         }
@@ -68,6 +73,10 @@ impl fmt::Display for Wait {
             Self::Store(store) => write!(f, "waits for {store}, which is away"),
             Self::Log { topic, why } => {
                 write!(f, "waits for the log to take an output for {topic}")?;
+                why.iter().try_for_each(|why| write!(f, ": {why}"))
+            }
+            Self::Read { why } => {
+                f.write_str("waits for the log to let it be read")?;
                 why.iter().try_for_each(|why| write!(f, ": {why}"))
             }
             Self::Answer(store) => write!(f, "waits for an answer of {store}"),
@@ -97,7 +106,7 @@ impl LaneWait {
     pub fn is_trouble(&self) -> bool {
         match self.wait {
             _ if self.wait.is_standstill() => true,
-            Wait::Log { .. } | Wait::Answer(_) => self.age >= PATIENCE,
+            Wait::Log { .. } | Wait::Read { .. } | Wait::Answer(_) => self.age >= PATIENCE,
             _ => false,
         }
     }
@@ -202,7 +211,12 @@ impl Lanes {
             }
         }
         for lane in &mut waits {
-            if let Wait::Log { topic, why } = &mut lane.wait
+            let trouble = match &mut lane.wait {
+                Wait::Log { topic, why } => Some((&*topic, why)),
+                Wait::Read { why } => Some((&lane.topic, why)),
+                _ => None,
+            };
+            if let Some((topic, why)) = trouble
                 && let Some(trouble) = lock(&self.troubles).get(topic)
             {
                 *why = Some(trouble.clone());

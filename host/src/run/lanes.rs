@@ -116,6 +116,7 @@ impl Look {
             .filter(|lane| lane.is_trouble())
             .filter_map(|lane| match &lane.wait {
                 Wait::Log { topic, .. } if !topic.is_empty() => Some(topic.clone()),
+                Wait::Read { .. } => Some(lane.topic.clone()),
                 _ => None,
             })
             .collect();

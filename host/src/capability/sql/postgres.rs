@@ -123,6 +123,8 @@ pub(super) async fn open(
                     std::mem::replace(error, StoreError::Refused(String::new())),
                 )
             })?;
+            let checked = pooler::check(&stages, guest).await;
+            checked.map_err(|error| at(&format!("{}, stage-url", stages.place()), error))?;
             let role = guests::check(&place, &mut client, guest).await;
             let role = role.map_err(|error| at(&place, error))?;
             let pool = Pool::new(stages, settings, max_connections);

@@ -45,7 +45,7 @@ pub(super) fn compare(row: Row, committed: Option<&Committed>) -> Verdict {
             None => Verdict::Begins { offset: *offset },
         },
         (Some(next_offset), None) => Verdict::Unset { next_offset },
-        (Some(next_offset), Some(Committed { offset, .. })) => match before {
+        (Some(next_offset), Some(Committed { offset, mark })) => match before {
             Some(before) if (before.generation, before.commits) > (row.generation, row.commits) => {
                 Verdict::Older {
                     offset: *offset,
@@ -55,6 +55,8 @@ pub(super) fn compare(row: Row, committed: Option<&Committed>) -> Verdict {
             Some(_) => Verdict::Agree,
             // A host of an earlier version commits without words, as somebody with a tool does.
             None if *offset == next_offset => Verdict::Agree,
+            // The host's own words, from before the lane had a row.
+            None if mark.is_some() => Verdict::Agree,
             None => Verdict::Set {
                 offset: *offset,
                 next_offset,
@@ -148,7 +150,7 @@ impl fmt::Display for Said<'_> {
                 self.row.next_offset.unwrap_or_default(),
                 before.commits,
                 before.generation,
-                before.generation.max(self.row.generation) + 1
+                before.generation.max(self.row.generation).saturating_add(1)
             ),
         }
     }

@@ -323,7 +323,12 @@ where
     ) -> Result<Option<Halt>, Ending> {
         let said = self.said(row, verdict);
         if let Some(highest) = verdict.highest_generation() {
-            let above = highest.max(tenure.generation) + 1;
+            let highest = highest.max(tenure.generation);
+            let Some(above) = highest.checked_add(1) else {
+                return Ok(Some(Halt(format!(
+                    "{said}; no generation is above {highest}"
+                ))));
+            };
             self.raise_generation(tenure, above).await?;
         }
         let (stage, topic, partition) = (self.common.stage(), &*self.id.topic, self.id.partition);
@@ -356,7 +361,8 @@ where
     /// Writes a higher generation into the row.
     async fn raise_generation(&mut self, tenure: &mut Tenure, to: i64) -> Result<(), Ending> {
         loop {
-            match self.ledger.raise(&self.id, tenure.epoch, to).await {
+            let raised = self.ledger.raise(&self.id, tenure.epoch, to);
+            match self.answer(raised).await {
                 Ok(Some(claim)) => {
                     tenure.generation = claim.generation;
                     return Ok(());

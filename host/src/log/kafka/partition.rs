@@ -308,6 +308,15 @@ impl Partition {
         settled.offset
     }
 
+    /// A row that went back to an older copy counts: what was done beyond it is to be done again, and the log is told so.
+    fn goes_back_to(&self, offset: Option<i64>) {
+        let mut settled = lock(&self.settled);
+        if offset.is_some() && settled.offset > offset {
+            *settled = Settled::default();
+            self.commit_again();
+        }
+    }
+
     /// The settled offset, if it was not yet given to the log.
     pub(super) fn take_uncommitted(&self) -> Option<Commit> {
         let offset = self.settled()?;
@@ -392,6 +401,7 @@ impl PartitionSource {
 impl Source for PartitionSource {
     async fn start(&mut self, offset: Option<i64>) -> Result<Option<Started>, Gap> {
         *self.0.buffer() = Buffer::at(Position::Wanted(offset));
+        self.0.goes_back_to(offset);
         self.0.bell.call();
         loop {
             if self.0.stopping.is_cancelled() {

@@ -139,17 +139,15 @@ pub(super) fn concern(sqlstate: &str) -> Concern {
         "57P01" | "57P02" | "57P03" | "57P04" | "57P05" | "25P03" => Concern::Store,
         // Read-only, as a primary that became a standby is.
         READ_ONLY => Concern::Store,
-        // No such database.
-        "3D000" => Concern::Store,
         // Prepared statements that the session does not have, or another's: a pooler is between.
         "26000" | "42P05" => Concern::Store,
         // Damaged data or indexes; a foreign server that is away.
         "XX001" | "XX002" | "HV00N" => Concern::Store,
         // Insufficient privilege; no such table, column, function, schema, type.
         "42501" | "42P01" | "42703" | "42883" | "3F000" | "42704" => Concern::Standing,
-        // Connections; logins; out of connections, memory, disk; system errors; configuration files.
+        // Connections; out of connections, memory, disk; system errors; configuration files.
         _ => match sqlstate.get(..2) {
-            Some("08" | "28" | "53" | "58" | "F0") => Concern::Store,
+            Some("08" | "53" | "58" | "F0") => Concern::Store,
             _ => Concern::Message,
         },
     }
@@ -209,7 +207,7 @@ mod tests {
         for (expected, codes) in [
             (
                 Store,
-                "08000 08006 25006 28000 28P01 3D000 53000 53100 53200 53300 57P01 57P02 57P03 57P04 58000 58030 58P01 \
+                "08000 08006 25006 53000 53100 53200 53300 57P01 57P02 57P03 57P04 58000 58030 58P01 \
                  26000 42P05 XX001 F0000",
             ),
             (Others, "40001 40P01 55P03"),

@@ -12,6 +12,8 @@ use crate::capability::Concern;
 /// Bytes that are written to see whether something can be, random so that they take as much room as they are: more than fits
 /// into the pages that a table has.
 const PROBE_BYTES: usize = 16 * 1024;
+/// Rows of a table that is made for it, which are as much.
+const PROBE_ROWS: usize = 500;
 
 /// Of a statement of the host's own, or of one that had run before: what the database has and allows is its affair.
 fn of_store(error: Error) -> Error {
@@ -120,8 +122,30 @@ impl Postgres {
         drop(lease);
         match self.progress.get() {
             Some(statements) => self.probe_progress(&statements.probe_write).await,
-            None => Ok(()),
+            None => self.probe_room(access).await,
         }
+    }
+
+    /// Writes where nobody else does, and takes it back, to see whether there is room. That it may not be done says nothing.
+    async fn probe_room(&self, access: SqlAccess) -> Result<(), Error> {
+        if access == SqlAccess::ReadOnly {
+            return Ok(());
+        }
+        let fill = format!(
+            "CREATE TEMPORARY TABLE stagehost_probe ON COMMIT DROP AS \
+             SELECT pg_catalog.random() AS filler FROM pg_catalog.generate_series(1, {PROBE_ROWS})"
+        );
+        let mut lease = self.take(access).await?;
+        let begun = in_time(lease.command("BEGIN")).await;
+        begun.map_err(Failure::into_error)?;
+        let written = in_time(lease.command(&fill)).await;
+        let undone = in_time(lease.command("ROLLBACK")).await;
+        if let Err(failure) = written
+            && let Error::Unavailable(why) = failure.into_error()
+        {
+            return Err(Error::Unavailable(why));
+        }
+        undone.map_err(Failure::into_error)
     }
 
     async fn probe_progress(&self, write: &str) -> Result<(), Error> {
@@ -148,7 +172,8 @@ impl Postgres {
         params: &[Value],
     ) -> Result<(), StoreError> {
         let explain = format!("EXPLAIN {text}");
-        let parameters = Parameters::of(params)?;
+        // Not with the message's own, which may be what is refused: the planner computes with them.
+        let parameters = Parameters::nulls(params)?;
         let mut lease = self.take(SqlAccess::Data).await?;
         let explained = in_time(async {
             let plan = lease

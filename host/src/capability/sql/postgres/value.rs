@@ -38,6 +38,17 @@ impl Parameters {
         Ok(parameters)
     }
 
+    /// Without the values: what is left is what a plan rests on.
+    pub(super) fn nulls(values: &[Value]) -> Result<Self, Error> {
+        let of = Self::of(values)?;
+        let mut nulls = Self::default();
+        for oid in of.types {
+            nulls.types.push(oid);
+            nulls.bytes.put_i32(-1);
+        }
+        Ok(nulls)
+    }
+
     pub(super) fn types(&self) -> &[Oid] {
         &self.types
     }
