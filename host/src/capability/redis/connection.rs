@@ -37,6 +37,8 @@ struct Inner {
     making: tokio::sync::Mutex<Option<Unmade>>,
     /// Connections that were to be made so far.
     tries: AtomicU64,
+    /// Held while something is rehearsed, which takes one more connection.
+    rehearsing: tokio::sync::Mutex<()>,
 }
 
 #[derive(Default)]
@@ -58,6 +60,7 @@ impl Connection {
             current: Mutex::default(),
             making: tokio::sync::Mutex::default(),
             tries: AtomicU64::new(0),
+            rehearsing: tokio::sync::Mutex::default(),
         }))
     }
 
@@ -76,6 +79,23 @@ impl Connection {
                     Err(refusal)
                 }
             }
+        };
+        let asked = tokio::time::timeout(CALL_TIMEOUT, asked).await;
+        asked.unwrap_or_else(|_| Err(Unmade::from(too_late()).into()))
+    }
+
+    /// Sees whether these commands could be run, each a name and its arguments, without running them; in a transaction, if the call
+    /// is one. It is asked on a connection of its own, since others' commands must not become part of it. A server that can't be
+    /// asked so refuses as a message's own affair.
+    pub(super) async fn rehearse(
+        &self,
+        commands: &[Vec<Vec<u8>>],
+        is_transaction: bool,
+    ) -> Result<(), Refusal> {
+        let asked = async {
+            let _rehearsing = self.0.rehearsing.lock().await;
+            let mut connection = self.0.make().await?;
+            rehearse(&mut connection, commands, is_transaction).await
         };
         let asked = tokio::time::timeout(CALL_TIMEOUT, asked).await;
         asked.unwrap_or_else(|_| Err(Unmade::from(too_late()).into()))
@@ -298,42 +318,49 @@ async fn diagnose(address: &ConnectionAddr) -> Option<String> {
     asked.await.ok()?.map(str::to_owned)
 }
 
-/// Asks for commands as a transaction that comes to nothing: the server checks for each whether it could be run just now, and
-/// for whom. Answers the first refusal that is no message's.
-pub(super) async fn rehearse(
-    connection: &Connection,
+/// Asks for commands as a transaction that is never executed: the server checks for each whether it could be run just now, and
+/// for whom. Answers the first refusal that is no message's. Each step waits for the one before, so that nothing is run whatever
+/// is refused.
+async fn rehearse(
+    connection: &mut MultiplexedConnection,
     commands: &[Vec<Vec<u8>>],
+    is_transaction: bool,
 ) -> Result<(), Refusal> {
-    // One with a wrong number of arguments, so that EXEC runs nothing.
-    const WRONG: &str = "GETRANGE";
+    if let Err(error) = cmd("MULTI").exec_async(connection).await {
+        let refusal = Refusal::of(error);
+        return Err(match refusal.concern {
+            // It says nothing of the call.
+            Concern::Standing if !is_transaction => Refusal {
+                concern: Concern::Message,
+                ..refusal
+            },
+            _ => refusal,
+        });
+    }
     let mut rehearsal = pipe();
-    rehearsal.cmd("MULTI");
-    for command in commands {
-        let mut parts = command.iter();
-        if let Some(name) = parts.next() {
-            let name = String::from_utf8_lossy(name);
-            rehearsal.cmd(&name);
-            for part in parts {
-                rehearsal.arg(part.as_slice());
-            }
+    for (name, arguments) in commands.iter().filter_map(|words| words.split_first()) {
+        rehearsal.cmd(&String::from_utf8_lossy(name)).arg(arguments);
+    }
+    let answers = connection.send_packed_commands(&rehearsal, 0, commands.len());
+    for answer in answers.await.map_err(Refusal::of)? {
+        if let Value::ServerError(error) = answer {
+            counts(Refusal::of_server(&error))?;
         }
     }
-    rehearsal.cmd(WRONG).cmd("EXEC");
-    let answers = connection.ask(async |connection| {
-        let count = commands.len() + 3;
-        connection.send_packed_commands(&rehearsal, 0, count).await
-    });
-    let answers = answers.await?;
-    for answer in answers {
-        let Value::ServerError(error) = answer else {
-            continue;
-        };
-        let refusal = Refusal::of_server(&error);
-        if refusal.concern != Concern::Message {
-            let number = connection.0.current().number;
-            connection.note(number, &refusal);
-            return Err(refusal);
+    // With a wrong number of arguments, so that EXEC runs nothing.
+    if is_transaction && let Err(error) = cmd("GETRANGE").exec_async(connection).await {
+        counts(Refusal::of(error))?;
+        if let Err(error) = cmd("EXEC").exec_async(connection).await {
+            counts(Refusal::of(error))?;
         }
     }
     Ok(())
+}
+
+/// What no message is to blame for.
+fn counts(refusal: Refusal) -> Result<(), Refusal> {
+    match refusal.concern {
+        Concern::Message => Ok(()),
+        _ => Err(refusal),
+    }
 }

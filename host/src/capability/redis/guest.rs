@@ -7,7 +7,7 @@ use wasmtime::component::{HasData, Linker, Resource, ResourceTable};
 
 use super::{
     HOST_PREFIX, MAX_KEY_BYTES, MAX_KEYS, MAX_REQUEST_BYTES, MAX_VALUE_BYTES, Set, Store, WAS_DONE,
-    commands, remote,
+    commands, rights,
 };
 use crate::capability::{Action, Away, Pending, StoreError, StoreName};
 use crate::pipeline::RedisGrant;
@@ -45,7 +45,7 @@ impl RedisGrants {
         let granted = stores.into_iter().map(|(name, (store, grant))| {
             let granted = Granted {
                 name: name.as_str().into(),
-                store,
+                store: store.granted(),
                 grant,
             };
             (name, Arc::new(granted))
@@ -296,8 +296,8 @@ impl RedisView<'_> {
 
 fn kind_of_set(options: Option<&SetOptions>) -> &'static str {
     match options {
-        Some(options) if options.condition.is_some() || options.version.is_some() => remote::SET_IF,
-        _ => remote::SET,
+        Some(options) if options.condition.is_some() || options.version.is_some() => rights::SET_IF,
+        _ => rights::SET,
     }
 }
 
@@ -319,7 +319,7 @@ impl redis::HostConnection for RedisView<'_> {
         handle: Resource<Connection>,
         key: String,
     ) -> wasmtime::Result<Result<Option<Vec<u8>>, Error>> {
-        self.call(&handle, (remote::GET, false), async |granted| {
+        self.call(&handle, (rights::GET, false), async |granted| {
             granted.get(key).await
         })
         .await
@@ -330,7 +330,7 @@ impl redis::HostConnection for RedisView<'_> {
         handle: Resource<Connection>,
         keys: Vec<String>,
     ) -> wasmtime::Result<Result<Vec<Option<Vec<u8>>>, Error>> {
-        self.call(&handle, (remote::GET_MANY, false), async |granted| {
+        self.call(&handle, (rights::GET_MANY, false), async |granted| {
             granted.get_many(keys).await
         })
         .await
@@ -369,7 +369,7 @@ impl redis::HostConnection for RedisView<'_> {
         handle: Resource<Connection>,
         keys: Vec<String>,
     ) -> wasmtime::Result<Result<u64, Error>> {
-        self.call(&handle, (remote::DELETE, true), async |granted| {
+        self.call(&handle, (rights::DELETE, true), async |granted| {
             granted.delete(keys).await
         })
         .await

@@ -10,6 +10,7 @@ mod connection;
 mod embedded;
 mod guest;
 mod remote;
+mod rights;
 mod transition;
 
 use std::path::Path;
@@ -103,6 +104,18 @@ impl Store {
         Ok(Self { kind, large })
     }
 
+    /// The same store as somebody is granted it: what it has done is remembered for each, since its user may have rights to the
+    /// keys of one and not of another.
+    #[must_use]
+    pub fn granted(&self) -> Self {
+        let kind = match &self.kind {
+            Kind::Remote(store) => Kind::Remote(store.granted()),
+            Kind::Embedded(store) => Kind::Embedded(store.clone()),
+        };
+        let large = self.large.clone();
+        Self { kind, large }
+    }
+
     /// Sees whether the store answers.
     pub async fn ping(&self) -> Result<(), StoreError> {
         let answer = match &self.kind {
@@ -112,14 +125,14 @@ impl Store {
         answer.map_err(StoreError::from)
     }
 
-    /// Sees whether the store does what it did not do, at keys that begin so. Nothing changes.
+    /// Sees whether the store does what it did not do: at keys that begin so, or where it had done it before. Nothing changes.
     pub async fn probe(&self, prefix: &str, action: &Action) -> Result<(), StoreError> {
         let key = format!("{prefix}{PROBE_SUFFIX}").into_bytes();
         let answer = match (&self.kind, action) {
             (_, Action::Answer) | (Kind::Embedded(_), Action::Read) => return self.ping().await,
             (Kind::Embedded(store), _) => store.probe_write().await,
             (Kind::Remote(store), Action::Read) => store.probe_read(&key).await,
-            (Kind::Remote(store), Action::Command(name)) => store.probe_call(name, &key).await,
+            (Kind::Remote(store), Action::Command(name)) => store.probe_call(name).await,
             (Kind::Remote(store), Action::Write | Action::Statement(..)) => {
                 store.probe_write(&key).await
             }

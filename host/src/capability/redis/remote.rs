@@ -1,6 +1,5 @@
 //! A Redis server.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
@@ -13,8 +12,9 @@ use redis::{
 };
 
 use super::answers::Refusal;
-use super::commands::{self, Command};
-use super::connection::{Connection, rehearse};
+use super::commands::Command;
+use super::connection::Connection;
+use super::rights::{Done, Kind, PROBE_BYTES};
 use super::{
     Concern, Condition, Error, MAX_ANSWER_BYTES, MAX_ANSWER_ITEMS, Reply, Set, StoreError,
     WAS_DONE, version_key,
@@ -28,8 +28,6 @@ const USER_TIMEOUT: Duration = Duration::from_secs(10);
 const KEEPALIVE_TIME: Duration = Duration::from_secs(10);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 const KEEPALIVE_PROBES: u32 = 3;
-/// Bytes of the value that a probe would write.
-const PROBE_BYTES: usize = 1024;
 
 /// Why a URL can't be used, without any of it.
 pub(super) fn check_url(url: &str) -> Result<(), String> {
@@ -40,8 +38,8 @@ pub(super) fn check_url(url: &str) -> Result<(), String> {
 #[derive(Clone)]
 pub(super) struct Remote {
     connection: Connection,
-    /// What it has done for this host so far, a bit for each kind of call.
-    done: Arc<AtomicU64>,
+    /// What it has done for whom it was granted to.
+    done: Arc<Done>,
 }
 
 pub(super) async fn open(url: &str) -> Result<Remote, StoreError> {
@@ -99,81 +97,15 @@ fn tcp_settings() -> TcpSettings {
     settings
 }
 
-/// A kind of call, as rights are given for them.
-#[derive(Clone, Copy)]
-enum Kind {
-    Get,
-    GetMany,
-    /// Without a script.
-    Set,
-    /// With one: a condition, or a version.
-    SetIf,
-    Delete,
-    Execute(&'static Command),
-}
-
-impl Kind {
-    /// What a grant of it is remembered by.
-    fn bit(self) -> u64 {
-        1 << match self {
-            Self::Get => 0,
-            Self::GetMany => 1,
-            Self::Set => 2,
-            Self::SetIf => 3,
-            Self::Delete => 4,
-            Self::Execute(command) => 5 + commands::index(command),
-        }
-    }
-
-    /// The commands that it takes, on this key, each with its arguments. Their values are not looked at.
-    fn commands(self, key: &[u8]) -> Vec<Vec<Vec<u8>>> {
-        let words = |words: &[&[u8]]| words.iter().map(|word| word.to_vec()).collect();
-        let value = [b'x'; PROBE_BYTES];
-        let script = [
-            &b"EVALSHA"[..],
-            SET_IF_NEWER.get_hash().as_bytes(),
-            b"1",
-            key,
-        ];
-        match self {
-            Self::Get => vec![
-                words(&[b"GETRANGE", key, b"0", b"0"]),
-                words(&[b"GET", key]),
-            ],
-            Self::GetMany => vec![words(&[b"MGET", key]), words(&script)],
-            Self::Set => vec![words(&[b"SET", key, &value, b"XX"]), words(&[b"DEL", key])],
-            Self::SetIf => vec![
-                words(&script),
-                words(&[b"GET", key]),
-                words(&[b"MSET", key, &value]),
-                words(&[b"SET", key, &value, b"XX"]),
-                words(&[b"DEL", key]),
-            ],
-            Self::Delete => vec![words(&[b"DEL", key])],
-            Self::Execute(command) => vec![command.example(key)],
-        }
-    }
-
-    fn named(name: &str) -> Option<Self> {
-        Some(match name {
-            GET => Self::Get,
-            GET_MANY => Self::GetMany,
-            SET => Self::Set,
-            SET_IF => Self::SetIf,
-            DELETE => Self::Delete,
-            name => Self::Execute(commands::lookup(name)?),
-        })
-    }
-}
-
-/// What calls are named by that are no commands of the table.
-pub(super) const GET: &str = "get";
-pub(super) const GET_MANY: &str = "get-many";
-pub(super) const SET: &str = "set";
-pub(super) const SET_IF: &str = "set-if";
-pub(super) const DELETE: &str = "delete";
-
 impl Remote {
+    /// The same for another grant, for which nothing was done so far.
+    pub(super) fn granted(&self) -> Self {
+        Self {
+            connection: self.connection.clone(),
+            done: Arc::default(),
+        }
+    }
+
     pub(super) async fn ping(&self) -> Result<(), Error> {
         let asked = self.connection.ask(async |c| ping(c).await).await;
         asked.map_err(|refusal| refusal.error)
@@ -188,22 +120,42 @@ impl Remote {
         asked.await.map_err(|refusal| refusal.error)
     }
 
-    /// Sees whether this key could be written.
+    /// Sees whether this key could be written. The server refuses both options at once, but only once it has seen whether it would
+    /// take a write at all.
     pub(super) async fn probe_write(&self, key: &[u8]) -> Result<(), Error> {
-        match rehearse(&self.connection, &Kind::Set.commands(key)).await {
-            // Who may not set may do other things, of which these are the most alike.
-            Err(refusal) if refusal.concern != Concern::Standing => Err(refusal.error),
+        let value = [b'x'; PROBE_BYTES];
+        let asked = self.connection.ask(async |connection| {
+            let mut set = cmd("SET");
+            let set = set.arg(key).arg(&value[..]).arg("NX").arg("XX");
+            set.exec_async(connection).await
+        });
+        match asked.await {
+            // Who may not set may do other things, of which this is the most alike.
+            Err(refusal) if refusal.concern == Concern::Store => Err(refusal.error),
             _ => Ok(()),
         }
     }
 
-    /// Sees whether that call could be made, which could be before.
-    pub(super) async fn probe_call(&self, name: &str, key: &[u8]) -> Result<(), Error> {
-        let Some(kind) = Kind::named(name) else {
-            return Ok(());
-        };
-        let rehearsed = rehearse(&self.connection, &kind.commands(key)).await;
-        rehearsed.map_err(|refusal| self.judge(kind, refusal))
+    /// Sees whether calls of that name could be made, at the keys where they were before.
+    pub(super) async fn probe_call(&self, name: &str) -> Result<(), Error> {
+        for kind in Kind::named(name) {
+            let Some(key) = self.done.key(kind) else {
+                continue;
+            };
+            if let Err(Refusal { concern, error, .. }) = self.rehearse(kind, &key).await {
+                return Err(match error {
+                    Error::Server(why) if concern == Concern::Standing => was_done(&why),
+                    error => error,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    async fn rehearse(&self, kind: Kind, key: &[u8]) -> Result<(), Refusal> {
+        let commands = kind.commands(key);
+        let rehearsed = self.connection.rehearse(&commands, kind.is_transaction());
+        rehearsed.await
     }
 
     /// The client reads an answer whole before anybody can look at it, so no more is asked for than may come: a range, which
@@ -211,7 +163,9 @@ impl Remote {
     pub(super) async fn get(&self, key: &[u8], most: usize) -> Result<Option<Vec<u8>>, Error> {
         let mut range = cmd("GETRANGE");
         range.arg(key).arg(0).arg(most);
-        let asked = self.call(Kind::Get, async |c| range.query_async::<Vec<u8>>(c).await);
+        let asked = self.call(Kind::Get, key, async |c| {
+            range.query_async::<Vec<u8>>(c).await
+        });
         let value = asked.await?;
         if value.len() > most {
             return Err(Error::TooLarge(most as u64));
@@ -219,49 +173,59 @@ impl Remote {
         if !value.is_empty() {
             return Ok(Some(value));
         }
-        let value = self.bounded(Kind::Get, "GET", vec![key.to_vec()], 1);
-        in_rust(value.await?)
+        let value = self.bounded(Kind::GetNothing, "GET", &[key], 1).await?;
+        in_rust(value)
     }
 
     pub(super) async fn get_many(&self, keys: &[Vec<u8>]) -> Result<Vec<Option<Vec<u8>>>, Error> {
         if keys.is_empty() {
             return Ok(Vec::new());
         }
-        let values = self.bounded(Kind::GetMany, "MGET", keys.to_vec(), keys.len());
+        let values = self.bounded(Kind::GetMany, "MGET", keys, keys.len());
         in_rust(values.await?)
     }
 
     pub(super) async fn set(&self, set: Set) -> Result<Vec<bool>, Error> {
-        let call = match (set.entries.as_slice(), set.condition, set.version, set.ttl) {
-            ([], ..) => return Ok(Vec::new()),
-            (entries, None, None, ttl) => {
-                let sets = plain_set(entries, ttl);
-                let set = self.call(Kind::Set, async |c| sets.exec_async(c).await);
-                set.await?;
-                return Ok(vec![true; entries.len()]);
+        let Some((first, value)) = set.entries.first() else {
+            return Ok(Vec::new());
+        };
+        let kind = Kind::of_set(&set);
+        let call = match (kind, set.version) {
+            (Kind::Set, _) => {
+                let sets = plain_set(&set.entries, set.ttl);
+                let set_all = self.call(kind, first, async |c| sets.exec_async(c).await);
+                set_all.await?;
+                return Ok(vec![true; set.entries.len()]);
             }
-            ([(key, value)], None, Some(version), None) => {
+            (Kind::SetNewer, Some(version)) => {
                 let mut call = SET_IF_NEWER.prepare_invoke();
-                call.key(key.as_slice()).key(version_key(key));
+                call.key(first.as_slice()).key(version_key(first));
                 call.arg(value.as_slice()).arg(version);
                 call
             }
             _ => general_set(&set),
         };
-        self.call(Kind::SetIf, async |c| call.invoke_async(c).await)
-            .await
+        let written = self.attempt(kind, async |c| call.invoke_async(c).await);
+        let written: Vec<bool> = written.await?;
+        // Where nothing is to be written, little of it is done.
+        if let Some(at) = written.iter().position(|written| *written)
+            && let Some((key, _)) = set.entries.get(at)
+        {
+            self.done.note(kind, key);
+        }
+        Ok(written)
     }
 
     pub(super) async fn delete(&self, keys: Vec<Vec<u8>>) -> Result<u64, Error> {
-        if keys.is_empty() {
+        let Some(first) = keys.first() else {
             return Ok(0);
-        }
+        };
         let versions: Vec<_> = keys.iter().map(|key| version_key(key)).collect();
         let mut delete = pipe();
         delete.atomic();
-        delete.cmd("DEL").arg(keys);
+        delete.cmd("DEL").arg(&keys);
         delete.cmd("DEL").arg(versions).ignore();
-        let deleted = self.call(Kind::Delete, async |c| delete.query_async(c).await);
+        let deleted = self.call(Kind::Delete, first, async |c| delete.query_async(c).await);
         let (count,): (u64,) = deleted.await?;
         Ok(count)
     }
@@ -272,13 +236,16 @@ impl Remote {
         arguments: Vec<Vec<u8>>,
     ) -> Result<Reply, Error> {
         let kind = Kind::Execute(command);
+        let keys = command.keys(&arguments);
         if command.answers_content {
-            let keys = command.keys(&arguments).len();
-            return reply(self.bounded(kind, command.name, arguments, keys).await?);
+            let answer = self.bounded(kind, command.name, &arguments, keys.len());
+            return reply(answer.await?);
         }
+        let first = keys.first().map(Vec::as_slice).unwrap_or_default();
         let mut call = cmd(command.name);
-        call.arg(arguments);
-        reply(self.call(kind, async |c| call.query_async(c).await).await?)
+        call.arg(&arguments);
+        let answer = self.call(kind, first, async |c| call.query_async(c).await);
+        reply(answer.await?)
     }
 
     /// Runs a command that answers what is kept, unless that is too much to come.
@@ -286,55 +253,74 @@ impl Remote {
         &self,
         kind: Kind,
         command: &str,
-        arguments: Vec<Vec<u8>>,
+        arguments: &[impl AsRef<[u8]>],
         keys: usize,
     ) -> Result<Value, Error> {
         let mut call = BOUNDED.prepare_invoke();
         call.arg(command)
             .arg(MAX_ANSWER_BYTES)
             .arg(MAX_ANSWER_ITEMS);
-        for (at, argument) in arguments.into_iter().enumerate() {
+        for (at, argument) in arguments.iter().enumerate() {
             if at < keys {
-                call.key(argument);
+                call.key(argument.as_ref());
             } else {
-                call.arg(argument);
+                call.arg(argument.as_ref());
             }
         }
-        self.call(kind, async |c| call.invoke_async(c).await).await
+        let first = arguments.first().map(AsRef::as_ref).unwrap_or_default();
+        let answer = self.call(kind, first, async |c| call.invoke_async(c).await);
+        answer.await
     }
 
+    /// Makes a call, and remembers that it was done, at which key.
     async fn call<T>(
+        &self,
+        kind: Kind,
+        key: &[u8],
+        call: impl AsyncFnOnce(&mut MultiplexedConnection) -> Result<T, RedisError>,
+    ) -> Result<T, Error> {
+        let answer = self.attempt(kind, call).await?;
+        self.done.note(kind, key);
+        Ok(answer)
+    }
+
+    async fn attempt<T>(
         &self,
         kind: Kind,
         call: impl AsyncFnOnce(&mut MultiplexedConnection) -> Result<T, RedisError>,
     ) -> Result<T, Error> {
         match self.connection.ask(call).await {
-            Ok(answer) => {
-                if self.done.load(Ordering::Relaxed) & kind.bit() == 0 {
-                    self.done.fetch_or(kind.bit(), Ordering::Relaxed);
-                }
-                Ok(answer)
-            }
-            Err(refusal) => Err(self.judge(kind, refusal)),
+            Ok(answer) => Ok(answer),
+            // What is seldom done is in a box: a call's future is moved with all that it may come to.
+            Err(refusal) => Err(Box::pin(self.judge(kind, refusal)).await),
         }
     }
 
     /// What the server's user may not do is a store that is not what it was, if it could before; else the guest's affair.
-    fn judge(&self, kind: Kind, Refusal { concern, error, .. }: Refusal) -> Error {
-        match error {
-            Error::Server(why) if concern == Concern::Standing => {
-                let was_done = self.done.load(Ordering::Relaxed) & kind.bit() != 0;
-                match was_done {
-                    true => Error::Unavailable(format!("{WAS_DONE}{why}")),
-                    false if why.starts_with("ERR unknown command") => Error::Server(why),
-                    false => {
-                        Error::Denied(format!("Redis does not allow it to the host's user: {why}"))
-                    }
+    async fn judge(&self, kind: Kind, Refusal { concern, error, .. }: Refusal) -> Error {
+        let why = match error {
+            Error::Server(why) if concern == Concern::Standing => why,
+            error => return error,
+        };
+        let Some(key) = self.done.refuse(kind) else {
+            return match why.starts_with("ERR unknown command") {
+                true => Error::Server(why),
+                false => {
+                    Error::Denied(format!("Redis does not allow it to the host's user: {why}"))
                 }
-            }
-            error => error,
+            };
+        };
+        match self.rehearse(kind, &key).await {
+            // Nobody could tell when it is back, so its message may hold its partition for a while only.
+            Err(refusal) if refusal.concern != Concern::Standing => Error::Unavailable(why),
+            // Who waits for it asks again, and sees at once whether it was the key.
+            _ => was_done(&why),
         }
     }
+}
+
+fn was_done(why: &str) -> Error {
+    Error::Unavailable(format!("{WAS_DONE}{why}"))
 }
 
 /// Sets the keys, and takes their versions away.

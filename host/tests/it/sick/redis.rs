@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use host::capability::StoreError;
-use host::capability::redis::{Store, system_clock};
+use host::capability::redis::{Error, Set, Store, commands, system_clock};
+use host::capability::{Action, StoreError};
 use host::pipeline::RedisUrl;
 use serde_json::json;
 
@@ -86,6 +86,193 @@ async fn a_right_that_is_taken_from_redis_user_and_given_back_costs_no_message()
         matches!(&dead[..], [one] if one.starts_with("denied") && one.contains("NOPERM")),
         "{dead:?}"
     );
+}
+
+/// A user of this server with these rights, as a URL.
+fn user(server: &Server, rights: &[&str]) -> String {
+    allow(server, &[&["reset", "on", ">geheim"], rights].concat());
+    format!("redis://stages:geheim@127.0.0.1:{}", server.port)
+}
+
+fn allow(server: &Server, rights: &[&str]) {
+    cli(server, &[&["ACL", "SETUSER", "stages"], rights].concat());
+}
+
+/// Its user may do what the calls take, and no more.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_right_that_a_redis_user_of_scripts_loses_for_a_while_costs_no_message() {
+    const RIGHTS: &[&str] = &[
+        "~*",
+        "+ping",
+        "+multi",
+        "+evalsha",
+        "+script|load",
+        "+get",
+        "+mset",
+    ];
+    let redis = servers::redis(&[]);
+    let patient = Patient::on_redis(&user(&redis, RIGHTS), Lane::Ordered);
+    let set = |n| json!({ "do": "redis", "store": "cache", "call": "set", "key": format!("p:{n}"), "value": "x", "version": 1 });
+    patient.send(&(0..10).map(set).collect::<Vec<_>>()).await;
+    patient.settle();
+    allow(&redis, &["-mset"]);
+    patient.send(&(10..20).map(set).collect::<Vec<_>>()).await;
+    patient.says("NOPERM");
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    allow(&redis, &["+mset"]);
+    patient.goes_on();
+    done_once(&redis, 0..20);
+}
+
+/// The keys that the server gives its user are fewer than those of the grant, and the host's own are not among them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_is_not_its_users_on_redis_costs_its_own_message_only() {
+    let redis = servers::redis(&[]);
+    let rights = ["~p:0", "~p:1*", "~stagehost:version:*", "+@all"];
+    let patient = Patient::on_redis(&user(&redis, &rights), Lane::Ordered);
+    patient.send(&appends(0..3)).await;
+    patient.settle();
+    let dead = patient.dead();
+    assert!(
+        matches!(&dead[..], [one] if one.starts_with("denied") && one.contains("NOPERM")),
+        "{dead:?}"
+    );
+    done_once(&redis, 0..2);
+}
+
+/// Who may run no transaction can't be asked for without an effect what it may do.
+#[tokio::test(flavor = "multi_thread")]
+async fn where_redis_rights_can_not_be_asked_for_nothing_is_done_and_a_message_is_held_for_a_while_only()
+ {
+    let redis = servers::redis(&[]);
+    let url = user(&redis, &["~*", "+@all", "-multi"]);
+    let patient = Patient::on_redis(&url, Lane::Ordered);
+    patient.send(&appends(0..2)).await;
+    patient.settle();
+    allow(&redis, &["-append"]);
+    patient.send(&appends(2..3)).await;
+    patient.says("NOPERM");
+    patient.settle();
+    let dead = patient.dead();
+    assert!(
+        matches!(&dead[..], [one] if one.contains("NOPERM")),
+        "{dead:?}"
+    );
+    done_once(&redis, 0..2);
+    assert_eq!(cli(&redis, &["DBSIZE"]), "2");
+}
+
+async fn store(url: &str) -> Store {
+    let url = RedisUrl::Remote(url.to_owned());
+    let store = Store::connect(&url, system_clock()).await;
+    store.expect("it is let in")
+}
+
+fn one(key: &str, version: Option<u64>) -> Set {
+    Set {
+        entries: vec![(key.into(), b"x".to_vec())],
+        version,
+        ..Set::default()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_redis_did_for_one_grant_is_not_expected_for_another() {
+    let redis = servers::redis(&[]);
+    let rights = ["~post:*", "~stagehost:version:*", "+@all"];
+    let store = store(&user(&redis, &rights)).await;
+    let (posts, users) = (store.granted(), store.granted());
+    for version in [None, Some(1)] {
+        let set = posts.set(one("post:1", version)).await;
+        assert_eq!(set, Ok(vec![true]));
+        let denied = users.set(one("user:1", version)).await;
+        assert!(matches!(denied, Err(Error::Denied(_))), "{denied:?}");
+    }
+    // A script of its own is a kind of its own.
+    let absent = Set {
+        condition: Some(host::capability::redis::Condition::IfAbsent),
+        ..one("user:2", None)
+    };
+    let denied = posts.set(absent).await;
+    assert!(matches!(denied, Err(Error::Denied(_))), "{denied:?}");
+}
+
+/// Makes the call of that name, at a key that is not there, or that has an older version.
+async fn call(store: &Store, name: &str, version: u64) -> Result<(), Error> {
+    let key = || b"p:none".to_vec();
+    match name {
+        "get" => store.fetch(&key()).await.map(drop),
+        "get-many" => store.fetch_many(&[key()]).await.map(drop),
+        "set" => store.set(one("p:set", None)).await.map(drop),
+        "set-if" => store.set(one("p:if", Some(version))).await.map(drop),
+        "delete" => store.delete(vec![key()]).await.map(drop),
+        name => {
+            let command = commands::lookup(name).expect("a command");
+            store.execute(command, vec![key()]).await.map(drop)
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_right_that_redis_takes_from_any_call_is_missed_until_it_is_given_back() {
+    let redis = servers::redis(&[]);
+    let store = store(&user(&redis, &["~*", "+@all"])).await;
+    for (name, right) in [
+        ("get", "get"),
+        ("get", "evalsha"),
+        ("get-many", "mget"),
+        ("MGET", "mget"),
+        ("GETDEL", "getdel"),
+        ("set", "set"),
+        ("set-if", "mset"),
+        ("delete", "del"),
+        ("EXISTS", "exists"),
+    ] {
+        let (what, probe) = (format!("{name} without {right}"), Action::Command(name));
+        assert_eq!(call(&store, name, 1).await, Ok(()), "{what}");
+        allow(&redis, &[&format!("-{right}")]);
+        let refused = call(&store, name, 2).await;
+        let missed = |why: &str| why.contains("refuses what it did before");
+        assert!(
+            matches!(&refused, Err(Error::Unavailable(why)) if missed(why)),
+            "{what}: {refused:?}"
+        );
+        let probed = store.probe("p:", &probe).await;
+        assert!(
+            matches!(&probed, Err(StoreError::Unavailable(why)) if missed(why)),
+            "{what}: {probed:?}"
+        );
+        allow(&redis, &[&format!("+{right}")]);
+        let probed = store.probe("p:", &probe).await;
+        assert!(probed.is_ok(), "{what}: {probed:?}");
+        cli(&redis, &["FLUSHALL"]);
+    }
+}
+
+/// What is refused on another connection says nothing of the one that all calls are on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rehearsal_that_redis_refuses_leaves_the_connection_there() {
+    let redis = servers::redis(&[]);
+    let store = store(&user(&redis, &["~*", "+@all"])).await;
+    assert_eq!(store.set(one("p:1", Some(1))).await, Ok(vec![true]));
+    let connections = || -> Vec<String> {
+        let list = cli(&redis, &["CLIENT", "LIST"]);
+        let ours = list.lines().filter(|line| line.contains("user=stages"));
+        ours.filter_map(|line| line.split(' ').next().map(str::to_owned))
+            .collect()
+    };
+    let before = connections();
+    cli(&redis, &["REPLICAOF", "127.0.0.1", "1"]);
+    let probed = store.probe("p:", &Action::Command("set-if")).await;
+    assert!(
+        matches!(&probed, Err(StoreError::Unavailable(why)) if why.contains("READONLY")),
+        "{probed:?}"
+    );
+    crate::support::until("only the connection there was", || {
+        (connections() == before).then_some(())
+    });
+    assert!(store.fetch(b"p:1").await.is_ok());
+    assert_eq!(connections(), before);
 }
 
 /// Connections that are open stay let in, so they are cut: as after a restart, or by whoever changes passwords.
