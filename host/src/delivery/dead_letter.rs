@@ -240,9 +240,10 @@ fn cut_headers(letter: &mut Outgoing) -> bool {
 
 /// Where the headers begin that the host has added: with the topic that it names last.
 fn own_headers(letter: &Outgoing) -> usize {
-    let names = letter.headers.iter().map(|header| &*header.name);
-    let first = names.enumerate().filter(|(_, name)| *name == ERROR_TOPIC);
-    first.last().map_or(letter.headers.len(), |(at, _)| at)
+    let mut headers = letter.headers.iter();
+    headers
+        .rposition(|header| header.name == ERROR_TOPIC)
+        .unwrap_or(letter.headers.len())
 }
 
 fn say_cut(letter: &mut Outgoing, part: &str, of: &str) {

@@ -204,7 +204,7 @@ impl Lanes {
                 };
                 let answer = Wait::Answer(call.store);
                 if let Some(lane) = waits.iter_mut().find(of_call)
-                    && (&lane.wait > &answer || (lane.wait == answer && lane.age < call.age))
+                    && (lane.wait > answer || (lane.wait == answer && lane.age < call.age))
                 {
                     (lane.wait, lane.age) = (answer, call.age);
                 }

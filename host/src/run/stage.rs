@@ -212,20 +212,21 @@ impl LoadedStage {
         let ledger = self.ledger.clone();
         let seed = rand::random();
         async move {
+            // In boxes: a lane's future is as large as all that it may wait for.
             let lane = async {
                 match ledger {
                     Some((store, ledger)) => {
                         let lane =
                             transactional::Lane::new(source, equipment, ledger, store, id, seed);
-                        lane.run().await;
+                        Box::pin(lane.run()).await;
                     }
                     None if equipment.policy.order != Order::Partition => {
                         let lane = concurrent::Lane::new(source, equipment, id, seed);
-                        lane.run().await;
+                        Box::pin(lane.run()).await;
                     }
                     None => {
                         let lane = ordered::Lane::new(source, equipment, id, seed);
-                        lane.run().await;
+                        Box::pin(lane.run()).await;
                     }
                 }
             };
