@@ -1,5 +1,7 @@
 //! Outputs that an at-least-once lane holds until the log has them.
 
+use std::pin::pin;
+use std::task::Poll;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -90,6 +92,16 @@ impl<O> Held<O> {
         status.begin_since(since, Wait::Log { topic, why })
     }
 
+    /// Says that the lane waits only where it does: a record of its own would cost each flight as much as a record.
+    async fn produce<K: Sink, H>(&self, common: &Common<K, H>) -> Result<(), Vec<Unsent>> {
+        let mut producing = pin!(common.equipment.sink.produce(&self.outputs));
+        if let Poll::Ready(produced) = futures::poll!(producing.as_mut()) {
+            return produced;
+        }
+        let _waiting = self.waiting(&common.status);
+        producing.await
+    }
+
     /// Has the outputs appended, once. A dead letter has nowhere else to go: one that is refused is to be sent again,
     /// with fewer words where it was too large.
     pub(super) async fn send<K: Sink, H>(self, common: &Common<K, H>) -> Sent<O> {
@@ -100,11 +112,9 @@ impl<O> Held<O> {
         if self.is_empty() {
             return sent;
         }
-        let waiting = self.waiting(&common.status);
-        let Err(mut unsent) = common.equipment.sink.produce(&self.outputs).await else {
+        let Err(mut unsent) = self.produce(common).await else {
             return sent;
         };
-        drop(waiting);
         unsent.sort_by_key(|u| u.index);
         warn_of(&unsent);
         if let Some(first) = unsent.first() {

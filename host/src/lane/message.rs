@@ -30,7 +30,8 @@ impl<K, H: Handler<()>> Common<K, H> {
     pub(super) async fn see_through(&self, record: &Record) -> Result<End, Leave> {
         match self.deliver(record, 1).await {
             Ok(outputs) => Ok(End::Done(outputs)),
-            Err(fault) => self.deliver_again(record, fault).await,
+            // In a box: there is a future of this kind for each message at hand, and few get there.
+            Err(fault) => Box::pin(self.deliver_again(record, fault)).await,
         }
     }
 
