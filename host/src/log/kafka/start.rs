@@ -27,6 +27,10 @@ const ASK: Duration = Duration::from_secs(3);
 /// How long the leader of one partition may take, once they are asked one by one.
 const ASK_ONE: Duration = Duration::from_millis(500);
 
+/// How often the log is asked for the ids of topics, and how long to wait in between.
+const ID_TRIES: u32 = 4;
+const ID_WAIT: Duration = Duration::from_millis(100);
+
 type Place = (String, i32);
 
 /// How far it is with the partitions that are to be read.
@@ -57,7 +61,7 @@ pub(super) fn start(
     let all = || waiting.iter().map(|(partition, _)| &***partition);
     let (mut committed, unreadable) = committed(consumer, all())?;
     let bounds = bounds(consumer, all())?;
-    let topics = topic_ids(consumer, all().map(|partition| &**partition.topic()));
+    let topics = known_topic_ids(consumer, all());
     let mut seeks = TopicPartitionList::new();
     let mut seeking = Vec::new();
     for (partition, wanted) in waiting {
@@ -143,6 +147,24 @@ fn say_where(group: &str, begun: Vec<(Place, i64)>) {
     if !topics.is_empty() {
         info!(group, "reading what was assigned: {}", topics.join("; "));
     }
+}
+
+/// The ids of the partitions' topics. A topic that was made a moment ago may not be known to the broker that is asked: without its
+/// id, one that is made anew later would not be noticed.
+fn known_topic_ids<'a>(
+    consumer: &Arc<BaseConsumer<Context>>,
+    partitions: impl Iterator<Item = &'a Partition> + Clone,
+) -> BTreeMap<String, String> {
+    let topics = || partitions.clone().map(|partition| &**partition.topic());
+    let mut ids = topic_ids(consumer, topics());
+    for _ in 1..ID_TRIES {
+        if topics().all(|topic| ids.contains_key(topic)) {
+            break;
+        }
+        std::thread::sleep(ID_WAIT);
+        ids = topic_ids(consumer, topics());
+    }
+    ids
 }
 
 /// What a partition has passed over.
