@@ -123,11 +123,10 @@ async fn check_revoked(delivery: &str, kind: &str, operation: &str, words: &str)
     bench.log.wait_committed(&bench.group, &bench.input);
     bench.host.ready();
     tokio::time::sleep(Duration::from_millis(100)).await;
-    assert_eq!(
-        bench.log.read(&bench.output).len(),
-        2,
-        "{delivery}: each once"
-    );
+    let outputs = bench.log.read(&bench.output).len();
+    // What its group lets go of before it is committed is delivered at least once.
+    let is_once = outputs == 2 || (delivery == "at-least-once" && outputs > 2);
+    assert!(is_once, "{delivery}: {outputs} outputs of 2 messages");
     let dead = bench.log.read(&format!("{}.dlq", bench.input));
     assert_eq!(dead, [], "{delivery}: no message pays for it");
 }
