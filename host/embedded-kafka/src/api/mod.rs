@@ -246,29 +246,27 @@ impl Call {
     }
 
     fn decode<T: Decodable>(&self) -> Result<T, BadRequest> {
-        let (key, version) = (self.key, self.version);
-        shape::check(key, version, &self.body).map_err(|bad| BadRequest::Shape {
-            key,
-            version,
-            bad,
-        })?;
-        T::decode(&mut self.body.clone(), version).map_err(|error| BadRequest::Body {
-            key,
-            version,
-            error: error.to_string(),
-        })
+        self.decode_as(self.version, &[])
     }
 
     /// [`Self::decode`], for a version that the codec does not have: what is missing of the next one is `rest`.
     fn decode_next<T: Decodable>(&self, rest: &[u8]) -> Result<T, BadRequest> {
+        self.decode_as(self.version + 1, rest)
+    }
+
+    /// The body with this behind it, as the codec reads that version; it has the shape of its own.
+    fn decode_as<T: Decodable>(&self, codecs: i16, rest: &[u8]) -> Result<T, BadRequest> {
         let (key, version) = (self.key, self.version);
         shape::check(key, version, &self.body).map_err(|bad| BadRequest::Shape {
             key,
             version,
             bad,
         })?;
-        let mut body = Bytes::from([&self.body[..], rest].concat());
-        T::decode(&mut body, version + 1).map_err(|error| BadRequest::Body {
+        let mut body = match rest.is_empty() {
+            true => self.body.clone(),
+            false => Bytes::from([&self.body[..], rest].concat()),
+        };
+        T::decode(&mut body, codecs).map_err(|error| BadRequest::Body {
             key,
             version,
             error: error.to_string(),
