@@ -19,3 +19,4 @@ pub mod pipeline;
 pub mod readiness;
 pub mod record;
 pub mod run;
+mod sync;

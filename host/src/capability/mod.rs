@@ -7,11 +7,12 @@ pub mod sql;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use self::logging::{LogCtx, Place};
 use crate::pipeline;
+use crate::sync::lock;
 
 /// Why a store did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -213,10 +214,6 @@ impl Unanswered {
         let all: Vec<_> = lock(&self.0).iter().filter_map(Weak::upgrade).collect();
         all.iter().filter_map(|pending| pending.call()).collect()
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// All stores of a pipeline, open, by their names.

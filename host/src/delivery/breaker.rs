@@ -68,9 +68,7 @@ impl Watch {
             self.changes.fetch_add(1, Ordering::AcqRel);
         }
     }
-}
 
-impl Watch {
     fn voices(&self) -> std::sync::MutexGuard<'_, BTreeMap<u64, String>> {
         self.voices.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -2,13 +2,14 @@
 //! something at each of a million deliveries.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use tracing::callsite::Identifier;
 use tracing::{Metadata, warn};
 
 use crate::metrics::DroppedLines;
+use crate::sync::lock;
 
 /// Lines of one source that the log takes: so many at once, and so many a second.
 const BURST_LINES: f64 = 2_000.0;
@@ -141,10 +142,6 @@ impl Budgets {
         let budget = stages.entry(name.to_owned());
         work(budget.or_insert_with(|| Budget::new(Instant::now())))
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

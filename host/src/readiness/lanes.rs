@@ -2,13 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
 use crate::capability::{StoreName, Unanswered};
 use crate::delivery::progress::LaneId;
+use crate::sync::lock;
 
 /// What lasts for less is a part of the work.
 const BRIEF: Duration = Duration::from_secs(1);
@@ -30,6 +31,11 @@ pub enum Wait {
         topic: Arc<str>,
         /// What the log has said, if anything.
         why: Option<String>,
+    },
+    /// For the log, to say where an output belongs.
+    Place {
+        /// What it has said.
+        why: String,
     },
     /// For the log, to say where its partition is to be read from.
     Read {
@@ -59,30 +65,43 @@ impl Wait {
             Self::Stopped(_) => "operator",
             Self::Row(_) => "row",
             Self::Store(_) | Self::Answer(_) => "store",
-            Self::Log { .. } | Self::Read { .. } => "log",
+            Self::Log { .. } | Self::Place { .. } | Self::Read { .. } => "log",
             Self::Retry => "retry",
             Self::Nothing => "nothing",
+        }
+    }
+
+    /// What it waits for, in words that stay the same while it does; [`Wait::why`] may come to be known.
+    pub fn what(&self) -> String {
+        match self {
+            Self::Stopped(why) | Self::Row(why) => why.clone(),
+            Self::Store(store) => format!("for {store}, which is away"),
+            Self::Log { topic, .. } => format!("for the log to take an output for {topic}"),
+            Self::Place { .. } => "for the log to say where an output belongs".to_owned(),
+            Self::Read { .. } => "for the log to let it be read".to_owned(),
+            Self::Answer(store) => format!("for an answer of {store}"),
+            Self::Retry => "to deliver a message again".to_owned(),
+            Self::Nothing => "for nothing".to_owned(),
+        }
+    }
+
+    /// Why it has to, where that is known.
+    pub fn why(&self) -> Option<&str> {
+        match self {
+            Self::Log { why, .. } | Self::Read { why } => why.as_deref(),
+            Self::Place { why } => Some(why),
+            _ => None,
         }
     }
 }
 
 impl fmt::Display for Wait {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Stopped(why) | Self::Row(why) => f.write_str(why),
-            Self::Store(store) => write!(f, "waits for {store}, which is away"),
-            Self::Log { topic, why } => {
-                write!(f, "waits for the log to take an output for {topic}")?;
-                why.iter().try_for_each(|why| write!(f, ": {why}"))
-            }
-            Self::Read { why } => {
-                f.write_str("waits for the log to let it be read")?;
-                why.iter().try_for_each(|why| write!(f, ": {why}"))
-            }
-            Self::Answer(store) => write!(f, "waits for an answer of {store}"),
-            Self::Retry => f.write_str("waits to deliver a message again"),
-            Self::Nothing => f.write_str("waits for nothing"),
+        if !self.is_standstill() {
+            f.write_str("waits ")?;
         }
+        f.write_str(&self.what())?;
+        (self.why().iter()).try_for_each(|why| write!(f, ": {why}"))
     }
 }
 
@@ -106,7 +125,9 @@ impl LaneWait {
     pub fn is_trouble(&self) -> bool {
         match self.wait {
             _ if self.wait.is_standstill() => true,
-            Wait::Log { .. } | Wait::Read { .. } | Wait::Answer(_) => self.age >= PATIENCE,
+            Wait::Log { .. } | Wait::Place { .. } | Wait::Read { .. } | Wait::Answer(_) => {
+                self.age >= PATIENCE
+            }
             _ => false,
         }
     }
@@ -306,10 +327,6 @@ impl Drop for Waiting {
             .all
             .retain(|(number, ..)| *number != self.number);
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -47,6 +47,7 @@ type Subject = (Arc<str>, String);
 struct Said {
     at: Instant,
     age: Duration,
+    why: Option<String>,
 }
 
 struct Look {
@@ -73,7 +74,7 @@ impl Look {
         let mut subjects: BTreeMap<Subject, Vec<&LaneWait>> = BTreeMap::new();
         let of_others = |lane: &&LaneWait| lane.is_trouble() && !lane.wait.is_standstill();
         for lane in waits.iter().filter(of_others) {
-            let subject = (lane.stage.clone(), lane.wait.to_string());
+            let subject = (lane.stage.clone(), lane.wait.what());
             subjects.entry(subject).or_default().push(lane);
         }
         self.said.retain(|subject, said| {
@@ -83,29 +84,41 @@ impl Look {
                 let lasted = said.age + said.at.elapsed();
                 info!(
                     stage = &**stage,
-                    "no longer {}, after {lasted:.0?}",
-                    gerund(what)
+                    "no longer waiting {what}, after {lasted:.0?}"
                 );
             }
             lasts
         });
         for (subject, lanes) in subjects {
             let age = lanes.iter().map(|lane| lane.age).max().unwrap_or_default();
-            let due = self.said.get(&subject);
-            if due.is_some_and(|said| said.at.elapsed() < REMIND_INTERVAL) {
+            let why = lanes
+                .iter()
+                .find_map(|lane| lane.wait.why())
+                .map(str::to_owned);
+            let is_known = |said: &Said| {
+                // What is known since of why is news, now and then.
+                let lasts = if said.why == why {
+                    REMIND_INTERVAL
+                } else {
+                    ASK_INTERVAL
+                };
+                said.at.elapsed() < lasts
+            };
+            if self.said.get(&subject).is_some_and(is_known) {
                 continue;
             }
             let (stage, what) = &subject;
+            let because = why.iter().map(|why| format!(": {why}")).collect::<String>();
             let partitions: Vec<_> = (lanes.iter())
                 .map(|lane| format!("{} {}", lane.topic, lane.partition))
                 .collect();
             warn!(
                 stage = &**stage,
                 partitions = partitions.join(", "),
-                "{what}, for {age:.0?}"
+                "waits {what}, for {age:.0?}{because}"
             );
             let at = Instant::now();
-            self.said.insert(subject, Said { at, age });
+            self.said.insert(subject, Said { at, age, why });
         }
     }
 
@@ -115,7 +128,7 @@ impl Look {
         let topics: BTreeSet<_> = (waits.iter())
             .filter(|lane| lane.is_trouble())
             .filter_map(|lane| match &lane.wait {
-                Wait::Log { topic, .. } if !topic.is_empty() => Some(topic.clone()),
+                Wait::Log { topic, .. } => Some(topic.clone()),
                 Wait::Read { .. } => Some(lane.topic.clone()),
                 _ => None,
             })
@@ -133,12 +146,5 @@ impl Look {
             lanes.set_trouble(&topic, trouble);
             self.asked.insert(topic, Instant::now());
         }
-    }
-}
-
-fn gerund(what: &str) -> String {
-    match what.strip_prefix("waits ") {
-        Some(rest) => format!("waiting {rest}"),
-        None => what.to_owned(),
     }
 }

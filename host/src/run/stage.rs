@@ -1,9 +1,12 @@
 //! One running stage: its group member, and a task for each lane.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
+use futures::FutureExt;
+use futures::future::{Fuse, FusedFuture};
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
@@ -151,22 +154,27 @@ impl LoadedStage {
     ) -> anyhow::Result<()> {
         let mut lanes = JoinSet::new();
         let mut is_ready = false;
-        // What the log does not allow, until it does.
-        let mut forbidden: Option<String> = None;
+        let readiness = equipment.readiness.clone();
+        // Runs while the log does not allow something.
+        let mut allowed = pin!(Fuse::terminated());
         loop {
-            match &forbidden {
-                Some(why) => drop(equipment.readiness.not_ready(&ready, why)),
-                None if is_ready => drop(equipment.readiness.ready(&ready)),
-                None => {}
-            }
             tokio::select! {
-                // All are cancel-safe: what was not taken stays in its channel or set, and a question that is not waited for
-                // changes nothing.
-                () = consumer.joined.cancelled(), if !is_ready => is_ready = true,
-                Some(why) = consumer.forbidden.recv(), if forbidden.is_none() => forbidden = Some(why),
-                () = self.until_allowed(&equipment.readiness, &ready), if forbidden.is_some() => {
+                // All are cancel-safe: what was not taken stays in its channel or set, and the question in its place.
+                () = consumer.joined.cancelled(), if !is_ready => {
+                    is_ready = true;
+                    if allowed.is_terminated() {
+                        readiness.ready(&ready);
+                    }
+                }
+                Some(why) = consumer.forbidden.recv(), if allowed.is_terminated() => {
+                    readiness.not_ready(&ready, why);
+                    allowed.set(self.until_allowed(&readiness, &ready).fuse());
+                }
+                () = &mut allowed, if !allowed.is_terminated() => {
                     info!(stage = self.name, "it may read from the log again");
-                    forbidden = None;
+                    if is_ready {
+                        readiness.ready(&ready);
+                    }
                 }
                 Some(source) = consumer.assigned.recv() => {
                     lanes.spawn(self.lane(source, equipment.clone()));

@@ -2,7 +2,6 @@
 
 use std::mem;
 use std::ops::Range;
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::timeout;
@@ -178,9 +177,8 @@ where
         why: &str,
     ) -> Result<(), Ending> {
         error!("cannot produce, trying again: {why}");
-        let wait = Wait::Log {
-            topic: Arc::default(),
-            why: Some(why.to_owned()),
+        let wait = Wait::Place {
+            why: why.to_owned(),
         };
         match &self.unaddressed {
             Some(waiting) => waiting.is_for(wait),

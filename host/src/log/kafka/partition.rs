@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::super::committed::{Committed, RowMark, Words};
 use super::super::{BatchLimits, Gap, Source, Started};
 use crate::record::Record;
+use crate::sync::lock;
 
 /// A buffer with this many records is full.
 const MAX_RECORDS: usize = 10_000;
@@ -342,10 +343,6 @@ impl Partition {
     fn buffer(&self) -> MutexGuard<'_, Buffer> {
         lock(&self.buffer)
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The lane's end of a partition. Dropping it says that the lane has ended.

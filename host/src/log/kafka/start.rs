@@ -156,15 +156,21 @@ fn known_topic_ids<'a>(
     partitions: impl Iterator<Item = &'a Partition> + Clone,
 ) -> BTreeMap<String, String> {
     let topics = || partitions.clone().map(|partition| &**partition.topic());
-    let mut ids = topic_ids(consumer, topics());
-    for _ in 1..ID_TRIES {
-        if topics().all(|topic| ids.contains_key(topic)) {
+    let mut known = BTreeMap::new();
+    for tries in 1..=ID_TRIES {
+        // One that does not answer in its time is not asked again here: the stage's other partitions wait meanwhile.
+        let Some(ids) = topic_ids(consumer, topics()) else {
+            break;
+        };
+        known = ids;
+        if topics().all(|topic| known.contains_key(topic)) {
             break;
         }
-        std::thread::sleep(ID_WAIT);
-        ids = topic_ids(consumer, topics());
+        if tries < ID_TRIES {
+            std::thread::sleep(ID_WAIT);
+        }
     }
-    ids
+    known
 }
 
 /// What a partition has passed over.

@@ -119,14 +119,14 @@ fn millis(time: Duration) -> i32 {
     i32::try_from(time.as_millis()).unwrap_or(i32::MAX)
 }
 
-/// The ids of topics, waited for.
+/// The ids of topics, waited for; none where the log does not answer.
 pub(super) fn topic_ids<'a>(
     consumer: &Arc<BaseConsumer<Context>>,
     topics: impl Iterator<Item = &'a str>,
-) -> BTreeMap<String, String> {
+) -> Option<BTreeMap<String, String>> {
     let mut asking = Asking::new(consumer.clone());
     asking.ask(topics);
-    asking.answer(ASK + GRACE).unwrap_or_default()
+    asking.answer(ASK + GRACE)
 }
 
 /// # Safety
