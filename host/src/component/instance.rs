@@ -14,7 +14,7 @@ use super::fault::{Trouble, fault_of, trap, unmade};
 use super::guest::{Grants, Guest};
 use super::plain;
 use super::runtime::{Prepared, Source};
-use super::share::{self, Share, TICKS_PER_LOOK};
+use super::share::{self, EPOCHS_PER_LOOK, Share};
 use crate::capability::logging::Place;
 use crate::capability::producer::ProducerGrant;
 use crate::capability::sql::Transaction;
@@ -192,7 +192,7 @@ impl StageComponent {
         };
         let mut store = Store::new(&mould.engine, Guest::new(&self.grants));
         store.limiter(|guest| &mut guest.limiter);
-        store.set_epoch_deadline(TICKS_PER_LOOK);
+        store.set_epoch_deadline(EPOCHS_PER_LOOK);
         store.epoch_deadline_callback(|_| Ok(share::look()));
         state.waits_of(&store);
         let exports = match &mould.world {
@@ -455,7 +455,7 @@ impl Instance {
             offset: first.record.offset,
         });
         self.store.data_mut().limiter.forget_refusals();
-        self.store.set_epoch_deadline(TICKS_PER_LOOK);
+        self.store.set_epoch_deadline(EPOCHS_PER_LOOK);
         match &self.exports {
             Exports::Handler(exports) => {
                 let headers = headers(first);

@@ -26,6 +26,9 @@ const WASM_STACK: usize = 512 << 10;
 /// Bytes of the host's stack under a guest's calls, the WebAssembly stack included.
 const CALL_STACK: usize = 2 << 20;
 
+/// As often in a tick are guests interrupted while one of them has a turn.
+const EPOCHS_IN_TURNS: u32 = 5;
+
 /// Bytes of a page of WebAssembly's memory.
 const WASM_PAGE: u64 = 64 << 10;
 
@@ -92,13 +95,14 @@ impl Runtime {
         let clock = Clock::default();
         let engines = iter::once(&mapping).chain(&pooling);
         let engines = engines.map(|linked| linked.engine.weak()).collect();
-        start_ticker(engines, clock.clone())?;
+        let turns = Turns::new();
+        start_ticker(engines, clock.clone(), turns.clone())?;
         Ok(Self {
             mapping,
             pooling,
             room: Arc::new(Semaphore::new(pool::MAX_INSTANCES as usize)),
             clock,
-            turns: Turns::new(),
+            turns,
         })
     }
 
@@ -168,17 +172,27 @@ fn pooled(config: &mut Config) -> Option<Linked> {
     })
 }
 
-/// Interrupts running guests at every tick, to look whether others should have their turn (`share.rs`). A thread of its own, since
-/// guests that spin may hold every thread of the async runtime until then. It ends with the engines.
-fn start_ticker(engines: Vec<EngineWeak>, clock: Clock) -> anyhow::Result<()> {
+/// Interrupts running guests at every tick, and more often while one has a turn, to look whether others should have theirs
+/// (`share.rs`). A thread of its own, since guests that spin may hold every thread of the async runtime until then. It ends with
+/// the engines.
+fn start_ticker(engines: Vec<EngineWeak>, clock: Clock, turns: Arc<Turns>) -> anyhow::Result<()> {
+    let interrupt = |engine: &EngineWeak| engine.upgrade().map(|engine| engine.increment_epoch());
     std::thread::Builder::new()
         .name("epoch".into())
         .spawn(move || {
-            let tick =
-                |engine: &EngineWeak| engine.upgrade().map(|engine| engine.increment_epoch());
-            while engines.iter().filter_map(tick).count() > 0 {
+            loop {
                 clock.tick();
-                std::thread::sleep(TICK);
+                let epochs = if turns.are_taken() {
+                    EPOCHS_IN_TURNS
+                } else {
+                    1
+                };
+                for _ in 0..epochs {
+                    if engines.iter().filter_map(interrupt).count() == 0 {
+                        return;
+                    }
+                    std::thread::sleep(TICK / epochs);
+                }
             }
         })
         .context("cannot start the thread that interrupts guests")?;

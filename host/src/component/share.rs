@@ -24,8 +24,8 @@ use super::turns::{StageId, Turns};
 
 /// Processor time that a guest may take before others get their turn.
 const SLICE: Duration = Duration::from_millis(4);
-/// Epoch ticks between two looks at it.
-pub(super) const TICKS_PER_LOOK: u64 = 1;
+/// Epochs between two looks at it.
+pub(super) const EPOCHS_PER_LOOK: u64 = 1;
 /// For a slice that one of its calls used up, a stage's calls begin in turns for so long.
 const PENALTY: Duration = SLICE.saturating_mul(5);
 /// However many they were.
@@ -53,7 +53,8 @@ thread_local! {
 }
 
 /// What an instance's epoch callback answers: the guest goes on until its slice is used up. Processor time, since a thread
-/// that the system did not run has used nothing.
+/// that the system did not run has used nothing. Threads that wait for this processor run first: by itself a system lets them
+/// wait until its own tick, four milliseconds on many.
 pub(super) fn look() -> UpdateDeadline {
     let now = clock_gettime(ClockId::ThreadCPUTime);
     let now = Duration::try_from(now).unwrap_or_default();
@@ -65,8 +66,11 @@ pub(super) fn look() -> UpdateDeadline {
         all,
     });
     match all {
-        true => UpdateDeadline::Yield(TICKS_PER_LOOK),
-        false => UpdateDeadline::Continue(TICKS_PER_LOOK),
+        true => UpdateDeadline::Yield(EPOCHS_PER_LOOK),
+        false => {
+            std::thread::yield_now();
+            UpdateDeadline::Continue(EPOCHS_PER_LOOK)
+        }
     }
 }
 

@@ -21,6 +21,7 @@ pub(super) struct Turns {
 
 /// Calls that wait, by their stages; the next stage first. There are at most as many as there are calls.
 struct Queue {
+    all: usize,
     free: usize,
     stages: VecDeque<(StageId, VecDeque<Waiting>)>,
     /// Tasks that have a turn.
@@ -42,14 +43,22 @@ pub(super) struct Turn {
 impl Turns {
     pub(super) fn new() -> Arc<Self> {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let all = processors.saturating_sub(1).max(1);
         Arc::new(Self {
             stages: AtomicU64::default(),
             queue: Mutex::new(Queue {
-                free: processors.saturating_sub(1).max(1),
+                all,
+                free: all,
                 stages: VecDeque::new(),
                 busy: HashSet::new(),
             }),
         })
+    }
+
+    /// Whether anybody has one.
+    pub(super) fn are_taken(&self) -> bool {
+        let queue = self.queue();
+        queue.free < queue.all
     }
 
     /// One more stage.
@@ -160,6 +169,7 @@ mod tests {
         let turns = Turns::new();
         let (greedy, modest) = (turns.stage(), turns.stage());
         let mut held = take_all(&turns);
+        assert!(turns.are_taken());
         let mut waiting = Vec::new();
         for stage in [greedy, greedy, greedy, modest] {
             waiting.push((stage, wait(&turns, stage).await));
@@ -178,7 +188,7 @@ mod tests {
         }
         assert_eq!(order, [greedy, modest, greedy]);
         held.clear();
-        assert!(turns.queue().free > 0 && turns.queue().stages.is_empty());
+        assert!(!turns.are_taken() && turns.queue().stages.is_empty());
     }
 
     /// Calls of a concurrent lane are polled by one task: while one of them runs, a turn of another would lie idle.

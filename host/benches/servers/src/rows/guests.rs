@@ -22,7 +22,8 @@ const SPINNERS_PARTITIONS: i32 = 4;
 const SPINS: u64 = 2_000;
 /// What is looked at, and how long.
 const EACH: Duration = Duration::from_millis(10);
-const LOOK: Duration = Duration::from_secs(20);
+const LOOK: Duration = Duration::from_secs(15);
+const ROUNDS: usize = 3;
 /// Of what is looked at, the beginning counts for nothing: clients connect, and the log tells them where to go.
 const WARM_UP: Duration = Duration::from_secs(3);
 /// So that they spin, all of them.
@@ -57,8 +58,61 @@ impl Times {
     }
 }
 
-/// What a host does beside 64 guests that spin: `/healthz`, and a stage that passes messages on.
+/// What a client and a neighbour notice in one round, without guests that spin and with them.
+struct Round {
+    health_alone: Times,
+    health: Times,
+    neighbour_alone: Times,
+    neighbour: Times,
+}
+
+/// What a host does beside 64 guests that spin: `/healthz`, and a stage that passes messages on. The medians of some rounds: a
+/// broker that compiles itself beside them, say, is noticed longer than they are.
 pub(crate) fn spinners(bench: &Bench, tell: &mut dyn FnMut(Row)) -> anyhow::Result<()> {
+    let mut rounds = Vec::new();
+    for _ in 0..ROUNDS {
+        rounds.push(round(bench)?);
+    }
+    let work = format!("{SPINNERS} guests that spin, on {SPINNERS_PARTITIONS} partitions");
+    let Round {
+        health,
+        health_alone,
+        ..
+    } = middle(&mut rounds, |round| round.health.p99.as_secs_f64());
+    tell(Row {
+        id: "F14",
+        work: format!("{work}: `/healthz`, p99"),
+        goal: Goal::AtMost(20.0),
+        measured: health.p99.as_secs_f64() * 1e3,
+        unit: "ms",
+        figures: format!("{}; without them {}", health.shown(), health_alone.shown()),
+    });
+    let ratio =
+        |round: &Round| round.neighbour.p99.as_secs_f64() / round.neighbour_alone.p99.as_secs_f64();
+    let middle = middle(&mut rounds, ratio);
+    tell(Row {
+        id: "F14",
+        work: format!(
+            "{work}: a message through a neighbour stage, p99, against the same without them"
+        ),
+        goal: Goal::AtMost(2.0),
+        measured: ratio(middle),
+        unit: "×",
+        figures: format!(
+            "{}; without them {}",
+            middle.neighbour.shown(),
+            middle.neighbour_alone.shown()
+        ),
+    });
+    Ok(())
+}
+
+fn middle(rounds: &mut [Round], of: impl Fn(&Round) -> f64) -> &Round {
+    rounds.sort_by(|a, b| of(a).total_cmp(&of(b)));
+    &rounds[rounds.len() / 2]
+}
+
+fn round(bench: &Bench) -> anyhow::Result<Round> {
     let topics = Topics::new(bench)?;
     let mut program = bench.start(&Side::Host(pipeline(bench, &topics)))?;
     let admin = bench.address(&mut program, "admin")?;
@@ -75,30 +129,12 @@ pub(crate) fn spinners(bench: &Bench, tell: &mut dyn FnMut(Row)) -> anyhow::Resu
     bench
         .log
         .delete(&[&topics.spins, &topics.input, &topics.output])?;
-    let work = format!("{SPINNERS} guests that spin, on {SPINNERS_PARTITIONS} partitions");
-    tell(Row {
-        id: "F14",
-        work: format!("{work}: `/healthz`, p99"),
-        goal: Goal::AtMost(20.0),
-        measured: health.p99.as_secs_f64() * 1e3,
-        unit: "ms",
-        figures: format!("{}; without them {}", health.shown(), health_alone.shown()),
-    });
-    tell(Row {
-        id: "F14",
-        work: format!(
-            "{work}: a message through a neighbour stage, p99, against the same without them"
-        ),
-        goal: Goal::AtMost(2.0),
-        measured: neighbour.p99.as_secs_f64() / neighbour_alone.p99.as_secs_f64(),
-        unit: "×",
-        figures: format!(
-            "{}; without them {}",
-            neighbour.shown(),
-            neighbour_alone.shown()
-        ),
-    });
-    Ok(())
+    Ok(Round {
+        health_alone,
+        health,
+        neighbour_alone,
+        neighbour,
+    })
 }
 
 struct Topics {
