@@ -230,8 +230,15 @@ where
             Some(Broken::Connection(why)) => {
                 let fault = match invocation.outcomes {
                     // The statement that broke it off was out of time.
-                    Err(fault) if fault.cause == Cause::Slow => Fault::new(Cause::Slow, why),
-                    _ => lost(why),
+                    Err(fault) if fault.cause == Cause::Slow => Fault {
+                        away: fault.away,
+                        ..Fault::new(Cause::Slow, why)
+                    },
+                    Err(fault) => Fault {
+                        away: fault.away,
+                        ..lost(why)
+                    },
+                    Ok(_) => lost(why),
                 };
                 return Answer::Ran(Ran::Lost(at..end, fault));
             }
