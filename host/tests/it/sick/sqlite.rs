@@ -1,11 +1,14 @@
 //! A SQLite file that is sick.
 
+use std::io::Write;
 use std::time::Duration;
 
+use serde_json::json;
 use sqlx::sqlite::SqliteConnectOptions;
 use sqlx::{ConnectOptions, Row};
 
 use super::{Lane, Patient, inserts};
+use crate::support::Host;
 
 /// Another process holds the file's lock, as a backup or an administrator's shell does.
 #[tokio::test(flavor = "multi_thread")]
@@ -33,5 +36,44 @@ async fn a_sqlite_file_that_another_process_keeps_locked_is_waited_for_and_named
         let count = count.await.expect("a count");
         let counts: (i64, i64) = (count.get(0), count.get(1));
         assert_eq!(counts, (20, 20), "{lane:?}");
+    }
+}
+
+/// Of the host's own, so that nobody else is in want of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_under_sqlite_is_waited_for_and_named() {
+    for lane in [Lane::Ordered, Lane::Transactional] {
+        let stores = "[sql.db]\nurl = \"sqlite:data/db.sqlite\"\n[redis.cache]\nurl = \"memory:\"";
+        let grant = "sql = { db = { access = \"data-definition\" } }\nredis = { cache = { prefix = \"p:\" } }";
+        let patient = Patient::with("db", lane, grant, stores, |pipeline| {
+            Host::spawn_on_small_disk(pipeline, 64)
+        });
+        patient.host.ready();
+        let data = patient.host.data();
+        let table = json!({ "do": "sql", "store": "db", "statement": "CREATE TABLE t (n BIGINT)", "execute": true });
+        patient.send(&[table]).await;
+        patient.send(&inserts(0..10)).await;
+        patient.settle();
+        let filler = data.join("filler");
+        let mut file = std::fs::File::create(&filler).expect("a file on the small disk");
+        while file.write_all(&[0; 4096]).is_ok() {}
+        patient.send(&inserts(10..40)).await;
+        patient.says("disk is full");
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        assert_eq!(patient.dead(), Vec::<String>::new(), "{lane:?}");
+        drop(file);
+        std::fs::remove_file(&filler).expect("the filler is removed");
+        patient.goes_on();
+        // SQLite does not open it where the host has it.
+        let copy = tempfile::tempdir().expect("a folder");
+        for file in ["db.sqlite", "db.sqlite-wal"] {
+            std::fs::copy(data.join(file), copy.path().join(file)).expect("a copy");
+        }
+        let options = SqliteConnectOptions::new().filename(copy.path().join("db.sqlite"));
+        let mut copy = options.connect().await.expect("the file");
+        let count = sqlx::query("SELECT count(*), count(DISTINCT n) FROM t").fetch_one(&mut copy);
+        let count = count.await.expect("a count");
+        let counts: (i64, i64) = (count.get(0), count.get(1));
+        assert_eq!(counts, (40, 40), "{lane:?}");
     }
 }
