@@ -63,7 +63,7 @@ where
         if call.len() == 1 && call.start > batch.settled && !batch.one_by_one {
             // What the database ends for its time, say, may have been the doing of those before.
             batch.one_by_one = true;
-            return Ok(Plan::optimistic());
+            return Ok(plan.again(None));
         }
         let why = format!("{}: {why}", self.store);
         Ok(plan.after_loss(call, Fault::new(fault.cause, why)))

@@ -45,7 +45,7 @@ impl Plan {
     }
 
     /// The same messages again, carefully, with what is known of them.
-    fn again(&mut self, known: Option<(usize, Fault)>) -> Self {
+    pub(super) fn again(&mut self, known: Option<(usize, Fault)>) -> Self {
         let mut all = mem::take(&mut self.known);
         all.extend(known);
         Self {

@@ -37,8 +37,8 @@ pub(super) struct Spoken {
     pub(super) message: String,
     constraint: Option<String>,
     routine: Option<String>,
-    /// Of the server's source.
-    file: Option<String>,
+    /// It is of the server's work on its files.
+    is_of_files: bool,
 }
 
 impl Spoken {
@@ -55,7 +55,7 @@ impl Spoken {
                 b'M' => spoken.message = text,
                 b'n' => spoken.constraint = Some(text),
                 b'R' => spoken.routine = Some(text),
-                b'F' => spoken.file = Some(text),
+                b'F' => spoken.is_of_files = is_of_files(&text),
                 _ => {}
             }
         }
@@ -70,7 +70,7 @@ impl Spoken {
             message: error.message().to_owned(),
             constraint: error.constraint().map(str::to_owned),
             routine: error.routine().map(str::to_owned),
-            file: error.file().map(str::to_owned),
+            is_of_files: error.file().is_some_and(is_of_files),
         }
     }
 
@@ -106,13 +106,7 @@ impl Spoken {
     /// Whether it is a system's error at the server's files that has no code of its own there: a quota that is used up, or a
     /// file system that became read-only, which it calls a want of privileges.
     fn is_of_storage(&self) -> bool {
-        const FILES: [&str; 5] = ["md.c", "fd.c", "slru.c", "xlog.c", "copydir.c"];
-        let is_of_system = matches!(self.code.as_str(), "XX000" | "42501");
-        is_of_system
-            && self
-                .file
-                .as_deref()
-                .is_some_and(|file| FILES.contains(&file))
+        self.is_of_files && matches!(self.code.as_str(), "XX000" | "42501")
     }
 
     fn is_about_login(&self) -> bool {
@@ -154,6 +148,11 @@ impl Spoken {
             (false, error) => Failure::Statement(error),
         }
     }
+}
+
+/// Whether the server's work on its files is in this file of its source.
+fn is_of_files(source: &str) -> bool {
+    matches!(source, "md.c" | "fd.c" | "slru.c" | "xlog.c" | "copydir.c")
 }
 
 fn words(bytes: &[u8]) -> String {
@@ -269,7 +268,7 @@ mod tests {
         let spoken = |code: &str, file: &str| Spoken {
             code: code.to_owned(),
             message: "words".to_owned(),
-            file: Some(file.to_owned()),
+            is_of_files: is_of_files(file),
             ..Spoken::default()
         };
         for (code, file) in [("XX000", "md.c"), ("42501", "fd.c"), ("53100", "md.c")] {
