@@ -1,8 +1,11 @@
 //! A SQLite file that is sick.
 
 use std::io::Write;
+use std::path::PathBuf;
 use std::time::Duration;
 
+use host::capability::sql::{Database, Value};
+use host::pipeline::SqlUrl;
 use serde_json::json;
 use sqlx::sqlite::SqliteConnectOptions;
 use sqlx::{ConnectOptions, Row};
@@ -10,12 +13,19 @@ use sqlx::{ConnectOptions, Row};
 use super::{Lane, Patient, inserts};
 use crate::support::Host;
 
+/// The file as the host opens it. SQLite bounds its memory as the first one in a process has it do, and that is to be the host.
+async fn of_host(file: PathBuf) -> Database {
+    let opened = Database::connect(&SqlUrl::Sqlite(file), None, 2, None).await;
+    opened.expect("the file")
+}
+
 /// Another process holds the file's lock, as a backup or an administrator's shell does.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_sqlite_file_that_another_process_keeps_locked_is_waited_for_and_named() {
     for lane in [Lane::Ordered, Lane::Transactional] {
         let patient = Patient::on_database("sqlite:db.sqlite", lane);
         let file = patient.host.folder().path().join("db.sqlite");
+        of_host(file.clone()).await;
         let options = SqliteConnectOptions::new().filename(file);
         let mut other = options.connect().await.expect("the file");
         let run = async |other: &mut _, statement: &'static str| {
@@ -69,11 +79,9 @@ async fn a_full_disk_under_sqlite_is_waited_for_and_named() {
         for file in ["db.sqlite", "db.sqlite-wal"] {
             std::fs::copy(data.join(file), copy.path().join(file)).expect("a copy");
         }
-        let options = SqliteConnectOptions::new().filename(copy.path().join("db.sqlite"));
-        let mut copy = options.connect().await.expect("the file");
-        let count = sqlx::query("SELECT count(*), count(DISTINCT n) FROM t").fetch_one(&mut copy);
-        let count = count.await.expect("a count");
-        let counts: (i64, i64) = (count.get(0), count.get(1));
-        assert_eq!(counts, (40, 40), "{lane:?}");
+        let copied = of_host(copy.path().join("db.sqlite")).await;
+        let count = copied.query("SELECT count(*), count(DISTINCT n) FROM t", &[]);
+        let counts = count.await.expect("a count").rows;
+        assert_eq!(counts, [[Value::Int64(40), Value::Int64(40)]], "{lane:?}");
     }
 }
