@@ -267,12 +267,12 @@ impl Metrics {
         self.lag.remove(&LagLabels::new(group, topic, partition));
     }
 
-    /// Whether lanes wait for a store that is away.
-    pub fn set_circuit_open(&self, store: &str, open: bool) {
+    /// Whether lanes wait for a store that is away; with its kind where one of another kind has the same name.
+    pub fn set_circuit_open(&self, store: &str, kind: Option<&str>, open: bool) {
+        let kind = kind.map(|kind| ("kind", kind.into()));
+        let labels = [("store", store.into())].into_iter().chain(kind);
         self.circuit_open
-            .get_or_create(&StoreLabels {
-                store: store.into(),
-            })
+            .get_or_create(&labels.collect())
             .set(i64::from(open));
     }
 
@@ -433,10 +433,8 @@ struct WaitingLabels {
     r#for: &'static str,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct StoreLabels {
-    store: Arc<str>,
-}
+/// Its name, and its kind where that is told.
+type StoreLabels = Vec<(&'static str, Arc<str>)>;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct MessageLabels {
@@ -567,7 +565,7 @@ mod tests {
         metrics.set_lag("service.publisher", "app.newPosts", 7, 12);
         metrics.set_lag("service.publisher", "app.newPosts", 8, 1);
         metrics.remove_lag("service.publisher", "app.newPosts", 8);
-        metrics.set_circuit_open("posts", true);
+        metrics.set_circuit_open("posts", None, true);
         metrics.set_log_available(true);
         stage.gap(7);
         let stopped = LaneWait {

@@ -41,6 +41,22 @@ impl StoreName {
             Self::Sql(name) | Self::Redis(name) => name,
         }
     }
+
+    /// What tells it from a store of the other kind that has the same name.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Sql(_) => "sql",
+            Self::Redis(_) => "redis",
+        }
+    }
+
+    /// The store of the other kind that may have the same name.
+    pub fn namesake(&self) -> Self {
+        match self {
+            Self::Sql(name) => Self::Redis(name.clone()),
+            Self::Redis(name) => Self::Sql(name.clone()),
+        }
+    }
 }
 
 impl fmt::Display for StoreName {
@@ -101,17 +117,28 @@ pub enum Action {
     Statement(Arc<str>, Arc<[sql::Value]>),
     /// A command that Redis had run before, and now refuses.
     Command(&'static str),
+    /// To let a statement have a lock that somebody else has.
+    Lock(Arc<sql::LockWait>),
 }
 
 impl Action {
-    /// Whether the store itself said that it can't, whoever asks.
-    pub fn is_refused(&self) -> bool {
-        matches!(self, Self::Read | Self::Write)
-    }
-
     /// Whether it was refused by somebody who has the right to it, or had.
     pub fn had_been_done(&self) -> bool {
         matches!(self, Self::Statement(..) | Self::Command(_))
+    }
+
+    /// Whether that it is not done says nothing of what others ask for: nobody else is to wait for it.
+    pub fn is_ones_own(&self) -> bool {
+        self.had_been_done() || matches!(self, Self::Lock(_))
+    }
+
+    /// Whether there is reason to doubt that the message is to blame, though the store would do it now.
+    pub fn is_doubtful(&self) -> bool {
+        match self {
+            Self::Answer => false,
+            Self::Read | Self::Write | Self::Statement(..) | Self::Command(_) => true,
+            Self::Lock(wait) => wait.was_seen(),
+        }
     }
 
     /// How much it takes: a store that does what has a higher rank does what has a lower one, too.
@@ -120,7 +147,7 @@ impl Action {
             Self::Answer => 0,
             Self::Read => 1,
             Self::Write => 2,
-            Self::Statement(..) | Self::Command(_) => 3,
+            Self::Statement(..) | Self::Command(_) | Self::Lock(_) => 3,
         }
     }
 }
@@ -129,6 +156,8 @@ impl Action {
 /// and not to the guest.
 pub struct Pending {
     store: Mutex<Option<(StoreName, Instant)>>,
+    /// What a statement waits for, where the store is a database.
+    sight: sql::Sight,
     /// It knows which record the call is about.
     log: LogCtx,
 }
@@ -138,8 +167,14 @@ impl Pending {
     pub fn new(log: LogCtx) -> Self {
         Self {
             store: Mutex::default(),
+            sight: sql::Sight::default(),
             log,
         }
+    }
+
+    /// Where it is noted what a statement waits for.
+    pub fn sight(&self) -> &sql::Sight {
+        &self.sight
     }
 
     /// Awaits a call to the store. A call that is dropped half-way leaves the store's name behind.
@@ -150,9 +185,18 @@ impl Pending {
         answer
     }
 
-    /// The store that was waited for since this was last asked.
-    pub fn take(&self) -> Option<StoreName> {
-        self.replace(None).map(|(store, _)| store)
+    /// The store that was waited for since this was last asked, and what is known of why it did not answer.
+    pub fn take(&self) -> Option<Away> {
+        let (store, _) = self.replace(None)?;
+        let silent = Away::silent(store);
+        let Some(wait) = self.sight.take() else {
+            return Some(silent);
+        };
+        Some(Away {
+            why: wait.words().unwrap_or(silent.why),
+            action: Action::Lock(wait),
+            store: silent.store,
+        })
     }
 
     fn replace(&self, store: Option<(StoreName, Instant)>) -> Option<(StoreName, Instant)> {
@@ -259,11 +303,11 @@ mod tests {
         let waiting = Unanswered::default().pending(&LogCtx::new("stage".into()));
         let posts = || StoreName::Sql("posts".into());
         assert_eq!(waiting.during(posts(), ready(1)).await, 1);
-        assert_eq!(waiting.take(), None);
+        assert!(waiting.take().is_none());
         let given_up = waiting.during(posts(), pending::<()>());
         assert_eq!(given_up.now_or_never(), None);
-        assert_eq!(waiting.take(), Some(posts()));
-        assert_eq!(waiting.take(), None);
+        assert_eq!(waiting.take().map(|away| away.store), Some(posts()));
+        assert!(waiting.take().is_none());
     }
 
     #[tokio::test]

@@ -18,7 +18,7 @@ use super::share::{self, EPOCHS_PER_LOOK, Share};
 use crate::capability::logging::Place;
 use crate::capability::producer::ProducerGrant;
 use crate::capability::sql::Transaction;
-use crate::capability::{Away, Pending, StoreError, StoreName, Stores, Unanswered};
+use crate::capability::{Action, Away, Pending, StoreError, StoreName, Stores, Unanswered};
 use crate::delivery::progress::Transaction as _;
 use crate::delivery::{Cause, Delivery, Fault, Handler, Invocation};
 use crate::pipeline::{self, Instances};
@@ -239,14 +239,20 @@ impl StageComponent {
         let called = self.share.within(self.deadline, call).await;
         let invocation = called.unwrap_or_else(|| {
             // A store that does not answer is no fault of the guest's, and may answer the next time.
-            failed(match state.store() {
-                Some(store) => Fault {
-                    away: Some(Box::new(Away::silent(store.clone()))),
-                    ..Fault::new(
-                        Cause::Slow,
-                        format!("{store} did not answer; {}", self.late()),
-                    )
-                },
+            failed(match state.away() {
+                Some(away) => {
+                    let because = match &away.action {
+                        Action::Lock(wait) => wait.words(),
+                        _ => None,
+                    };
+                    let because = because.map_or(String::new(), |why| format!(": {why}"));
+                    let late = self.late();
+                    let words = format!("{} did not answer{because}; {late}", away.store);
+                    Fault {
+                        away: Some(Box::new(away)),
+                        ..Fault::new(Cause::Slow, words)
+                    }
+                }
                 None => Fault::new(Cause::Deadline, self.late()),
             })
         });
@@ -405,7 +411,7 @@ impl CallState {
         *self.pending.lock().unwrap_or_else(PoisonError::into_inner) = Some(pending);
     }
 
-    fn store(&self) -> Option<StoreName> {
+    fn away(&self) -> Option<Away> {
         let pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
         pending.as_ref()?.take()
     }

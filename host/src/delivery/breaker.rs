@@ -90,20 +90,34 @@ impl Breaker {
             .into_iter()
             .map(|store| (store, Watch::default()))
             .collect();
-        for store in stores.keys() {
-            metrics.set_circuit_open(store.name(), false);
-        }
-        Self {
+        let breaker = Self {
             readiness,
             metrics,
             stores,
             rng: std::sync::Mutex::new(StdRng::seed_from_u64(seed)),
+        };
+        for store in breaker.stores.keys() {
+            breaker.set_open(store, false);
+        }
+        breaker
+    }
+
+    /// The condition under which `/readyz` has the store; with its kind where one of the other kind has the same name.
+    pub fn condition(store: &StoreName, shares_name: bool) -> String {
+        let name = store.name();
+        match shares_name {
+            true => format!("store {name} ({})", store.kind()),
+            false => format!("store {name}"),
         }
     }
 
-    /// The condition under which `/readyz` has the store.
-    pub fn condition(store: &str) -> String {
-        format!("store {store}")
+    fn shares_name(&self, store: &StoreName) -> bool {
+        self.stores.contains_key(&store.namesake())
+    }
+
+    fn set_open(&self, store: &StoreName, open: bool) {
+        let kind = self.shares_name(store).then(|| store.kind());
+        self.metrics.set_circuit_open(store.name(), kind, open);
     }
 
     /// Returns once the store does what it did not do, and whether that was its own failing, for which no message pays; at once
@@ -119,7 +133,7 @@ impl Breaker {
         let Some(watch) = self.stores.get(&away.store) else {
             return false;
         };
-        if away.action.had_been_done() {
+        if away.action.is_ones_own() {
             // It may be this stage's alone: nobody else is to wait for it.
             return self.until_done(watch, away, losses, probe).await;
         }
@@ -139,9 +153,7 @@ impl Breaker {
         if was_away || is_away(before) {
             return losses < MAX_LOSSES;
         }
-        let may_be_its_own = away.action.is_refused();
-        self.wait_though_it_does(&mut said, losses, may_be_its_own)
-            .await
+        self.wait_though_it_does(&mut said, losses).await
     }
 
     /// The same of what one stage had done before. Where the store says that it would do it, that may not be all: rights that
@@ -160,18 +172,13 @@ impl Breaker {
         if self.ask(&mut said, probe).await {
             return losses < MAX_LOSSES;
         }
-        self.wait_though_it_does(&mut said, losses, true).await
+        self.wait_though_it_does(&mut said, losses).await
     }
 
-    async fn wait_though_it_does(
-        &self,
-        said: &mut Said<'_>,
-        losses: u32,
-        may_be_its_own: bool,
-    ) -> bool {
+    async fn wait_though_it_does(&self, said: &mut Said<'_>, losses: u32) -> bool {
         let away = said.away;
         // It does so for the host, and yet it said of itself that it can't. A store at its limit does now and then.
-        let is_its_own = may_be_its_own && (1..MAX_LOSSES).contains(&losses);
+        let is_its_own = away.action.is_doubtful() && (1..MAX_LOSSES).contains(&losses);
         if is_its_own {
             let wait = self.wait(losses);
             // One message alone may be why, so the store is not called sick at once.
@@ -230,6 +237,7 @@ fn state(action: &Action) -> &'static str {
         Action::Read => "can't be read",
         Action::Write => "takes no writes",
         Action::Statement(..) | Action::Command(_) => "refuses what it did before",
+        Action::Lock(_) => "keeps statements waiting for a lock",
     }
 }
 
@@ -249,7 +257,7 @@ impl<'a> Said<'a> {
             breaker,
             watch,
             away,
-            condition: Breaker::condition(away.store.name()),
+            condition: Breaker::condition(&away.store, breaker.shares_name(&away.store)),
             voice: watch.last_voice.fetch_add(1, Ordering::Relaxed),
             away_now: false,
         }
@@ -258,13 +266,12 @@ impl<'a> Said<'a> {
     /// The store does not do what it should.
     fn say(&mut self, why: &str) {
         self.away_now = true;
-        if !self.away.action.had_been_done() {
+        if !self.away.action.is_ones_own() {
             self.watch.set_away(true);
         }
         self.watch.voices().insert(self.voice, why.to_owned());
         self.breaker.readiness.not_ready(&self.condition, why);
-        let store = self.away.store.name();
-        self.breaker.metrics.set_circuit_open(store, true);
+        self.breaker.set_open(&self.away.store, true);
     }
 
     /// What the probe answers in its time. That it takes long is said before.
@@ -287,18 +294,17 @@ impl<'a> Said<'a> {
 
 impl Drop for Said<'_> {
     fn drop(&mut self) {
-        if !self.away.action.had_been_done() {
+        if !self.away.action.is_ones_own() {
             self.watch.set_away(false);
         }
         // Held, so that nobody says something else meanwhile.
         let mut voices = self.watch.voices();
         voices.remove(&self.voice);
-        let store = self.away.store.name();
         match voices.values().next() {
             Some(why) => drop(self.breaker.readiness.not_ready(&self.condition, why)),
             None => {
                 self.breaker.readiness.ready(&self.condition);
-                self.breaker.metrics.set_circuit_open(store, false);
+                self.breaker.set_open(&self.away.store, false);
             }
         }
     }
@@ -495,6 +501,32 @@ mod tests {
         let both = tokio::join!(read, write);
         assert_eq!(both, (true, true));
         assert_eq!(writes.load(Ordering::Relaxed), 2, "it was asked for itself");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn stores_of_one_name_are_told_apart() {
+        let (readiness, metrics) = (Arc::<Readiness>::default(), Arc::<Metrics>::default());
+        let sql = StoreName::Sql("posts".into());
+        let (redis, alone) = (sql.namesake(), StoreName::Redis("cache".into()));
+        let stores = [sql.clone(), redis.clone(), alone.clone()];
+        let breaker = Breaker::new(stores, readiness.clone(), metrics.clone(), 1);
+        let gone = || async { Err(StoreError::Unavailable("gone".into())) };
+        let (redis, alone) = (Away::silent(redis), Away::silent(alone));
+        let waits = [&redis, &alone].map(|away| breaker.until_there(away, 1, gone));
+        let mut all = Box::pin(futures::future::join_all(waits));
+        assert!(futures::poll!(&mut all).is_pending());
+        assert_eq!(
+            readiness.reasons(),
+            ["store cache: gone", "store posts (redis): gone"]
+        );
+        let text = metrics.encode().expect("metrics");
+        for line in [
+            r#"stagehost_circuit_open{store="cache"} 1"#,
+            r#"stagehost_circuit_open{store="posts",kind="redis"} 1"#,
+            r#"stagehost_circuit_open{store="posts",kind="sql"} 0"#,
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line}\n{text}");
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -69,6 +69,9 @@ pub enum CommitError {
     /// The database refused the effects only now, as it does with deferred constraints. Nothing was committed.
     #[error("the commit was refused: {0}")]
     Refused(String),
+    /// The database had ended the transaction, which took longer than it lets them. Nothing was committed.
+    #[error("{0}")]
+    TooLong(String),
     /// Nobody knows whether it happened: [`Ledger::reclaim`] tells.
     #[error("the commit was not answered: {0}")]
     Unanswered(String),

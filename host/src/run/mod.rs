@@ -137,8 +137,8 @@ async fn bind(key: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
 /// So that the host is not ready before each of them was found to hold.
 fn name_conditions(pipeline: &Pipeline, readiness: &Readiness) {
     readiness.not_ready(wait::LOG, "starting");
-    for name in pipeline.sql.keys().chain(pipeline.redis.keys()) {
-        readiness.not_ready(&Breaker::condition(name), "starting");
+    for store in store_names(pipeline) {
+        readiness.not_ready(&condition(pipeline, &store), "starting");
     }
     for stage in &pipeline.stages {
         readiness.not_ready(&wait::stage(&stage.name), "starting");
@@ -284,16 +284,28 @@ impl Host {
     }
 }
 
+fn sql_name(name: &str) -> StoreName {
+    StoreName::Sql(name.into())
+}
+
+fn redis_name(name: &str) -> StoreName {
+    StoreName::Redis(name.into())
+}
+
+fn store_names(pipeline: &Pipeline) -> impl Iterator<Item = StoreName> {
+    let sql = pipeline.sql.keys().map(|name| sql_name(name));
+    let redis = pipeline.redis.keys().map(|name| redis_name(name));
+    sql.chain(redis)
+}
+
+fn condition(pipeline: &Pipeline, store: &StoreName) -> String {
+    let (sql, redis) = (&pipeline.sql, &pipeline.redis);
+    let shares_name = sql.contains_key(store.name()) && redis.contains_key(store.name());
+    Breaker::condition(store, shares_name)
+}
+
 fn breaker(pipeline: &Pipeline, readiness: &Arc<Readiness>, metrics: &Arc<Metrics>) -> Breaker {
-    let sql = pipeline
-        .sql
-        .keys()
-        .map(|name| StoreName::Sql(name.as_str().into()));
-    let redis = pipeline
-        .redis
-        .keys()
-        .map(|name| StoreName::Redis(name.as_str().into()));
-    let stores = sql.chain(redis);
+    let stores = store_names(pipeline);
     Breaker::new(stores, readiness.clone(), metrics.clone(), rand::random())
 }
 
@@ -311,7 +323,7 @@ fn longest_pause(pipeline: &Pipeline, database: &String) -> Option<Duration> {
 async fn open_stores(pipeline: &Pipeline, waiting: &Waiting<'_>) -> anyhow::Result<Option<Stores>> {
     let mut stores = Stores::default();
     for (name, settings) in &pipeline.sql {
-        let what = format!("SQL store `{name}`");
+        let store = sql_name(name);
         let pause = longest_pause(pipeline, name);
         let open = async || {
             let database = sql::Database::open(settings, pause).await?;
@@ -323,7 +335,7 @@ async fn open_stores(pipeline: &Pipeline, waiting: &Waiting<'_>) -> anyhow::Resu
         // What the driver of the migrations says, and what they have the server say, has its store's name.
         let named = || open().instrument(info_span!("sql", store = name));
         let opened = waiting
-            .until_available(&Breaker::condition(name), &what, named)
+            .until_available(&condition(pipeline, &store), &store.to_string(), named)
             .await?;
         let Some(database) = opened else {
             return Ok(None);
@@ -331,9 +343,9 @@ async fn open_stores(pipeline: &Pipeline, waiting: &Waiting<'_>) -> anyhow::Resu
         stores.sql.insert(name.clone(), database);
     }
     for (name, settings) in &pipeline.redis {
-        let what = format!("Redis store `{name}`");
+        let store = redis_name(name);
         let opened = waiting
-            .until_available(&Breaker::condition(name), &what, || {
+            .until_available(&condition(pipeline, &store), &store.to_string(), || {
                 redis::Store::open(settings).instrument(info_span!("redis", store = name))
             })
             .await?;

@@ -7,10 +7,6 @@ use super::{Concern, Error, MAX_ANSWER_BYTES};
 
 /// The first word of the error that the host's script answers where a value is too large.
 const TOO_LARGE: &str = "TOOLARGE";
-/// What a transaction comes to of which a command was refused: why, the command's own error says.
-const ABORTED: &str = "EXECABORT";
-/// What an aborted transaction says before the reason, where the reason came up only at its end.
-const BECAUSE: &str = "because of: ";
 
 /// An error, and what it speaks of.
 #[derive(Debug)]
@@ -118,17 +114,12 @@ impl Refusal {
         };
         // The first of those that weigh the same.
         let most = all.rev().max_by_key(rank);
-        most.unwrap_or_else(|| Self::unavailable("the transaction was aborted".to_owned(), false))
+        most.unwrap_or_else(|| Self::unavailable("it was refused without a word".to_owned(), false))
     }
 
     pub(super) fn of_server(error: &ServerError) -> Self {
-        let (mut code, mut detail) = (error.code(), error.details().unwrap_or_default());
-        if code == ABORTED
-            && let Some((_, cause)) = detail.split_once(BECAUSE)
-        {
-            (code, detail) = cause.split_once(' ').unwrap_or((cause, ""));
-        }
-        let detail = detail.trim_end();
+        let code = error.code();
+        let detail = error.details().unwrap_or_default().trim_end();
         if code == TOO_LARGE {
             return Self {
                 concern: Concern::Message,
@@ -214,11 +205,6 @@ mod tests {
             ("MOVED 3999 127.0.0.1:6381", Store, true),
             ("CLUSTERDOWN Hash slot not served", Store, true),
             (
-                "EXECABORT Transaction discarded because of: OOM command not allowed",
-                Store,
-                false,
-            ),
-            (
                 "NOPERM this user has no permissions to run the 'set' command",
                 Standing,
                 false,
@@ -250,12 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn an_aborted_transaction_names_the_cause() {
-        let late = refusal("EXECABORT Transaction discarded because of: OOM command not allowed");
-        assert_eq!(
-            late.error,
-            Error::Unavailable("OOM command not allowed".into())
-        );
+    fn of_several_errors_the_one_that_says_most_is_named() {
         let errors = ["ERR wrong number", "READONLY You can't write", "ERR other"];
         let errors =
             errors.map(

@@ -84,18 +84,14 @@ impl Connection {
         asked.unwrap_or_else(|_| Err(Unmade::from(too_late()).into()))
     }
 
-    /// Sees whether these commands could be run, each a name and its arguments, without running them; in a transaction, if the call
-    /// is one. It is asked on a connection of its own, since others' commands must not become part of it. A server that can't be
-    /// asked so refuses as a message's own affair.
-    pub(super) async fn rehearse(
-        &self,
-        commands: &[Vec<Vec<u8>>],
-        is_transaction: bool,
-    ) -> Result<(), Refusal> {
+    /// Sees whether these commands could be run, each a name and its arguments, without running them. It is asked on a connection
+    /// of its own, since others' commands must not become part of it. A server that can't be asked so refuses as a message's own
+    /// affair.
+    pub(super) async fn rehearse(&self, commands: &[Vec<Vec<u8>>]) -> Result<(), Refusal> {
         let asked = async {
             let _rehearsing = self.0.rehearsing.lock().await;
             let mut connection = self.0.make().await?;
-            rehearse(&mut connection, commands, is_transaction).await
+            rehearse(&mut connection, commands).await
         };
         let asked = tokio::time::timeout(CALL_TIMEOUT, asked).await;
         asked.unwrap_or_else(|_| Err(Unmade::from(too_late()).into()))
@@ -324,13 +320,12 @@ async fn diagnose(address: &ConnectionAddr) -> Option<String> {
 async fn rehearse(
     connection: &mut MultiplexedConnection,
     commands: &[Vec<Vec<u8>>],
-    is_transaction: bool,
 ) -> Result<(), Refusal> {
     if let Err(error) = cmd("MULTI").exec_async(connection).await {
         let refusal = Refusal::of(error);
         return Err(match refusal.concern {
             // It says nothing of the call.
-            Concern::Standing if !is_transaction => Refusal {
+            Concern::Standing => Refusal {
                 concern: Concern::Message,
                 ..refusal
             },
@@ -345,13 +340,6 @@ async fn rehearse(
     for answer in answers.await.map_err(Refusal::of)? {
         if let Value::ServerError(error) = answer {
             counts(Refusal::of_server(&error))?;
-        }
-    }
-    // With a wrong number of arguments, so that EXEC runs nothing.
-    if is_transaction && let Err(error) = cmd("GETRANGE").exec_async(connection).await {
-        counts(Refusal::of(error))?;
-        if let Err(error) = cmd("EXEC").exec_async(connection).await {
-            counts(Refusal::of(error))?;
         }
     }
     Ok(())

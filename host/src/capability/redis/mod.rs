@@ -129,7 +129,9 @@ impl Store {
     pub async fn probe(&self, prefix: &str, action: &Action) -> Result<(), StoreError> {
         let key = format!("{prefix}{PROBE_SUFFIX}").into_bytes();
         let answer = match (&self.kind, action) {
-            (_, Action::Answer) | (Kind::Embedded(_), Action::Read) => return self.ping().await,
+            (_, Action::Answer | Action::Lock(_)) | (Kind::Embedded(_), Action::Read) => {
+                return self.ping().await;
+            }
             (Kind::Embedded(store), _) => store.probe_write().await,
             (Kind::Remote(store), Action::Read) => store.probe_read(&key).await,
             (Kind::Remote(store), Action::Command(name)) => store.probe_call(name).await,

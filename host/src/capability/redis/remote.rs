@@ -7,8 +7,7 @@ use redis::aio::MultiplexedConnection;
 use redis::io::tcp::TcpSettings;
 use redis::io::tcp::socket2::TcpKeepalive;
 use redis::{
-    Client, FromRedisValue, IntoConnectionInfo, Pipeline, RedisError, Script, ScriptInvocation,
-    Value, cmd, pipe,
+    Client, FromRedisValue, IntoConnectionInfo, RedisError, Script, ScriptInvocation, Value, cmd,
 };
 
 use super::answers::Refusal;
@@ -34,7 +33,8 @@ pub(super) fn check_url(url: &str) -> Result<(), String> {
     client(url).map(drop)
 }
 
-/// A Redis server.
+/// A Redis server. What takes several commands is a script, never `MULTI`: the connection is everybody's, and one that a refused
+/// `EXEC` left in a transaction would have all of their commands queued.
 #[derive(Clone)]
 pub(super) struct Remote {
     connection: Connection,
@@ -154,8 +154,7 @@ impl Remote {
 
     async fn rehearse(&self, kind: Kind, key: &[u8]) -> Result<(), Refusal> {
         let commands = kind.commands(key);
-        let rehearsed = self.connection.rehearse(&commands, kind.is_transaction());
-        rehearsed.await
+        self.connection.rehearse(&commands).await
     }
 
     /// The client reads an answer whole before anybody can look at it, so no more is asked for than may come: a range, which
@@ -191,12 +190,6 @@ impl Remote {
         };
         let kind = Kind::of_set(&set);
         let call = match (kind, set.version) {
-            (Kind::Set, _) => {
-                let sets = plain_set(&set.entries, set.ttl);
-                let set_all = self.call(kind, first, async |c| sets.exec_async(c).await);
-                set_all.await?;
-                return Ok(vec![true; set.entries.len()]);
-            }
             (Kind::SetNewer, Some(version)) => {
                 let mut call = SET_IF_NEWER.prepare_invoke();
                 call.key(first.as_slice()).key(version_key(first));
@@ -220,14 +213,12 @@ impl Remote {
         let Some(first) = keys.first() else {
             return Ok(0);
         };
-        let versions: Vec<_> = keys.iter().map(|key| version_key(key)).collect();
-        let mut delete = pipe();
-        delete.atomic();
-        delete.cmd("DEL").arg(&keys);
-        delete.cmd("DEL").arg(versions).ignore();
-        let deleted = self.call(Kind::Delete, first, async |c| delete.query_async(c).await);
-        let (count,): (u64,) = deleted.await?;
-        Ok(count)
+        let mut call = DELETE_ALL.prepare_invoke();
+        for key in &keys {
+            call.key(key.as_slice()).key(version_key(key));
+        }
+        let deleted = self.call(Kind::Delete, first, async |c| call.invoke_async(c).await);
+        deleted.await
     }
 
     pub(super) async fn execute(
@@ -321,21 +312,6 @@ impl Remote {
 
 fn was_done(why: &str) -> Error {
     Error::Unavailable(format!("{WAS_DONE}{why}"))
-}
-
-/// Sets the keys, and takes their versions away.
-fn plain_set(entries: &[(Vec<u8>, Vec<u8>)], ttl: Option<u64>) -> Pipeline {
-    let mut sets = pipe();
-    sets.atomic();
-    for (key, value) in entries {
-        let set = sets.cmd("SET").arg(key).arg(value);
-        if let Some(ttl) = ttl {
-            set.arg("PX").arg(ttl);
-        }
-    }
-    let versions: Vec<_> = entries.iter().map(|(key, _)| version_key(key)).collect();
-    sets.cmd("DEL").arg(versions);
-    sets
 }
 
 /// What a stage sets most: one key, if the version is newer. The general script has more to do for each message.
@@ -450,6 +426,20 @@ static SET_ALL: LazyLock<Script> = LazyLock::new(|| {
             end
         end
         return written
+        ",
+    )
+});
+
+/// Takes every key away with its version, and answers how many were there.
+static DELETE_ALL: LazyLock<Script> = LazyLock::new(|| {
+    Script::new(
+        r"
+        local deleted = 0
+        for i = 1, #KEYS, 2 do
+            deleted = deleted + redis.call('DEL', KEYS[i])
+            redis.call('DEL', KEYS[i + 1])
+        end
+        return deleted
         ",
     )
 });

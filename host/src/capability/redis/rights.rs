@@ -26,7 +26,7 @@ pub(super) enum Kind {
     /// What `get` asks further where there is no value.
     GetNothing,
     GetMany,
-    /// Without a script.
+    /// Whatever is there.
     Set,
     /// One key, with a version.
     SetNewer,
@@ -89,11 +89,6 @@ impl Kind {
         }
     }
 
-    /// Whether it is a transaction itself.
-    pub(super) fn is_transaction(self) -> bool {
-        matches!(self, Self::Set | Self::Delete)
-    }
-
     /// The commands that it takes, on this key, each with its arguments. Their values are not looked at.
     pub(super) fn commands(self, key: &[u8]) -> Vec<Vec<Vec<u8>>> {
         let words = |words: &[&[u8]]| -> Vec<_> { words.iter().map(|w| w.to_vec()).collect() };
@@ -105,7 +100,7 @@ impl Kind {
             Self::Get => vec![words(&[b"GETRANGE", key, b"0", b"0"])],
             Self::GetNothing => vec![script, words(&[b"GET", key])],
             Self::GetMany => vec![script, words(&[b"MGET", key])],
-            Self::Set => vec![set(key), words(&[b"DEL", &versions])],
+            Self::Set => vec![versioned, set(key), words(&[b"DEL", &versions])],
             Self::SetNewer => vec![
                 versioned,
                 words(&[b"GET", &versions]),
@@ -123,7 +118,11 @@ impl Kind {
                 }
                 all
             }
-            Self::Delete => vec![words(&[b"DEL", key]), words(&[b"DEL", &versions])],
+            Self::Delete => vec![
+                versioned,
+                words(&[b"DEL", key]),
+                words(&[b"DEL", &versions]),
+            ],
             Self::Execute(command) if command.answers_content => vec![script, command.example(key)],
             Self::Execute(command) => vec![command.example(key)],
         }
@@ -204,6 +203,8 @@ mod tests {
             commands.iter().map(name).collect()
         };
         assert_eq!(names(Kind::Get), ["GETRANGE"]);
+        assert_eq!(names(Kind::Set), ["EVALSHA", "SET", "DEL"]);
+        assert_eq!(names(Kind::Delete), ["EVALSHA", "DEL", "DEL"]);
         assert_eq!(names(Kind::SetNewer), ["EVALSHA", "GET", "MSET"]);
         let absent = Kind::SetAll {
             condition: true,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use wasmtime::component::{HasData, Linker, Resource, ResourceTable};
 
-use super::{Database, Done, Refusal, Transaction, Work, out_of_time};
+use super::{Database, Done, Refusal, Transaction, Work};
 use crate::capability::{Action, Away, Pending, StoreError, StoreName};
 use crate::delivery::progress::Transaction as _;
 use bindings::{Error, Rows, Value};
@@ -98,10 +98,16 @@ impl SqlCtx {
     }
 
     /// Remembers on its way to the guest what a refusal says of the database, or of the grant.
-    fn note(&mut self, store: StoreName, Refusal { error, away }: Refusal) -> Error {
+    fn note(&mut self, store: StoreName, refusal: Refusal) -> Error {
         const INSUFFICIENT_PRIVILEGE: &str = "42501";
+        let Refusal {
+            error,
+            away,
+            is_slow,
+        } = refusal;
+        // The database is there, and the statement is what takes long.
+        self.slow |= is_slow;
         match (&error, away) {
-            (error, _) if *error == out_of_time() => {}
             (error, Some(action)) => {
                 let why = match error {
                     Error::Unavailable(why) => why.clone(),
@@ -174,19 +180,18 @@ impl SqlView<'_> {
         // A transactional stage has one database.
         let answer = match &self.ctx.transaction {
             None => {
-                pending
-                    .during(store.clone(), database.call(statement, work))
-                    .await
+                let call = database.call(statement, work, pending.sight());
+                pending.during(store.clone(), call).await
             }
             Some(transaction) => {
-                let call = transaction.call(statement, work);
+                let call = transaction.call(statement, work, pending.sight());
                 let answer = pending.during(store.clone(), call).await;
-                self.ctx.slow |= is_out_of_time(&answer);
                 // The guest must not go on, with effects elsewhere, as if its earlier ones held.
                 if transaction.broken().is_some() {
-                    let why = answer
-                        .err()
-                        .map_or(String::new(), |refusal| format!(": {}", refusal.error));
+                    let why = answer.err().map_or(String::new(), |refusal| {
+                        let error = self.ctx.note(store.clone(), refusal);
+                        format!(": {error}")
+                    });
                     wasmtime::bail!(
                         "the transaction of {store} is void, and the batch will be run again{why}"
                     );
@@ -194,16 +199,8 @@ impl SqlView<'_> {
                 answer
             }
         };
-        if is_out_of_time(&answer) {
-            // The database is there, and the statement is what takes long.
-            self.ctx.slow = true;
-        }
         Ok(answer.map_err(|refusal| self.ctx.note(store, refusal)))
     }
-}
-
-fn is_out_of_time(answer: &Result<Done, Refusal>) -> bool {
-    matches!(answer, Err(refusal) if refusal.error == out_of_time())
 }
 
 impl sql::Host for SqlView<'_> {}

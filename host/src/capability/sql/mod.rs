@@ -11,6 +11,7 @@ mod postgres;
 mod sqlite;
 mod statement;
 mod transaction;
+mod waits;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,6 +22,7 @@ use tokio::sync::Semaphore;
 pub use guest::bindings::{DatabaseError, Error, Rows, Value};
 pub use guest::{SqlCtx, SqlGrants, SqlView, add_to_linker};
 pub use transaction::Transaction;
+pub use waits::{LockWait, Sight};
 
 use super::{Action, StoreError};
 use crate::pipeline::{SqlAccess, SqlStore, SqlUrl};
@@ -45,6 +47,12 @@ const STATEMENT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What is said before a database's words where others were in the way just then: the message is tried again, and that counts.
 const IN_THE_WAY: &str = "others were in the way: ";
+/// The same where what was in the way is known to have been a lock.
+const LOCKED: &str = "others were in the way: no lock was to be had: ";
+/// What is said before them where it ended a statement that ran.
+const CANCELED: &str = "the statement was ended: ";
+/// And where it ended a transaction, and its session, that took longer than it lets them.
+const ENDED: &str = "the transaction took longer than the database lets it: ";
 /// What is said before them where it refuses what it did before.
 const WAS_DONE: &str = "it refuses what it did before: ";
 
@@ -148,7 +156,7 @@ impl Database {
     /// The same database, for a stage that may do so much in it.
     pub fn granted(&self, access: SqlAccess) -> Self {
         let kind = match &self.kind {
-            Kind::Postgres(database) => Kind::Postgres(database.clone()),
+            Kind::Postgres(database) => Kind::Postgres(database.for_stage()),
             Kind::Sqlite(database) => Kind::Sqlite(database.for_stage()),
         };
         Self {
@@ -169,8 +177,8 @@ impl Database {
     /// Sees whether the database does what it did not do. Nothing changes.
     pub async fn probe(&self, action: &Action) -> Result<(), StoreError> {
         let answer = match (&self.kind, action) {
-            (Kind::Postgres(database), Action::Answer) => database.probe_locks(self.access).await,
-            (_, Action::Answer | Action::Read | Action::Command(_)) => {
+            (Kind::Postgres(database), Action::Lock(wait)) => database.probe_locks(wait).await,
+            (_, Action::Answer | Action::Read | Action::Command(_) | Action::Lock(_)) => {
                 self.query("SELECT 1", &[]).await.map(drop)
             }
             (Kind::Postgres(database), Action::Write) => database.probe_write(self.access).await,
@@ -195,26 +203,32 @@ impl Database {
 
     /// Runs one statement and answers its rows.
     pub async fn query(&self, statement: &str, params: &[Value]) -> Result<Rows, Error> {
-        let done = self.call(statement, Work::Query(params)).await;
+        let sight = Sight::default();
+        let done = self.call(statement, Work::Query(params), &sight).await;
         Ok(done.map_err(Refusal::into_error)?.rows)
     }
 
     /// Runs one statement and answers how many rows it affected.
     pub async fn execute(&self, statement: &str, params: &[Value]) -> Result<u64, Error> {
-        let done = self.call(statement, Work::Execute(params)).await;
+        let sight = Sight::default();
+        let done = self.call(statement, Work::Execute(params), &sight).await;
         Ok(done.map_err(Refusal::into_error)?.affected)
     }
 
     /// Runs one statement once for every list of parameters in one transaction, and answers how
     /// many rows were affected in all.
     pub async fn execute_many(&self, statement: &str, params: &[Vec<Value>]) -> Result<u64, Error> {
-        let done = self.call(statement, Work::ExecuteMany(params)).await;
+        let sight = Sight::default();
+        let done = self
+            .call(statement, Work::ExecuteMany(params), &sight)
+            .await;
         Ok(done.map_err(Refusal::into_error)?.affected)
     }
 
-    async fn call(&self, text: &str, work: Work<'_>) -> Result<Done, Refusal> {
+    /// What it waits for meanwhile is noted in `sight`, as far as it can be seen.
+    async fn call(&self, text: &str, work: Work<'_>, sight: &Sight) -> Result<Done, Refusal> {
         match &self.kind {
-            Kind::Postgres(database) => database.call(self.access, text, work).await,
+            Kind::Postgres(database) => database.call(self.access, text, work, sight).await,
             Kind::Sqlite(database) => {
                 let done = database.call(self.access, text, work).await;
                 done.map_err(|error| Refusal::of(error, self.access))
@@ -228,18 +242,43 @@ impl Database {
 struct Refusal {
     error: Error,
     away: Option<Action>,
+    /// It took longer than it had, and that was its own doing.
+    is_slow: bool,
 }
 
 impl Refusal {
     /// By the error alone.
     fn of(error: Error, access: SqlAccess) -> Self {
+        if error == out_of_time() {
+            return Self::slow(error);
+        }
         let away = match &error {
             Error::Unavailable(why) if why.starts_with(IN_THE_WAY) => Some(Action::Answer),
             Error::Unavailable(_) if access == SqlAccess::ReadOnly => Some(Action::Read),
             Error::Unavailable(_) => Some(Action::Write),
             _ => None,
         };
-        Self { error, away }
+        Self {
+            error,
+            away,
+            is_slow: false,
+        }
+    }
+
+    fn slow(error: Error) -> Self {
+        Self {
+            error,
+            away: None,
+            is_slow: true,
+        }
+    }
+
+    fn away(why: String, action: Action) -> Self {
+        Self {
+            error: Error::Unavailable(why),
+            away: Some(action),
+            is_slow: false,
+        }
     }
 
     fn into_error(self) -> Error {
@@ -439,8 +478,11 @@ fn transport_error(error: &sqlx::Error) -> Error {
 }
 
 fn out_of_time() -> Error {
-    Error::Unavailable(format!(
-        "the statement took more than {} s",
-        STATEMENT_TIMEOUT.as_secs()
-    ))
+    out_of(STATEMENT_TIMEOUT)
+}
+
+/// Of a statement that took all of the time that it had.
+fn out_of(time: Duration) -> Error {
+    let time = humantime::format_duration(time);
+    Error::Unavailable(format!("the statement took more than {time}"))
 }

@@ -1,7 +1,7 @@
 //! The `sql` capability on PostgreSQL.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use sqlx::postgres::PgConnection;
@@ -10,13 +10,14 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
 use super::migrate::Migrations;
 use super::statement::postgres::Words;
 use super::{
-    ACQUIRE_TIMEOUT, Done, Error, Failure, Refusal, STATEMENT_TIMEOUT, SqlAccess, StoreError,
-    Value, Work, ledger, out_of_time,
+    ACQUIRE_TIMEOUT, Done, Error, Failure, Refusal, STATEMENT_TIMEOUT, Sight, SqlAccess,
+    StoreError, Value, Work, ledger, out_of_time,
 };
 use call::Call;
 use client::Client;
 use error::{at, open_error};
 use guests::Secret;
+use locks::{Limits, Watched};
 use pool::{Lease, Pool};
 use server::Server;
 use value::Parameters;
@@ -26,6 +27,7 @@ mod client;
 mod done;
 mod error;
 mod guests;
+mod locks;
 mod plans;
 mod pool;
 mod pooler;
@@ -46,6 +48,8 @@ const DEPARTURE_CHECK: Duration = Duration::from_secs(1);
 const PAUSE_MARGIN: Duration = Duration::from_secs(10);
 /// Connections of the host's own, where stages log in as another role: for claims, and what is saved without effects.
 const OWN_CONNECTIONS: u32 = 4;
+/// And one where statements wait for others' locks, to see whose: made once one waits.
+const LOOK_CONNECTIONS: u32 = 1;
 
 /// A PostgreSQL database.
 #[derive(Clone)]
@@ -60,8 +64,10 @@ pub(super) struct Postgres {
     secret: Option<Arc<Secret>>,
     /// Known once it is known where the table is.
     progress: Arc<OnceLock<ledger::Statements>>,
-    /// Transactions of others that the host's statements were found to wait for.
-    locks: Arc<Mutex<Vec<String>>>,
+    /// A session that looks what others wait for.
+    looks: Pool,
+    /// What was done for the stage that it works for.
+    done: Arc<done::Done>,
 }
 
 /// What a session is given beside what the database, the role and the URL say.
@@ -106,6 +112,7 @@ pub(super) async fn open(
     let words = words(&mut client).await;
     let words = words.map_err(|failure| at(&place, failure.into_error().into()))?;
     let settings = Settings { pause };
+    let looks = Pool::new(server.clone(), Settings { pause: None }, LOOK_CONNECTIONS);
     let (pool, own, secret) = match stage_url {
         None => {
             let checked = guests::warn_of_host_role(&place, &mut client).await;
@@ -139,7 +146,8 @@ pub(super) async fn open(
         words: Arc::new(words),
         secret,
         progress: Arc::default(),
-        locks: Arc::default(),
+        looks,
+        done: Arc::new(done::Done::new()),
     })
 }
 
@@ -198,8 +206,17 @@ async fn words(client: &mut Client) -> Result<Words, Failure> {
 }
 
 impl Postgres {
+    /// The same for a stage: what was done for it is known of it alone.
+    pub(super) fn for_stage(&self) -> Self {
+        Self {
+            done: Arc::new(done::Done::new()),
+            ..self.clone()
+        }
+    }
+
     pub(super) async fn close(&self) {
         self.pool.close().await;
+        self.looks.close().await;
         if self.secret.is_some() {
             self.own.close().await;
         }
@@ -211,15 +228,19 @@ impl Postgres {
         access: SqlAccess,
         text: &str,
         work: Work<'_>,
+        sight: &Sight,
     ) -> Result<Done, Refusal> {
-        let judge = |error| self.judge(access, text, work, error);
+        let judge = |error| self.judge(access, text, work, (error, None));
         let mut call = Call::new(self, access, text, work).map_err(judge)?;
         let mut lease = self.take(access).await.map_err(judge)?;
-        let answer = call.run_alone(&mut lease).await;
+        let watched = Watched::of(&lease);
+        let run = call.run_alone(&mut lease);
+        let (answer, ended) = self.watched(watched, sight, run).await;
         if access == SqlAccess::ReadOnly {
             // It was the host that said so.
             lease.is_spent = false;
         }
+        let judge = |error| self.judge(access, text, work, (error, Some(ended)));
         answer.map_err(|failure| judge(failure.into_error()))
     }
 
@@ -272,8 +293,10 @@ impl Settings {
             let longest = limit("idle_in_transaction_session_timeout", pause + PAUSE_MARGIN);
             settings = format!("{settings}; {longest}");
         }
-        let settings = format!("SET standard_conforming_strings = on; {settings}");
-        call::command(client, &settings).await?;
+        let ask = Limits::ASK;
+        let settings = format!("SET standard_conforming_strings = on; {settings}; {ask}");
+        let limits = in_time(client.look(&settings)).await?;
+        client.limits = Limits::read(limits.as_deref().unwrap_or_default());
         let notice = limit("client_connection_check_interval", DEPARTURE_CHECK);
         match call::command(client, &notice).await {
             // There are systems on which PostgreSQL can't see it, before version 14 everywhere.

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::{
-    Database, Done, Error, Failure, Kind, Refusal, Rows, SqlAccess, StoreError, Value, Work,
-    host_error, postgres, sqlite,
+    Database, Done, ENDED, Error, Failure, Kind, Refusal, Rows, Sight, SqlAccess, StoreError,
+    Value, Work, host_error, postgres, sqlite,
 };
 use crate::delivery::progress::{self, Broken, Commit, CommitError, Mode};
 
@@ -141,31 +141,46 @@ impl Transaction {
 
     /// As [`Database::query`], in the transaction.
     pub async fn query(&self, statement: &str, params: &[Value]) -> Result<Rows, Error> {
-        let done = self.call(statement, Work::Query(params)).await;
+        let sight = Sight::default();
+        let done = self.call(statement, Work::Query(params), &sight).await;
         Ok(done.map_err(Refusal::into_error)?.rows)
     }
 
     /// As [`Database::execute`], in the transaction.
     pub async fn execute(&self, statement: &str, params: &[Value]) -> Result<u64, Error> {
-        let done = self.call(statement, Work::Execute(params)).await;
+        let sight = Sight::default();
+        let done = self.call(statement, Work::Execute(params), &sight).await;
         Ok(done.map_err(Refusal::into_error)?.affected)
     }
 
     /// As [`Database::execute_many`], in the transaction.
     pub async fn execute_many(&self, statement: &str, params: &[Vec<Value>]) -> Result<u64, Error> {
-        let done = self.call(statement, Work::ExecuteMany(params)).await;
+        let sight = Sight::default();
+        let done = self
+            .call(statement, Work::ExecuteMany(params), &sight)
+            .await;
         Ok(done.map_err(Refusal::into_error)?.affected)
     }
 
-    /// Runs a statement. After an error, [`progress::Transaction::broken`] tells whether there can be another.
-    pub(super) async fn call(&self, text: &str, work: Work<'_>) -> Result<Done, Refusal> {
+    /// Runs a statement, and notes in `sight` what it waits for. After an error, [`progress::Transaction::broken`] tells whether
+    /// there can be another.
+    pub(super) async fn call(
+        &self,
+        text: &str,
+        work: Work<'_>,
+        sight: &Sight,
+    ) -> Result<Done, Refusal> {
         let access = self.0.access;
         let taken = self.take();
-        let mut held = taken.map_err(|error| Refusal::of(error, access))?;
+        let mut held = taken.map_err(|error| Refusal {
+            // What keeps it from going on was told before.
+            away: None,
+            ..Refusal::of(error, access)
+        })?;
         self.0.statements.fetch_add(1, Ordering::Relaxed);
         let mode = self.0.mode;
         let Outcome { answer, fate } = match &mut held.session {
-            Session::Postgres(session) => session.call(mode, text, work).await,
+            Session::Postgres(session) => session.call(mode, text, work, sight).await,
             Session::Sqlite(session) => {
                 // Who gives up on it here has lost nothing.
                 *self.state() = State::Contended(None);
@@ -309,7 +324,11 @@ fn commit_error(failure: Failure) -> CommitError {
 }
 
 pub(super) fn unanswered(failure: Failure) -> CommitError {
-    CommitError::Unanswered(words(failure.into_error()))
+    match words(failure.into_error()) {
+        // Before it has read the commit.
+        why if why.starts_with(ENDED) => CommitError::TooLong(why),
+        why => CommitError::Unanswered(why),
+    }
 }
 
 pub(super) fn words(error: Error) -> String {

@@ -50,14 +50,20 @@ where
         } else {
             0
         };
-        let away = Away {
+        let silent = || Away {
             store: self.store.clone(),
             action: Action::Answer,
             why: why.clone(),
         };
+        let away = (fault.away.as_deref().cloned()).unwrap_or_else(silent);
         let waiting = self.common.until_there::<L::Transaction>(&away, losses);
         if waiting.await? {
             return Ok(Plan::optimistic());
+        }
+        if call.len() == 1 && call.start > batch.settled && !batch.one_by_one {
+            // What the database ends for its time, say, may have been the doing of those before.
+            batch.one_by_one = true;
+            return Ok(plan.again(None));
         }
         let why = format!("{}: {why}", self.store);
         Ok(plan.after_loss(call, Fault::new(fault.cause, why)))
@@ -121,7 +127,13 @@ where
             }
             Err(CommitError::Refused(why)) => {
                 tenure.seen = seen;
-                return Ok(self.refused(batch, why));
+                let why = format!("{} refused the commit: {why}", self.store);
+                return Ok(Self::refused(batch, Fault::new(Cause::Reject, why)));
+            }
+            Err(CommitError::TooLong(why)) => {
+                tenure.seen = seen;
+                let why = format!("{}: {why}", self.store);
+                return Ok(Self::refused(batch, Fault::new(Cause::Slow, why)));
             }
         };
         if !committed {
@@ -154,7 +166,9 @@ where
         let cleared = match self.answer(self.ledger.save(commit)).await {
             Ok(()) => true,
             Err(CommitError::Fenced) => return Err(Ending::Fenced),
-            Err(CommitError::Unanswered(why)) => self.find_out(tenure, why).await?,
+            Err(CommitError::Unanswered(why) | CommitError::TooLong(why)) => {
+                self.find_out(tenure, why).await?
+            }
             Err(CommitError::Refused(why)) => {
                 debug!("outputs stay in the row, and may be produced once more: {why}");
                 return Ok(());
@@ -250,13 +264,12 @@ where
     }
 
     /// The database refused the batch only at its commit: a message at a time tells which one it is.
-    fn refused(&self, batch: &mut Batch, why: String) -> Plan {
+    fn refused(batch: &mut Batch, fault: Fault) -> Plan {
         let single = batch.handled - batch.settled == 1;
         let at = batch.settled;
         batch.rewind();
         if single {
-            let why = format!("{} refused the commit: {why}", self.store);
-            return Plan::careful(Some((at, Fault::new(Cause::Reject, why))));
+            return Plan::careful(Some((at, fault)));
         }
         batch.one_by_one = true;
         Plan::optimistic()

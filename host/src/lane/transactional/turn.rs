@@ -45,7 +45,7 @@ impl Plan {
     }
 
     /// The same messages again, carefully, with what is known of them.
-    fn again(&mut self, known: Option<(usize, Fault)>) -> Self {
+    pub(super) fn again(&mut self, known: Option<(usize, Fault)>) -> Self {
         let mut all = mem::take(&mut self.known);
         all.extend(known);
         Self {
@@ -230,8 +230,15 @@ where
             Some(Broken::Connection(why)) => {
                 let fault = match invocation.outcomes {
                     // The statement that broke it off was out of time.
-                    Err(fault) if fault.cause == Cause::Slow => Fault::new(Cause::Slow, why),
-                    _ => lost(why),
+                    Err(fault) if fault.cause == Cause::Slow => Fault {
+                        away: fault.away,
+                        ..Fault::new(Cause::Slow, why)
+                    },
+                    Err(fault) => Fault {
+                        away: fault.away,
+                        ..lost(why)
+                    },
+                    Ok(_) => lost(why),
                 };
                 return Answer::Ran(Ran::Lost(at..end, fault));
             }

@@ -73,6 +73,16 @@ impl Patient {
     }
 
     fn start(store: &'static str, lane: Lane, grant: &str, stores: &str) -> Self {
+        Self::with(store, lane, grant, stores, Host::start)
+    }
+
+    fn with(
+        store: &'static str,
+        lane: Lane,
+        grant: &str,
+        stores: &str,
+        start: impl FnOnce(&str) -> Host,
+    ) -> Self {
         let (input, group, output) = (unique("in"), unique("group"), unique("out"));
         let (brokers, component) = (server("KAFKA_BROKERS"), component(lane.guest()));
         let settings = lane.settings();
@@ -98,7 +108,7 @@ impl Patient {
             "#
         );
         Self {
-            host: Host::start(&pipeline),
+            host: start(&pipeline),
             log: Log::new(&brokers),
             input,
             group,

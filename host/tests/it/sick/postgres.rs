@@ -1,6 +1,6 @@
 //! A PostgreSQL database that is sick.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 use sqlx::{AssertSqlSafe, Connection, PgConnection, Row};
@@ -20,13 +20,19 @@ struct Place {
 
 impl Place {
     async fn new() -> Self {
-        let (url, name) = (server("DATABASE_URL"), unique("sick").replace('-', "_"));
-        run(&url, &format!("CREATE DATABASE {name}")).await;
-        run(&url, &format!("CREATE ROLE {name} LOGIN")).await;
-        let mut admin = url::Url::parse(&url).expect("a URL");
+        Self::at(&server("DATABASE_URL"), "").await
+    }
+
+    /// On this server, in a database with these options.
+    async fn at(url: &str, options: &str) -> Self {
+        let name = unique("sick").replace('-', "_");
+        run(url, &format!("CREATE DATABASE {name} {options}")).await;
+        run(url, &format!("CREATE ROLE {name} LOGIN PASSWORD 'geheim'")).await;
+        let mut admin = url::Url::parse(url).expect("a URL");
         admin.set_path(&name);
         let mut own = admin.clone();
         own.set_username(&name).expect("a URL with users");
+        own.set_password(Some("geheim")).expect("a URL with users");
         let place = Self {
             admin: admin.into(),
             name,
@@ -51,6 +57,17 @@ impl Place {
             .await;
     }
 
+    /// Somebody else's transaction that has done this, and is left open.
+    async fn left_open(&self, statement: &str) -> PgConnection {
+        let mut other = PgConnection::connect(&self.admin)
+            .await
+            .expect("PostgreSQL");
+        let begin = AssertSqlSafe(format!("BEGIN; {statement}"));
+        let begun = sqlx::raw_sql(begin).execute(&mut other).await;
+        begun.unwrap_or_else(|error| panic!("{statement}: {error}"));
+        other
+    }
+
     async fn numbers(&self) -> Vec<i64> {
         let mut connection = PgConnection::connect(&self.admin)
             .await
@@ -63,11 +80,16 @@ impl Place {
 }
 
 async fn run(url: &str, statements: &str) {
+    let done = try_run(url, statements).await;
+    done.unwrap_or_else(|error| panic!("{statements}: {error}"));
+}
+
+async fn try_run(url: &str, statements: &str) -> Result<(), sqlx::Error> {
     let mut connection = PgConnection::connect(url).await.expect("PostgreSQL");
     let done = sqlx::raw_sql(AssertSqlSafe(statements))
         .execute(&mut connection)
         .await;
-    done.unwrap_or_else(|error| panic!("{statements}: {error}"));
+    done.map(drop)
 }
 
 /// While the database refuses, nothing is given up on, however long it takes; then all goes on, and each message had its
@@ -161,10 +183,14 @@ async fn a_database_that_lets_nobody_in_is_waited_for_and_named() {
     }
 }
 
+fn admin_of(own: &servers::Server) -> String {
+    format!("postgres://postgres:geheim@127.0.0.1:{}/postgres", own.port)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_changed_password_of_a_database_is_waited_for_and_named() {
     let own = servers::postgres();
-    let admin = format!("postgres://postgres:geheim@127.0.0.1:{}/postgres", own.port);
+    let admin = admin_of(&own);
     run(
         &admin,
         "CREATE TABLE t (n BIGINT); CREATE ROLE stages LOGIN PASSWORD 'geheim'",
@@ -347,5 +373,245 @@ async fn something_else_at_the_address_of_postgresql_is_named_and_passes() {
         way.lead(port);
         patient.goes_on();
         assert_eq!(place.numbers().await, Vec::from_iter(0..20), "{lane:?}");
+    }
+}
+
+/// An update of the row that others may have locked.
+fn update() -> serde_json::Value {
+    json!({ "do": "sql", "store": "db", "statement": "UPDATE t SET n = n WHERE n = 0" })
+}
+
+/// They end a statement before the host would, which then has seen for what it waited: a lock, and whose.
+#[tokio::test(flavor = "multi_thread")]
+async fn limits_of_the_server_that_end_who_waits_for_a_lock_cost_no_message() {
+    for (lane, limit, lock) in [
+        (Lane::Ordered, "lock_timeout = '200ms'", "LOCK TABLE t"),
+        (
+            Lane::Transactional,
+            "lock_timeout = '200ms'",
+            "UPDATE t SET n = n WHERE n = 0",
+        ),
+        (
+            Lane::Ordered,
+            "statement_timeout = '600ms'",
+            "UPDATE t SET n = n WHERE n = 0",
+        ),
+        (
+            Lane::Transactional,
+            "statement_timeout = '600ms'",
+            "LOCK TABLE t",
+        ),
+    ] {
+        let what = format!("{lane:?}: {limit}: {lock}");
+        let place = Place::new().await;
+        place.run(&format!("ALTER ROLE {{role}} SET {limit}")).await;
+        let patient = Patient::on_database(&place.url, lane);
+        patient.send(&inserts(0..10)).await;
+        patient.settle();
+        let mut other = place.left_open(lock).await;
+        let process = sqlx::query("SELECT pg_backend_pid()").fetch_one(&mut other);
+        let process: i32 = process.await.expect("its process").get(0);
+        patient.send(&[update()]).await;
+        patient.send(&inserts(10..20)).await;
+        patient.says(&format!(
+            "wait for a lock that another session has: process {process} "
+        ));
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        assert_eq!(patient.dead(), Vec::<String>::new(), "{what}");
+        let ended = sqlx::raw_sql("ROLLBACK").execute(&mut other).await;
+        ended.expect("an end");
+        patient.goes_on();
+        assert_eq!(place.numbers().await, Vec::from_iter(0..20), "{what}");
+    }
+}
+
+/// One lane waits for a lock; what another stage's message takes is its own affair, and none is held for who waits no more.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_statement_that_waits_for_no_lock_is_its_messages_own_while_others_wait_for_one() {
+    let place = Place::new().await;
+    place
+        .run("ALTER ROLE {role} SET statement_timeout = '600ms'; INSERT INTO t VALUES (0)")
+        .await;
+    let waits = Patient::on_database(&place.url, Lane::Transactional);
+    let slow = Patient::on_database(&place.url, Lane::Ordered);
+    let mut other = place.left_open("UPDATE t SET n = n WHERE n = 0").await;
+    waits.send(&[update()]).await;
+    waits.says("wait for a lock");
+    let sleep = json!({ "do": "sql", "store": "db", "statement": "SELECT pg_sleep(60)" });
+    slow.send(&[sleep]).await;
+    slow.settle();
+    let dead = slow.dead();
+    assert!(
+        matches!(&dead[..], [one] if one.starts_with("deadline") && one.contains("600ms")),
+        "{dead:?}"
+    );
+    assert_eq!(waits.dead(), Vec::<String>::new());
+    let ended = sqlx::raw_sql("ROLLBACK").execute(&mut other).await;
+    ended.expect("an end");
+    waits.goes_on();
+}
+
+/// The call's time is up before anybody has looked, and the lock is gone by a savepoint, not with its transaction.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lock_that_is_let_go_holds_nobody_though_its_transaction_stays_open() {
+    for lane in [Lane::Ordered, Lane::Transactional] {
+        let place = Place::new().await;
+        let patient = Patient::on_database(&place.url, lane);
+        patient.send(&inserts(0..10)).await;
+        patient.settle();
+        let lock = "SELECT 1; SAVEPOINT s; LOCK TABLE t";
+        let mut other = place.left_open(lock).await;
+        patient.send(&inserts(10..20)).await;
+        patient.says("has AccessExclusiveLock on t");
+        // The server sees soon that nobody waits for the statement that was given up.
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        let let_go = sqlx::raw_sql("ROLLBACK TO SAVEPOINT s").execute(&mut other);
+        let_go.await.expect("a savepoint");
+        patient.goes_on();
+        assert_eq!(place.numbers().await, Vec::from_iter(0..20), "{lane:?}");
+        drop(other);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_statement_that_somebody_cancels_costs_no_message() {
+    let place = Place::new().await;
+    for lane in [Lane::Ordered, Lane::Transactional] {
+        place.run("TRUNCATE t").await;
+        let patient = Patient::on_database(&place.url, lane);
+        let slow = "INSERT INTO t SELECT 10 FROM pg_sleep(1.5)";
+        let slow = json!({ "do": "sql", "store": "db", "statement": slow, "execute": true });
+        patient.send(&[slow]).await;
+        let mut other = PgConnection::connect(&place.admin)
+            .await
+            .expect("PostgreSQL");
+        let cancel = "SELECT count(pg_cancel_backend(pid)) FROM pg_stat_activity \
+                      WHERE usename = $1 AND state = 'active' AND query LIKE '%pg_sleep(1.5)%'";
+        let (mut cancelled, since) = (0, Instant::now());
+        while cancelled < 4 {
+            assert!(
+                since.elapsed() < Duration::from_secs(60),
+                "{cancelled} were there"
+            );
+            let count = sqlx::query(cancel).bind(&place.name).fetch_one(&mut other);
+            cancelled += count.await.expect("an answer").get::<i64, _>(0);
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        patient.goes_on();
+        assert_eq!(place.numbers().await, [10], "{lane:?}");
+    }
+}
+
+/// Transactions are the batch's, so the pauses of one message may end what others have done; each is tried by itself then.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transaction_that_the_server_ends_for_a_pause_costs_who_makes_the_pause_only() {
+    let place = Place::new().await;
+    place
+        .run("ALTER ROLE {role} SET idle_in_transaction_session_timeout = '700ms'")
+        .await;
+    let patient = Patient::on_database(&place.url, Lane::Transactional);
+    let pause = json!({ "do": "sleep", "ms": 2000 });
+    let insert = |n| inserts(n..n + 1).remove(0);
+    let pauses_inside = json!({ "do": "steps", "steps": [insert(100), pause, insert(101)] });
+    let pauses_after = json!({ "do": "steps", "steps": [insert(102), pause] });
+    let mut messages = inserts(0..5);
+    messages.push(pause.clone());
+    messages.extend(inserts(5..10));
+    messages.extend([pauses_inside, insert(10), pauses_after]);
+    messages.extend(inserts(11..15));
+    patient.send(&messages).await;
+    patient.settle();
+    let dead = patient.dead();
+    let is_named = |letter: &String| {
+        letter.starts_with("deadline") && letter.contains("idle_in_transaction_session_timeout")
+    };
+    assert!(dead.len() == 2 && dead.iter().all(is_named), "{dead:?}");
+    assert_eq!(place.numbers().await, Vec::from_iter(0..15));
+    let log = patient.host.log();
+    assert!(
+        log.contains("idle_in_transaction_session_timeout is 700ms"),
+        "{log}"
+    );
+    patient.host.ready();
+}
+
+/// What it has stands beside no process. And what the host's own rows are locked by.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prepared_transaction_that_keeps_a_lock_is_waited_for_and_named() {
+    let own = servers::postgres();
+    for (lane, lock) in [
+        (Lane::Ordered, "LOCK TABLE t"),
+        (Lane::Transactional, "UPDATE t SET n = n WHERE n = 0"),
+    ] {
+        let place = Place::at(&admin_of(&own), "").await;
+        let patient = Patient::on_database(&place.url, lane);
+        patient.send(&inserts(0..10)).await;
+        patient.settle();
+        let prepare = format!("BEGIN; {lock}; PREPARE TRANSACTION 'left behind'");
+        place.run(&prepare).await;
+        patient.send(&[update()]).await;
+        patient.send(&inserts(10..20)).await;
+        patient.says("prepared transaction 'left behind' of postgres since ");
+        tokio::time::sleep(Duration::from_secs(8)).await;
+        assert_eq!(patient.dead(), Vec::<String>::new(), "{lane:?}");
+        place.run("ROLLBACK PREPARED 'left behind'").await;
+        patient.goes_on();
+        assert_eq!(place.numbers().await, Vec::from_iter(0..20), "{lane:?}");
+        if lane == Lane::Transactional {
+            let lock = "BEGIN; SELECT * FROM stagehost_progress FOR UPDATE; \
+                        PREPARE TRANSACTION 'left behind'";
+            place.run(lock).await;
+            patient.send(&inserts(20..30)).await;
+            let admin = patient.host.address("admin");
+            patient.host.wait_for("readiness to name it", || {
+                let (status, said) = crate::support::get(&admin, "/readyz");
+                let words = "in stagehost_progress locked: prepared transaction 'left behind'";
+                (status == 503 && said.contains(words)).then_some(())
+            });
+            place.run("ROLLBACK PREPARED 'left behind'").await;
+            patient.goes_on();
+            assert_eq!(place.numbers().await, Vec::from_iter(0..30));
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_under_postgresql_is_waited_for_and_named() {
+    let own = servers::postgres();
+    let admin = admin_of(&own);
+    let small = own.folder().join("small");
+    run(
+        &admin,
+        &format!("CREATE TABLESPACE small LOCATION '{}'", small.display()),
+    )
+    .await;
+    for lane in [Lane::Ordered, Lane::Transactional] {
+        let place = Place::at(&admin, "TABLESPACE small").await;
+        place
+            .run("ALTER TABLE t ADD filler CHAR(4000) DEFAULT ''; ALTER TABLE t ALTER filler SET STORAGE PLAIN")
+            .await;
+        let patient = Patient::on_database(&place.url, lane);
+        patient.send(&inserts(0..10)).await;
+        patient.settle();
+        place
+            .run("CREATE TABLE filler (LIKE t INCLUDING ALL)")
+            .await;
+        for rows in [2_000, 200, 20, 2, 1] {
+            let fill = format!("INSERT INTO filler SELECT n FROM generate_series(1, {rows}) AS n");
+            while try_run(&place.admin, &fill).await.is_ok() {}
+        }
+        patient.send(&inserts(10..40)).await;
+        patient.says("No space left on device");
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        assert_eq!(patient.dead(), Vec::<String>::new(), "{lane:?}");
+        place.run("DROP TABLE filler").await;
+        patient.goes_on();
+        assert_eq!(place.numbers().await, Vec::from_iter(0..40), "{lane:?}");
+        drop(patient);
+        run(
+            &admin,
+            &format!("DROP DATABASE {} WITH (FORCE)", place.name),
+        )
+        .await;
     }
 }

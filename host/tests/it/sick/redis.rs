@@ -60,6 +60,124 @@ async fn a_redis_that_is_read_only_or_without_its_replicas_is_waited_for_and_nam
     refuses(Lane::Ordered, "NOREPLICAS", &[alone], &[enough]).await;
 }
 
+/// One after the other on one server.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redis_that_can_not_save_is_busy_loading_or_without_its_master_is_waited_for_and_named() {
+    let redis = servers::redis(&["--enable-debug-command", "yes", "--save", "3600 1"]);
+    let patient = Patient::on_redis(&url(redis.port), Lane::Ordered);
+    let mut sent = 0;
+    let mut send = async || {
+        patient.send(&appends(sent..sent + 10)).await;
+        sent += 10;
+        sent
+    };
+    let well = |sent| {
+        patient.goes_on();
+        done_once(&redis, 0..sent);
+    };
+    let sent = send().await;
+    well(sent);
+
+    // A folder stands where it would save.
+    let saved = redis.folder().join("dump.rdb");
+    let _ = std::fs::remove_file(&saved);
+    std::fs::create_dir_all(saved.join("in the way")).expect("a folder");
+    cli(&redis, &["BGSAVE"]);
+    let status = |words: &'static str| {
+        crate::support::until("the end of saving", || {
+            let info = cli(&redis, &["INFO", "persistence"]);
+            let is_over = info.contains("rdb_bgsave_in_progress:0");
+            (is_over && info.contains(words)).then_some(())
+        });
+    };
+    status("rdb_last_bgsave_status:err");
+    let sent = send().await;
+    patient.says("MISCONF");
+    std::fs::remove_dir_all(&saved).expect("the folder is removed");
+    cli(&redis, &["BGSAVE"]);
+    status("rdb_last_bgsave_status:ok");
+    well(sent);
+
+    // A script of somebody else's that never ends.
+    cli(&redis, &["CONFIG", "SET", "busy-reply-threshold", "100"]);
+    let is_answered = |words: &str| {
+        crate::support::until(words, || {
+            cli(&redis, &["GET", "p:1"]).contains(words).then_some(())
+        });
+    };
+    let mut endless = servers::begin(&redis, &["EVAL", "while true do end", "0"]);
+    is_answered("BUSY");
+    let sent = send().await;
+    patient.says("BUSY");
+    cli(&redis, &["SCRIPT", "KILL"]);
+    endless.wait().expect("it ends with its script");
+    well(sent);
+
+    // A large data set that is read at a start, or again.
+    cli(&redis, &["DEBUG", "POPULATE", "300"]);
+    cli(&redis, &["CONFIG", "SET", "key-load-delay", "10000"]);
+    cli(
+        &redis,
+        &[
+            "CONFIG",
+            "SET",
+            "loading-process-events-interval-bytes",
+            "1024",
+        ],
+    );
+    let mut reload = servers::begin(&redis, &["DEBUG", "RELOAD"]);
+    is_answered("LOADING");
+    let sent = send().await;
+    patient.says("LOADING");
+    reload.wait().expect("it ends once all is read");
+    well(sent);
+
+    // A replica whose master is away, and that does not answer with what is old.
+    let get = json!({ "do": "redis", "store": "cache", "call": "get", "key": "p:1" });
+    cli(&redis, &["CONFIG", "SET", "replica-serve-stale-data", "no"]);
+    cli(&redis, &["REPLICAOF", "127.0.0.1", "1"]);
+    patient.send(&[get]).await;
+    let sent = send().await;
+    patient.says("MASTERDOWN");
+    cli(&redis, &["REPLICAOF", "NO", "ONE"]);
+    well(sent);
+}
+
+/// The connection is everybody's: commands that come after one in a transaction that can't be ended would wait with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redis_user_who_may_not_end_a_transaction_leaves_nobody_in_one() {
+    let redis = servers::redis(&[]);
+    for rights in [&["-exec"][..], &["-multi"], &["-exec", "-discard"]] {
+        let url = user(&redis, &[&["~*", "+@all"], rights].concat());
+        let store = store(&url).await;
+        for version in [None, Some(1)] {
+            let what = format!("{rights:?}, version {version:?}");
+            assert_eq!(
+                store.set(one("p:1", version)).await,
+                Ok(vec![true]),
+                "{what}"
+            );
+            let value = store.fetch(b"p:1").await;
+            assert_eq!(value, Ok(Some(b"x".to_vec())), "{what}");
+            assert_eq!(store.delete(vec![b"p:1".to_vec()]).await, Ok(1), "{what}");
+            assert_eq!(store.fetch(b"p:1").await, Ok(None), "{what}");
+        }
+        let set = commands::lookup("HSET").expect("a command");
+        let set = store.execute(set, ["p:h", "a", "b"].map(Into::into).to_vec());
+        assert!(set.await.is_ok(), "{rights:?}");
+        cli(&redis, &["FLUSHALL"]);
+    }
+    // Taken away while stages are at work.
+    let patient = Patient::on_redis(&user(&redis, &["~*", "+@all"]), Lane::Concurrent);
+    patient.send(&sets(0..10)).await;
+    patient.settle();
+    allow(&redis, &["-exec", "-discard", "-multi"]);
+    patient.send(&sets(10..20)).await;
+    patient.send(&appends(20..30)).await;
+    patient.goes_on();
+    done_once(&redis, 0..30);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_right_that_is_taken_from_redis_user_and_given_back_costs_no_message() {
     let redis = servers::redis(&[]);
@@ -443,7 +561,9 @@ async fn refused(url: String) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_of_a_redis_cluster_is_refused_with_the_reason() {
-    let redis = servers::redis(&["--cluster-enabled", "yes"]);
+    // Else the bus has a port that Linux may have given to a connection.
+    let bus = servers::free_port().to_string();
+    let redis = servers::redis(&["--cluster-enabled", "yes", "--cluster-port", &bus]);
     let why = refused(url(redis.port)).await;
     assert!(
         why.contains("Redis Cluster") && why.contains("does not support"),
@@ -490,4 +610,42 @@ async fn tls_on_one_side_only_is_named() {
     let why = refused(format!("redis://127.0.0.1:{port}")).await;
     assert!(why.contains("write rediss://"), "{why}");
     drop(redis);
+}
+
+/// They have a condition and a series of metrics each.
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_stores_of_one_name_the_sick_one_is_named() {
+    let redis = servers::redis(&[]);
+    let stores = format!(
+        "[redis.twin]\nurl = \"{}\"\n[sql.twin]\nurl = \"sqlite:db.sqlite\"\n[redis.cache]\nurl = \"memory:\"",
+        url(redis.port)
+    );
+    let grant = "sql = [\"twin\"]\n\
+                 redis = { twin = { prefix = \"p:\", commands = [\"APPEND\"] }, cache = { prefix = \"\" } }";
+    let patient = Patient::start("twin", Lane::Ordered, grant, &stores);
+    let append = |n| {
+        json!({ "do": "redis", "store": "twin", "call": "execute", "command": "APPEND",
+                "arguments": [format!("p:{n}"), "x"] })
+    };
+    patient.send(&[append(0)]).await;
+    patient.settle();
+    cli(&redis, &["CONFIG", "SET", "maxmemory", "1"]);
+    patient.send(&[append(1)]).await;
+    let admin = patient.host.address("admin");
+    patient.host.wait_for("readiness to name it", || {
+        let (status, said) = crate::support::get(&admin, "/readyz");
+        assert!(!said.contains("store twin (sql)"), "{said}");
+        (status == 503 && said.contains("store twin (redis): OOM")).then_some(())
+    });
+    let metrics = crate::support::get(&admin, "/metrics").1;
+    for series in [
+        "stagehost_circuit_open{store=\"twin\",kind=\"redis\"} 1",
+        "stagehost_circuit_open{store=\"twin\",kind=\"sql\"} 0",
+        "stagehost_circuit_open{store=\"cache\"} 0",
+    ] {
+        assert!(metrics.contains(series), "{metrics}");
+    }
+    cli(&redis, &["CONFIG", "SET", "maxmemory", "0"]);
+    patient.goes_on();
+    done_once(&redis, 0..2);
 }

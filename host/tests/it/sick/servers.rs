@@ -13,7 +13,7 @@ use tempfile::TempDir;
 use crate::support::until;
 
 /// Where a test's servers listen: below the range that Linux gives to outgoing connections.
-fn free_port() -> u16 {
+pub(super) fn free_port() -> u16 {
     use rand::Rng;
     until("a free port", || {
         let port = rand::rng().random_range(20_000..32_000);
@@ -51,6 +51,11 @@ impl Server {
             TcpStream::connect(("127.0.0.1", port)).ok()
         });
         server
+    }
+
+    /// Where it has its files.
+    pub(super) fn folder(&self) -> &std::path::Path {
+        self.folder.path()
     }
 
     fn log(&self) -> String {
@@ -97,6 +102,18 @@ pub(super) fn redis(options: &[&str]) -> Server {
     Server::start(&mut command, port, folder)
 }
 
+/// Begins a command of Redis's that takes its time, and ends with the test at the latest: the server does.
+pub(super) fn begin(server: &Server, arguments: &[&str]) -> Child {
+    Command::new("redis-cli")
+        .args(["-h", "127.0.0.1", "-p", &server.port.to_string()])
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("redis-cli")
+}
+
 /// Runs a command of Redis's with `redis-cli`, and answers what it says.
 pub(super) fn cli(server: &Server, arguments: &[&str]) -> String {
     let output = Command::new("redis-cli")
@@ -111,6 +128,25 @@ pub(super) fn cli(server: &Server, arguments: &[&str]) -> String {
 
 /// A program of PostgreSQL's server, as the user that it needs.
 fn postgres_program(name: &str) -> Command {
+    let program = postgres_file(name);
+    if !is_root() {
+        return Command::new(program);
+    }
+    let mut command = Command::new("setpriv");
+    command.args(AS_POSTGRES).arg(program).current_dir("/");
+    command
+}
+
+const AS_POSTGRES: [&str; 3] = ["--reuid=postgres", "--regid=postgres", "--init-groups"];
+
+fn is_root() -> bool {
+    // SAFETY: plain system call without arguments.
+    #[allow(unsafe_code)]
+    let user = unsafe { libc::getuid() };
+    user == 0
+}
+
+fn postgres_file(name: &str) -> PathBuf {
     let versions = std::fs::read_dir("/usr/lib/postgresql");
     let newest = versions.ok().and_then(|versions| {
         let folders = versions
@@ -122,18 +158,27 @@ fn postgres_program(name: &str) -> Command {
     let service = PathBuf::from("/usr/sbin").join(name);
     let other = Some(service).filter(|service| service.exists());
     let newest = newest.map(|bin| bin.join(name)).or(other);
-    let program = newest.unwrap_or_else(|| PathBuf::from(name));
-    // SAFETY: plain system call without arguments.
-    #[allow(unsafe_code)]
-    let is_root = unsafe { libc::getuid() } == 0;
-    if !is_root {
-        return Command::new(program);
+    newest.unwrap_or_else(|| PathBuf::from(name))
+}
+
+/// The server's program, which finds a disk of a few MiB at `small`, that nobody else has.
+fn postgres_beside_small_disk(small: &std::path::Path) -> Command {
+    const MOUNT: &str = "mount -t tmpfs -o size=32m tmpfs \"$1\" && \
+                         { chown postgres \"$1\" || true; } && shift && exec \"$@\"";
+    let mut command = Command::new("unshare");
+    if !is_root() {
+        command.arg("--map-root-user");
     }
-    let mut command = Command::new("setpriv");
     command
-        .args(["--reuid=postgres", "--regid=postgres", "--init-groups"])
-        .arg(program)
-        .current_dir("/");
+        .args(["--mount", "sh", "-c", MOUNT, "sh"])
+        .arg(small);
+    if is_root() {
+        command.arg("setpriv").args(AS_POSTGRES);
+    } else {
+        // PostgreSQL runs as anybody but root.
+        command.args(["unshare", "--user", "--map-user=1000", "--map-group=1000"]);
+    }
+    command.arg(postgres_file("postgres")).current_dir("/");
     command
 }
 
@@ -147,11 +192,14 @@ fn give_away(folder: &std::path::Path, user: &str) {
     let _ = done.map(|status| status.success());
 }
 
-/// A PostgreSQL server, for whose user `postgres` a password is asked, `geheim`.
+/// A PostgreSQL server, for whose user `postgres` a password is asked, `geheim`. It takes prepared transactions, and has a small
+/// disk at `small` in its folder.
 pub(super) fn postgres() -> Server {
     let (folder, port) = (tempfile::tempdir().expect("a folder"), free_port());
     let (data, password) = (folder.path().join("data"), folder.path().join("password"));
     std::fs::write(&password, "geheim").expect("a password file");
+    let small = folder.path().join("small");
+    std::fs::create_dir(&small).expect("a folder");
     give_away(folder.path(), "postgres");
     let made = postgres_program("initdb")
         .args([
@@ -171,7 +219,7 @@ pub(super) fn postgres() -> Server {
         .output()
         .expect("initdb");
     assert!(made.status.success(), "{made:?}");
-    let mut command = postgres_program("postgres");
+    let mut command = postgres_beside_small_disk(&small);
     command
         .arg("-D")
         .arg(&data)
@@ -183,6 +231,8 @@ pub(super) fn postgres() -> Server {
             "unix_socket_directories=",
             "-c",
             "fsync=off",
+            "-c",
+            "max_prepared_transactions=4",
         ]);
     let server = Server::start(&mut command, port, folder);
     // It listens a moment before it lets anybody in.

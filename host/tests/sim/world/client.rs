@@ -317,6 +317,7 @@ impl Open {
             Ok(()) => "commit",
             Err(CommitError::Fenced) => "commit fenced",
             Err(CommitError::Refused(_)) => "commit refused",
+            Err(CommitError::TooLong(_)) => "commit too long",
             Err(CommitError::Unanswered(_)) => "commit unanswered",
         };
         if outcome.is_err() {

@@ -10,6 +10,7 @@ use super::super::{
     Value, Work,
 };
 use super::client::{Client, Whose};
+use super::done::Done as DoneBefore;
 use super::error::STALE_PLAN;
 use super::plans::Plan;
 use super::value::{self, Parameters};
@@ -26,6 +27,8 @@ pub(super) struct Call<'a> {
     work: Work<'a>,
     /// What has been encoded before a connection was asked for.
     first: Option<Parameters>,
+    /// Where it is noted that it was done.
+    done: Arc<DoneBefore>,
 }
 
 impl<'a> Call<'a> {
@@ -41,7 +44,13 @@ impl<'a> Call<'a> {
             Work::Query(params) | Work::Execute(params) => Some(Parameters::of(params)?),
             Work::ExecuteMany(_) => None,
         };
-        Ok(Self { text, work, first })
+        let done = database.done.clone();
+        Ok(Self {
+            text,
+            work,
+            first,
+            done,
+        })
     }
 
     /// Runs it by itself, and once more if its plan was out of date.
@@ -99,18 +108,18 @@ impl<'a> Call<'a> {
         match self.work {
             Work::Query(params) => {
                 let first = self.encoded(params)?;
-                let rows = in_time(query(client, self.text, &first)).await;
+                let rows = in_time(query(client, self.text, &first, &self.done)).await;
                 self.first = Some(first);
                 rows.map(Done::rows)
             }
             Work::Execute(params) => {
                 let first = self.encoded(params)?;
-                let affected = in_time(execute(client, self.text, &first)).await;
+                let affected = in_time(execute(client, self.text, &first, &self.done)).await;
                 self.first = Some(first);
                 affected.map(Done::affected)
             }
             Work::ExecuteMany(lists) => {
-                let affected = execute_many(client, self.text, lists).await?;
+                let affected = execute_many(client, self.text, lists, &self.done).await?;
                 Ok(Done::affected(affected))
             }
         }
@@ -147,7 +156,12 @@ impl<'a> Call<'a> {
     }
 }
 
-async fn query(client: &mut Client, text: &str, parameters: &Parameters) -> Result<Rows, Failure> {
+async fn query(
+    client: &mut Client,
+    text: &str,
+    parameters: &Parameters,
+    done: &DoneBefore,
+) -> Result<Rows, Failure> {
     let plan = client.plan(Whose::Guest, text, parameters.types()).await?;
     let mut answer = Answer {
         columns: value::names(&plan.columns),
@@ -158,15 +172,23 @@ async fn query(client: &mut Client, text: &str, parameters: &Parameters) -> Resu
             answer.push(value::row(&plan.columns, row)?)
         })
         .await?;
+    done.note(&plan);
     Ok(answer.finish())
 }
 
-async fn execute(client: &mut Client, text: &str, parameters: &Parameters) -> Result<u64, Failure> {
+async fn execute(
+    client: &mut Client,
+    text: &str,
+    parameters: &Parameters,
+    done: &DoneBefore,
+) -> Result<u64, Failure> {
     let plan = client.plan(Whose::Guest, text, parameters.types()).await?;
     let mut unasked = Unasked::default();
-    client
+    let affected = client
         .run(&plan, parameters, &mut |row| unasked.count(row))
-        .await
+        .await?;
+    done.note(&plan);
+    Ok(affected)
 }
 
 /// Rows that nobody asked for: they are counted, and have the bounds of an answer all the same.
@@ -195,6 +217,7 @@ async fn execute_many(
     client: &mut Client,
     text: &str,
     lists: &[Vec<Value>],
+    done: &DoneBefore,
 ) -> Result<u64, Failure> {
     let mut affected = 0;
     let mut unasked = Unasked::default();
@@ -229,7 +252,7 @@ async fn execute_many(
                 }
             }
             let affected = client.finish(&mut |row| unasked.count(row)).await?;
-            client.prove(&plan);
+            done.note(&plan);
             Ok(affected)
         })
         .await?;

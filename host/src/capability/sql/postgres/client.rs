@@ -5,7 +5,6 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use bytes::BufMut;
@@ -17,8 +16,9 @@ use postgres_protocol::message::backend::{
 use postgres_protocol::message::frontend;
 
 use super::super::{Error, Failure, MAX_ANSWER_BYTES, Value};
-use super::done::{self, Done};
+use super::done;
 use super::error::Spoken;
+use super::locks::Limits;
 use super::plans::{MAX_KEPT_TEXT, Plan, Plans};
 use super::value::{self, Column, Kind, Parameters};
 use super::wire::{Incoming, Wire};
@@ -56,8 +56,8 @@ pub(super) struct Client {
     pub(super) reads_only: bool,
     /// The process that serves it, as the server said at the login.
     pub(super) process: i32,
-    /// Where it is noted what guests' statements have run.
-    pub(super) done: Arc<Done>,
+    /// How long the server lets its statements take.
+    pub(super) limits: Limits,
     /// It has said that it is of no use any more.
     pub(super) is_spent: bool,
     /// When it was last at rest.
@@ -95,7 +95,7 @@ impl Client {
             in_transaction: false,
             reads_only: false,
             process,
-            done: Arc::default(),
+            limits: Limits::default(),
             is_spent: false,
             idle_since: Instant::now(),
         }
@@ -201,11 +201,10 @@ impl Client {
             };
             columns.push(Column { name, kind });
         }
-        let plan = Plan::new(name, columns);
-        if whose == Whose::Guest {
-            plan.unproven.store(done::hash(text), Ordering::Relaxed);
-        }
-        let plan = Arc::new(plan);
+        let plan = Arc::new(match whose {
+            Whose::Guest => Plan::of_guest(name, columns, done::hash(text)),
+            Whose::Host => Plan::new(name, columns),
+        });
         if keep {
             self.plans(whose).insert(text, types, plan.clone());
         }
@@ -230,16 +229,7 @@ impl Client {
         take: Take<'_>,
     ) -> Result<u64, Failure> {
         self.queue(plan, parameters)?;
-        let affected = self.finish(take).await?;
-        self.prove(plan);
-        Ok(affected)
-    }
-
-    /// The plan's statement has run.
-    pub(super) fn prove(&self, plan: &Plan) {
-        if plan.unproven.load(Ordering::Relaxed) != 0 {
-            self.done.add(plan.unproven.swap(0, Ordering::Relaxed));
-        }
+        self.finish(take).await
     }
 
     /// The rows of a statement of the host's own, which may be large.
@@ -383,9 +373,7 @@ impl Client {
 
     async fn farewell(&mut self) -> Option<Failure> {
         match self.wire.next().await {
-            Ok(Incoming::Message(Message::ErrorResponse(body))) => {
-                Some(Spoken::read(&body).failure())
-            }
+            Ok(Incoming::Message(Message::ErrorResponse(body))) => Some(self.hear(&body).failure()),
             _ => None,
         }
     }

@@ -1,30 +1,95 @@
-//! Statements that a database has run for this host: what it refuses of them later, it is not what it was.
+//! Statements that a database has run for a stage: what it refuses of them later, it is not what it was.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Texts that are remembered. Of more, the rest is taken for new.
-const MAX_TEXTS: usize = 10_000;
+use super::plans::Plan;
+use crate::sync::lock;
 
-/// Their texts, by hash.
-#[derive(Default)]
-pub(super) struct Done(Mutex<HashSet<u64>>);
+/// Texts of one stage that are remembered of those that were run once on a connection, and of those that were run again: a stage
+/// that makes its texts up fills the former with them, and does not lose the others for it. Of each, what was noted first is
+/// forgotten first.
+const MAX_TEXTS: usize = 2_000;
+
+/// Runs of a text on one connection that are noted; from then on, it costs a look.
+const NOTED_RUNS: u64 = 2;
+
+/// The texts of one stage's statements, by hash.
+#[derive(Debug)]
+pub(super) struct Done {
+    /// Tells the stage from others that run the same statement on the same connection.
+    stage: u64,
+    texts: Mutex<Texts>,
+}
+
+#[derive(Debug, Default)]
+struct Texts {
+    once: Recent,
+    again: Recent,
+}
 
 impl Done {
-    pub(super) fn add(&self, hash: u64) {
-        let mut hashes = self.hashes();
-        if hashes.len() < MAX_TEXTS {
-            hashes.insert(hash);
+    pub(super) fn new() -> Self {
+        static STAGES: AtomicU64 = AtomicU64::new(1);
+        Self {
+            stage: STAGES.fetch_add(1, Ordering::Relaxed),
+            texts: Mutex::default(),
         }
     }
 
-    pub(super) fn contains(&self, text: &str) -> bool {
-        self.hashes().contains(&hash(text))
+    /// The plan's statement has run.
+    pub(super) fn note(&self, plan: &Plan) {
+        let noted = plan.noted.load(Ordering::Relaxed);
+        let (stage, runs) = (noted / (NOTED_RUNS + 1), noted % (NOTED_RUNS + 1));
+        let runs = if stage == self.stage { runs } else { 0 };
+        if runs == NOTED_RUNS {
+            return;
+        }
+        lock(&self.texts).add(plan.text, runs > 0);
+        let noted = self.stage * (NOTED_RUNS + 1) + runs + 1;
+        plan.noted.store(noted, Ordering::Relaxed);
     }
 
-    fn hashes(&self) -> MutexGuard<'_, HashSet<u64>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn contains(&self, text: &str) -> bool {
+        let hash = hash(text);
+        let texts = lock(&self.texts);
+        texts.again.contains(hash) || texts.once.contains(hash)
+    }
+}
+
+impl Texts {
+    fn add(&mut self, hash: u64, again: bool) {
+        match again || self.again.contains(hash) {
+            true => self.again.add(hash),
+            false => self.once.add(hash),
+        }
+    }
+}
+
+/// The newest of what was added.
+#[derive(Debug, Default)]
+struct Recent {
+    known: HashSet<u64>,
+    order: VecDeque<u64>,
+}
+
+impl Recent {
+    fn contains(&self, hash: u64) -> bool {
+        self.known.contains(&hash)
+    }
+
+    fn add(&mut self, hash: u64) {
+        if !self.known.insert(hash) {
+            self.order.retain(|known| *known != hash);
+        }
+        self.order.push_back(hash);
+        if self.order.len() > MAX_TEXTS
+            && let Some(first) = self.order.pop_front()
+        {
+            self.known.remove(&first);
+        }
     }
 }
 
@@ -32,4 +97,32 @@ pub(super) fn hash(text: &str) -> u64 {
     let mut hasher = DefaultHasher::new();
     text.hash(&mut hasher);
     hasher.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan(text: &str) -> Plan {
+        Plan::of_guest(String::new(), Vec::new(), hash(text))
+    }
+
+    #[test]
+    fn texts_that_a_stage_makes_up_push_out_neither_its_others_nor_another_stages() {
+        let (makes_up, other) = (Done::new(), Done::new());
+        let shared = plan("shared");
+        makes_up.note(&shared);
+        makes_up.note(&shared);
+        other.note(&shared);
+        for n in 0..MAX_TEXTS * 2 {
+            makes_up.note(&plan(&n.to_string()));
+        }
+        assert!(makes_up.contains("shared") && other.contains("shared"));
+        assert!(makes_up.contains(&(MAX_TEXTS * 2 - 1).to_string()));
+        assert!(!makes_up.contains("0") && !other.contains("1"));
+        assert!(!makes_up.contains(&(MAX_TEXTS - 1).to_string()));
+        let texts = lock(&makes_up.texts);
+        assert_eq!(texts.once.order.len(), MAX_TEXTS);
+        assert_eq!(texts.once.known.len(), MAX_TEXTS);
+    }
 }

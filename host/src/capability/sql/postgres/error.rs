@@ -5,7 +5,7 @@ use postgres_protocol::message::backend::ErrorResponseBody;
 use sqlx::postgres::PgDatabaseError;
 
 use super::super::{
-    DatabaseError, Error, Failure, IN_THE_WAY, StoreError, out_of_time, transport_error,
+    CANCELED, DatabaseError, ENDED, Error, Failure, IN_THE_WAY, LOCKED, StoreError, transport_error,
 };
 use super::server::LoginError;
 use crate::capability::Concern;
@@ -14,6 +14,14 @@ use crate::capability::Concern;
 pub(super) const STALE_PLAN: &str = "a table was altered after the statement had been prepared";
 /// By `statement_timeout`, or by somebody who found that it took too long.
 const QUERY_CANCELED: &str = "57014";
+/// By `lock_timeout`, or for `NOWAIT`.
+const LOCK_NOT_AVAILABLE: &str = "55P03";
+/// By `idle_in_transaction_session_timeout`.
+const IDLE_IN_TRANSACTION: &str = "25P03";
+/// By `transaction_timeout`, which version 17 has.
+const TRANSACTION_TIMEOUT: &str = "25P04";
+/// By `idle_session_timeout`.
+const IDLE_SESSION: &str = "57P05";
 /// What a database says that is a replica, or was made read-only. Also what a stage is told that may only read.
 pub(super) const READ_ONLY: &str = "25006";
 /// What PgBouncer says of what a client asks for at its login.
@@ -29,6 +37,8 @@ pub(super) struct Spoken {
     pub(super) message: String,
     constraint: Option<String>,
     routine: Option<String>,
+    /// It is of the server's work on its files.
+    is_of_files: bool,
 }
 
 impl Spoken {
@@ -45,6 +55,7 @@ impl Spoken {
                 b'M' => spoken.message = text,
                 b'n' => spoken.constraint = Some(text),
                 b'R' => spoken.routine = Some(text),
+                b'F' => spoken.is_of_files = is_of_files(&text),
                 _ => {}
             }
         }
@@ -59,6 +70,7 @@ impl Spoken {
             message: error.message().to_owned(),
             constraint: error.constraint().map(str::to_owned),
             routine: error.routine().map(str::to_owned),
+            is_of_files: error.file().is_some_and(is_of_files),
         }
     }
 
@@ -67,8 +79,14 @@ impl Spoken {
         if self.routine.as_deref() == Some("RevalidateCachedQuery") {
             return Error::Unavailable(STALE_PLAN.to_owned());
         }
-        if self.code == QUERY_CANCELED {
-            return out_of_time();
+        match self.code.as_str() {
+            // Whether it was for its time, who has watched it knows.
+            QUERY_CANCELED => {
+                return Error::Unavailable(format!("{CANCELED}{}", self.message));
+            }
+            LOCK_NOT_AVAILABLE => return Error::Unavailable(format!("{LOCKED}{}", self.message)),
+            _ if self.is_of_storage() => return Error::Unavailable(self.message),
+            _ => {}
         }
         match concern(&self.code) {
             // Whose doing it is, depends on who asked.
@@ -85,6 +103,12 @@ impl Spoken {
         })
     }
 
+    /// Whether it is a system's error at the server's files that has no code of its own there: a quota that is used up, or a
+    /// file system that became read-only, which it calls a want of privileges.
+    fn is_of_storage(&self) -> bool {
+        self.is_of_files && matches!(self.code.as_str(), "XX000" | "42501")
+    }
+
     fn is_about_login(&self) -> bool {
         self.code.starts_with("28") || self.code == "3D000" || self.code == "42501"
     }
@@ -96,13 +120,24 @@ impl Spoken {
         const OTHERS_PLAN: &str = "42P05";
         matches!(
             self.code.as_str(),
-            READ_ONLY | UNKNOWN_PLAN | OTHERS_PLAN | "57P01" | "57P02" | "57P03"
+            READ_ONLY | UNKNOWN_PLAN | OTHERS_PLAN | IDLE_SESSION | "57P01" | "57P02" | "57P03"
         )
     }
 
     /// What is known of the connection after it.
     pub(super) fn failure(self) -> Failure {
         const SERIALIZATION_FAILURE: &str = "40001";
+        let limit = match self.code.as_str() {
+            IDLE_IN_TRANSACTION => Some("idle_in_transaction_session_timeout"),
+            TRANSACTION_TIMEOUT => Some("transaction_timeout"),
+            _ => None,
+        };
+        if let Some(limit) = limit {
+            let said = self.message;
+            return Failure::Lost(Error::Unavailable(format!(
+                "{ENDED}{said} ({limit} of the role or the database)"
+            )));
+        }
         // The server closes the connection after it.
         if matches!(self.severity.as_str(), "FATAL" | "PANIC") {
             return Failure::Lost(Error::Unavailable(self.message));
@@ -113,6 +148,11 @@ impl Spoken {
             (false, error) => Failure::Statement(error),
         }
     }
+}
+
+/// Whether the server's work on its files is in this file of its source.
+fn is_of_files(source: &str) -> bool {
+    matches!(source, "md.c" | "fd.c" | "slru.c" | "xlog.c" | "copydir.c")
 }
 
 fn words(bytes: &[u8]) -> String {
@@ -219,6 +259,39 @@ mod tests {
         ] {
             for code in codes.split_whitespace() {
                 assert_eq!(concern(code), expected, "{code}");
+            }
+        }
+    }
+
+    #[test]
+    fn errors_at_the_servers_files_speak_of_the_store_and_its_limits_of_time() {
+        let spoken = |code: &str, file: &str| Spoken {
+            code: code.to_owned(),
+            message: "words".to_owned(),
+            is_of_files: is_of_files(file),
+            ..Spoken::default()
+        };
+        for (code, file) in [("XX000", "md.c"), ("42501", "fd.c"), ("53100", "md.c")] {
+            let error = spoken(code, file).error();
+            assert_eq!(error, Error::Unavailable("words".into()), "{code} {file}");
+        }
+        for (code, file) in [
+            ("XX000", "relcache.c"),
+            ("42501", "aclchk.c"),
+            ("53400", "fd.c"),
+        ] {
+            let error = spoken(code, file).error();
+            assert!(matches!(error, Error::Database(_)), "{code} {file}");
+        }
+        for (code, limit) in [
+            ("25P03", "idle_in_transaction_session_timeout"),
+            ("25P04", "transaction_timeout"),
+        ] {
+            match spoken(code, "postgres.c").failure() {
+                Failure::Lost(Error::Unavailable(why)) => {
+                    assert!(why.starts_with(ENDED) && why.contains(limit), "{why}");
+                }
+                other => panic!("{code}: {other:?}"),
             }
         }
     }

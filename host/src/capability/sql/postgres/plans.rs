@@ -18,17 +18,25 @@ pub(super) struct Plan {
     /// Empty for one that is not kept.
     pub(super) name: String,
     pub(super) columns: Vec<Column>,
-    /// Of the text, where it is a guest's that has not run yet on this connection; else 0.
-    pub(super) unproven: AtomicU64,
+    /// The hash of its text, where it is a guest's.
+    pub(super) text: u64,
+    /// For which stage it is noted that it has run, and how often.
+    pub(super) noted: AtomicU64,
 }
 
 impl Plan {
     /// A plan of the host's own.
     pub(super) fn new(name: String, columns: Vec<Column>) -> Self {
+        Self::of_guest(name, columns, 0)
+    }
+
+    /// A plan of a guest's statement, whose text has this hash.
+    pub(super) fn of_guest(name: String, columns: Vec<Column>, text: u64) -> Self {
         Self {
             name,
             columns,
-            unproven: AtomicU64::new(0),
+            text,
+            noted: AtomicU64::new(0),
         }
     }
 }

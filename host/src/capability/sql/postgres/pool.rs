@@ -1,14 +1,16 @@
 //! Sessions on loan.
 
 use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tracing::warn;
 
 use super::super::{ACQUIRE_TIMEOUT, Error, StoreError};
 use super::client::Client;
-use super::done::Done;
+use super::locks::Limits;
 use super::server::Server;
 use super::{Settings, in_time};
 
@@ -27,7 +29,8 @@ struct Inner {
     size: u32,
     places: Arc<Semaphore>,
     idle: Mutex<Vec<Session>>,
-    done: Arc<Done>,
+    /// It was said that the server ends transactions before stages do.
+    was_warned: AtomicBool,
     /// Why no session could be made, when that was tried last.
     unmade: Mutex<Option<String>>,
 }
@@ -54,18 +57,13 @@ impl Pool {
             size,
             places: Arc::new(Semaphore::new(size as usize)),
             idle: Mutex::default(),
-            done: Arc::default(),
+            was_warned: AtomicBool::new(false),
             unmade: Mutex::default(),
         }))
     }
 
     pub(super) fn server(&self) -> &Server {
         &self.0.server
-    }
-
-    /// What the statements of its sessions' guests have been.
-    pub(super) fn done(&self) -> &Done {
-        &self.0.done
     }
 
     pub(super) async fn take(&self) -> Result<Lease, Error> {
@@ -127,11 +125,25 @@ impl Pool {
                 Error::Unavailable(format!("{}: {why}", self.0.server.place()))
             }
         })?;
-        client.done = self.0.done.clone();
         let applied = self.0.settings.apply(&mut client).await;
         applied.map_err(super::Failure::into_error)?;
+        self.warn_of(client.limits);
         let made = Instant::now();
         Ok(Session { client, made })
+    }
+
+    /// Once: what is too short shows only when a stage takes its time.
+    fn warn_of(&self, Limits { idle, .. }: Limits) {
+        let pause = self.0.settings.pause.unwrap_or_default();
+        if idle.is_zero() || idle >= pause || self.0.was_warned.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        warn!(
+            "{}: idle_in_transaction_session_timeout is {}, and a stage may take {} between two statements: set it higher              for the role or the database, or the stage's `limits.deadline` lower",
+            self.0.server.place(),
+            humantime::format_duration(idle),
+            humantime::format_duration(pause),
+        );
     }
 
     fn unmade(&self) -> std::sync::MutexGuard<'_, Option<String>> {

@@ -1,10 +1,15 @@
 //! Whether a database does what it did not do, and what a refusal says of it.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
+use std::time::Duration;
 
-use super::super::{Action, Error, Failure, Refusal, SqlAccess, StoreError, Value, WAS_DONE, Work};
+use super::super::{
+    Action, CANCELED, ENDED, Error, Failure, LOCKED, Refusal, SqlAccess, StoreError, Value,
+    WAS_DONE, Work, out_of, out_of_time,
+};
 use super::client::Whose;
 use super::error::{READ_ONLY, concern};
+use super::locks::Ended;
 use super::value::Parameters;
 use super::{Postgres, in_time};
 use crate::capability::Concern;
@@ -12,6 +17,8 @@ use crate::capability::Concern;
 /// Bytes that are written to see whether something can be, random so that they take as much room as they are: more than fits
 /// into the pages that a table has.
 const PROBE_BYTES: usize = 16 * 1024;
+/// How far the host's measure of a statement's time may be below the server's.
+const CLOCKS: Duration = Duration::from_millis(50);
 /// Rows of a table that is made for it, which are as much.
 const PROBE_ROWS: usize = 500;
 
@@ -30,6 +37,40 @@ fn of_store(error: Error) -> Error {
     }
 }
 
+/// What it says that a statement or its transaction was ended for its time, by the server or the host: of who waited for a lock of
+/// somebody else's, that this one has it; of who did not, that it is slow.
+fn of_time(why: &str, ended: Ended, access: SqlAccess) -> Option<Refusal> {
+    let Ended { wait, took, limits } = ended;
+    if why.starts_with(ENDED) {
+        return Some(Refusal::slow(Error::Unavailable(why.to_owned())));
+    }
+    let (is_locked, is_cancelled) = (why.starts_with(LOCKED), why.starts_with(CANCELED));
+    let is_late = Error::Unavailable(why.to_owned()) == out_of_time();
+    if !(is_locked || is_cancelled || is_late) {
+        return None;
+    }
+    if let Some(words) = wait.words() {
+        return Some(Refusal::away(words, Action::Lock(wait)));
+    }
+    if is_locked {
+        // It was too quick to see whose.
+        wait.set_seen();
+        return Some(Refusal::away(why.to_owned(), Action::Lock(wait)));
+    }
+    if is_late {
+        return Some(Refusal::slow(out_of_time()));
+    }
+    let limit = limits.statement;
+    Some(match !limit.is_zero() && took + CLOCKS >= limit {
+        true => Refusal::slow(out_of(limit)),
+        // By an administrator, say. One does it once, and one that does it whenever the message comes has its reasons.
+        false => Refusal::of(
+            Error::Unavailable(format!("somebody ended it after {took:.1?}: {why}")),
+            access,
+        ),
+    })
+}
+
 impl Postgres {
     /// What the failure of a guest's statement says of the database.
     pub(super) fn judge(
@@ -37,10 +78,15 @@ impl Postgres {
         access: SqlAccess,
         text: &str,
         work: Work<'_>,
-        error: Error,
+        (error, ended): (Error, Option<Ended>),
     ) -> Refusal {
-        let Error::Database(said) = &error else {
-            return Refusal::of(error, access);
+        let said = match (&error, ended) {
+            (Error::Database(said), _) => said,
+            (Error::Unavailable(why), Some(ended)) => {
+                let of_time = of_time(why, ended, access);
+                return of_time.unwrap_or_else(|| Refusal::of(error, access));
+            }
+            _ => return Refusal::of(error, access),
         };
         let code = said.sqlstate.as_deref().unwrap_or_default();
         if code == READ_ONLY {
@@ -57,52 +103,11 @@ impl Postgres {
         }
         // Who makes and drops tables knows what is there.
         let is_known = code == "42501" || access != SqlAccess::DataDefinition;
-        if concern(code) == Concern::Standing && is_known && self.pool.done().contains(text) {
-            return Refusal {
-                error: Error::Unavailable(format!("{WAS_DONE}{}", said.message)),
-                away: Some(Action::Statement(text.into(), work.example().into())),
-            };
+        if concern(code) == Concern::Standing && is_known && self.done.contains(text) {
+            let statement = Action::Statement(text.into(), work.example().into());
+            return Refusal::away(format!("{WAS_DONE}{}", said.message), statement);
         }
         Refusal::of(error, access)
-    }
-
-    /// Sees whether the database answers, and whether somebody else's transaction holds what this host's sessions wait for: then
-    /// it is waited for, and not each message's time for nothing. Sessions of hosts are in each other's way now and then.
-    pub(in super::super) async fn probe_locks(&self, access: SqlAccess) -> Result<(), Error> {
-        let before = self.locks().clone();
-        let known: Vec<_> = before.iter().map(|lock| format!("'{lock}'")).collect();
-        let known = match known.is_empty() {
-            true => "''".to_owned(),
-            false => known.join(", "),
-        };
-        let ask = format!(
-            "WITH blocking AS (SELECT DISTINCT pg_catalog.unnest(pg_catalog.pg_blocking_pids(pid)) AS pid \
-             FROM pg_catalog.pg_stat_activity WHERE usename = current_user AND datname = current_database() \
-             AND application_name = pg_catalog.current_setting('application_name') AND wait_event_type = 'Lock') \
-             SELECT pg_catalog.string_agg(DISTINCT l.virtualtransaction || ' ' || l.pid, ',') \
-             FROM pg_catalog.pg_locks AS l LEFT JOIN pg_catalog.pg_stat_activity AS o ON o.pid = l.pid \
-             WHERE l.granted AND (l.virtualtransaction IN ({known}) OR l.pid IN (SELECT pid FROM blocking) \
-             AND coalesce(o.application_name, '') <> pg_catalog.current_setting('application_name'))"
-        );
-        let mut lease = self.take(access).await?;
-        let held = in_time(lease.look(&ask)).await;
-        let held = held.map_err(Failure::into_error)?.unwrap_or_default();
-        let (locks, processes): (Vec<_>, Vec<_>) = held
-            .split(',')
-            .filter_map(|lock| lock.split_once(' '))
-            .unzip();
-        *self.locks() = locks.into_iter().map(str::to_owned).collect();
-        if processes.is_empty() {
-            return Ok(());
-        }
-        Err(Error::Unavailable(format!(
-            "statements wait for a lock that another session has (process {}): end its transaction",
-            processes.join(", ")
-        )))
-    }
-
-    fn locks(&self) -> std::sync::MutexGuard<'_, Vec<String>> {
-        self.locks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Writes as a stage would, and as the host does where it keeps progress, and takes it back.

@@ -9,11 +9,12 @@ use sqlx::migrate::Migrator;
 use super::super::ledger::{self, Own, POSTGRES, Statements, TABLE};
 use super::super::migrate::{self, TIMEOUT};
 use super::super::transaction::{unanswered, words};
-use super::super::{Error, Failure, IN_THE_WAY, StoreError, Value};
+use super::super::{CANCELED, Error, Failure, IN_THE_WAY, Sight, StoreError, Value, out_of_time};
 use super::call::forget_plans;
 use super::client::Client;
 use super::error::{STALE_PLAN, error_of};
 use super::guests::{self, FENCED, Secret, UNKNOWN_SECRET};
+use super::locks::Watched;
 use super::value::Parameters;
 use super::{Postgres, in_time, migrating};
 use crate::delivery::progress::{Checkpoint, Claim, Commit, CommitError, LaneId};
@@ -27,11 +28,6 @@ const DIVISION_BY_ZERO: &str = "22012";
 
 /// How long a claim waits for who has the row.
 const ROW_PATIENCE: Duration = Duration::from_secs(5);
-/// Sessions that are no host's and have rows of the table.
-const WHO_HAS_ROWS: &str = "SELECT pg_catalog.string_agg(DISTINCT l.pid::text, ', ') FROM pg_catalog.pg_locks AS l \
-                            JOIN pg_catalog.pg_stat_activity AS o ON o.pid = l.pid \
-                            WHERE l.relation = to_regclass('stagehost_progress') AND l.granted \
-                            AND o.application_name <> pg_catalog.current_setting('application_name')";
 
 /// Where the table is, and what may be done with it.
 struct Found {
@@ -80,7 +76,7 @@ impl Postgres {
             }
         };
         let mut lease = self.take_own().await?;
-        let rows = match claim_in_time(&mut lease, text, &parameters).await {
+        let rows = match self.claim_in_time(&mut lease, text, &parameters).await {
             Ok(rows) => rows,
             Err(error) => {
                 if matches!(&error, Error::Unavailable(why) if why == STALE_PLAN) {
@@ -146,6 +142,45 @@ impl Postgres {
         }
     }
 
+    /// Claims, not waiting longer for who has the row than a commit of another host takes: whoever keeps it is named.
+    async fn claim_in_time(
+        &self,
+        client: &mut Client,
+        text: &str,
+        parameters: &Parameters,
+    ) -> Result<Vec<Vec<Value>>, Error> {
+        let begin = format!(
+            "BEGIN; SET LOCAL lock_timeout = '{}ms'",
+            ROW_PATIENCE.as_millis()
+        );
+        let begun = in_time(client.command(&begin)).await;
+        begun.map_err(Failure::into_error)?;
+        let (watched, sight) = (Watched::of(client), Sight::default());
+        let claiming = in_time(client.ask(text, parameters));
+        let (claimed, waited) = self.watched(watched, &sight, claiming).await;
+        let end = match claimed {
+            Ok(_) => "COMMIT",
+            Err(_) => "ROLLBACK",
+        };
+        let ended = in_time(client.command(end)).await;
+        let error = match (claimed, ended) {
+            (Ok(rows), Ok(())) => return Ok(rows),
+            (Err(failure), _) | (Ok(_), Err(failure)) => failure.into_error(),
+        };
+        let Error::Unavailable(why) = &error else {
+            return Err(error);
+        };
+        let is_locked = why.starts_with(IN_THE_WAY);
+        let who = match waited.wait.who() {
+            Some(who) if is_locked || why.starts_with(CANCELED) || error == out_of_time() => who,
+            None if is_locked => "end its transaction".to_owned(),
+            _ => return Err(error),
+        };
+        Err(Error::Unavailable(format!(
+            "another session keeps the lane's row in {TABLE} locked: {who}"
+        )))
+    }
+
     fn statements(&self) -> &Statements {
         self.progress.get_or_init(|| Statements::of(TABLE))
     }
@@ -160,40 +195,6 @@ impl Postgres {
             }
             _ => Ok(()),
         }
-    }
-}
-
-/// Claims, not waiting longer for who has the row than a commit of another host takes: whoever keeps it is named.
-async fn claim_in_time(
-    client: &mut Client,
-    text: &str,
-    parameters: &Parameters,
-) -> Result<Vec<Vec<Value>>, Error> {
-    let begin = format!(
-        "BEGIN; SET LOCAL lock_timeout = '{}ms'",
-        ROW_PATIENCE.as_millis()
-    );
-    let begun = in_time(client.command(&begin)).await;
-    begun.map_err(Failure::into_error)?;
-    let claimed = in_time(client.ask(text, parameters)).await;
-    let end = match claimed {
-        Ok(_) => "COMMIT",
-        Err(_) => "ROLLBACK",
-    };
-    let ended = in_time(client.command(end)).await;
-    let error = match (claimed, ended) {
-        (Ok(rows), Ok(())) => return Ok(rows),
-        (Err(failure), _) | (Ok(_), Err(failure)) => failure.into_error(),
-    };
-    match error {
-        Error::Unavailable(why) if why.starts_with(IN_THE_WAY) => {
-            let who = in_time(client.look(WHO_HAS_ROWS)).await.ok().flatten();
-            let who = who.map_or(String::new(), |who| format!(" (process {who})"));
-            Err(Error::Unavailable(format!(
-                "another session{who} keeps the lane's row in {TABLE} locked: end its transaction"
-            )))
-        }
-        error => Err(error),
     }
 }
 

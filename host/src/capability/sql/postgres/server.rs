@@ -32,6 +32,7 @@ const MAX_GREETING_BYTES: usize = 64 * 1024;
 const PEM: &str = "-----BEGIN";
 
 /// Where a database is, and who logs in there.
+#[derive(Clone)]
 pub(super) struct Server {
     /// As the URL, the environment and the password file say it.
     options: PgConnectOptions,

@@ -1,8 +1,9 @@
 //! A connection with an open transaction.
 
 use super::super::transaction::{Fate, Outcome, unanswered};
-use super::super::{Done, Error, Failure, STATEMENT_SAVEPOINT, SqlAccess, Work};
+use super::super::{Done, Error, Failure, STATEMENT_SAVEPOINT, Sight, SqlAccess, Work};
 use super::call::{Call, command, forget_plans};
+use super::locks::Watched;
 use super::pool::Lease;
 use super::{Postgres, set_access};
 use crate::delivery::progress::{Commit, CommitError, Mode};
@@ -99,17 +100,20 @@ impl Session {
         mode: Mode,
         text: &str,
         work: Work<'_>,
+        sight: &Sight,
     ) -> Outcome {
         let mut call = match Call::new(&self.database, self.access, text, work) {
             Ok(call) => call,
             Err(error) => return Outcome::untouched(error),
         };
-        let outcome = self.begin_and_run(mode, &mut call).await;
+        let (database, watched) = (self.database.clone(), Watched::of(&self.lease));
+        let run = self.begin_and_run(mode, &mut call);
+        let (outcome, ended) = database.watched(watched, sight, run).await;
         if self.access == SqlAccess::ReadOnly {
             // It was the host that said so.
             self.lease.is_spent = false;
         }
-        outcome.judged(|error| self.database.judge(self.access, text, work, error))
+        outcome.judged(|error| database.judge(self.access, text, work, (error, Some(ended))))
     }
 
     async fn begin_and_run(&mut self, mode: Mode, call: &mut Call<'_>) -> Outcome {

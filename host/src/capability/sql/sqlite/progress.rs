@@ -106,7 +106,7 @@ fn claim(
         topic,
         partition,
     } = lane;
-    let read = |row: &rusqlite::Row<'_>| {
+    let read = |row: &rusqlite::Row<'_>| -> rusqlite::Result<Claim> {
         Ok(Claim {
             epoch: row.get(0)?,
             generation: row.get(1)?,
@@ -129,7 +129,10 @@ fn claim(
     let key: &[&dyn ToSql] = &[&&**group, &&**topic, partition];
     bind(&mut statement, &[key, more].concat())?;
     let mut rows = statement.raw_query();
-    rows.next()?.map(read).transpose()
+    let claimed = rows.next()?.map(read).transpose()?;
+    // What the row says is so only once the statement is through: with its end it is committed, or is not, on a full disk say.
+    while rows.next()?.is_some() {}
+    Ok(claimed)
 }
 
 /// Writes the lane's new state; answers whether the epoch still is the commit's.

@@ -1,0 +1,91 @@
+//! What a statement that runs waits for, as far as somebody has looked: once it is given up, nobody can tell any more.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use crate::sync::lock;
+
+/// Locks that others have, and that a statement waits for.
+#[derive(Debug)]
+pub struct LockWait {
+    /// Who runs the statement, as the database names its sessions.
+    pub(super) process: i32,
+    held: Mutex<Vec<HeldLock>>,
+    was_seen: AtomicBool,
+}
+
+/// A lock of somebody who is no host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct HeldLock {
+    /// Which lock, and whose: both are gone when it is.
+    pub(super) key: String,
+    /// Who has which lock since when, and how it ends.
+    pub(super) words: String,
+}
+
+impl LockWait {
+    pub(super) fn of(process: i32) -> Self {
+        Self {
+            process,
+            held: Mutex::default(),
+            was_seen: AtomicBool::new(false),
+        }
+    }
+
+    /// Whether it has waited for a lock, as far as that is known; else it may have been slow.
+    pub fn was_seen(&self) -> bool {
+        self.was_seen.load(Ordering::Relaxed)
+    }
+
+    /// The database said so.
+    pub(super) fn set_seen(&self) {
+        self.was_seen.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn held(&self) -> Vec<HeldLock> {
+        lock(&self.held).clone()
+    }
+
+    pub(super) fn set_held(&self, held: Vec<HeldLock>) {
+        if !held.is_empty() {
+            self.set_seen();
+        }
+        *lock(&self.held) = held;
+    }
+
+    /// What it waits for, where it is known to wait for anybody.
+    pub fn words(&self) -> Option<String> {
+        let who = self.who()?;
+        Some(format!(
+            "statements wait for a lock that another session has: {who}"
+        ))
+    }
+
+    /// Who has what it waits for.
+    pub(super) fn who(&self) -> Option<String> {
+        let held = lock(&self.held);
+        let words: Vec<_> = held.iter().map(|held| held.words.as_str()).collect();
+        (!words.is_empty()).then(|| words.join("; "))
+    }
+}
+
+/// Where the wait of a statement is noted while it runs: who has given up on it finds it here.
+#[derive(Debug, Default)]
+pub struct Sight(Mutex<Option<Arc<LockWait>>>);
+
+impl Sight {
+    pub(super) fn begin(&self, process: i32) -> Arc<LockWait> {
+        let wait = Arc::new(LockWait::of(process));
+        *lock(&self.0) = Some(wait.clone());
+        wait
+    }
+
+    pub(super) fn end(&self) {
+        *lock(&self.0) = None;
+    }
+
+    /// Of the statement that was given up last.
+    pub fn take(&self) -> Option<Arc<LockWait>> {
+        lock(&self.0).take()
+    }
+}
