@@ -306,6 +306,10 @@ where
                 tenure.outbox.forget_done();
                 return Ok(halt);
             }
+            if !is_compared {
+                // The partition is to be given up. Nor may the row be the newest, of which the group's commit alone tells.
+                tenure.outbox.forget_done();
+            }
             let gap = loop {
                 match self.next(tenure).await? {
                     Ok(Some(records)) => {

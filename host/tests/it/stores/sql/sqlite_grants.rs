@@ -319,7 +319,7 @@ async fn a_guest_that_sends_the_hosts_text_does_not_get_its_statement() {
     let database = Database::connect(&place.url, None, 2, None).await;
     let database = database.expect("a database");
     let mut owner = Owner::new(&database).await;
-    let params = vec![Int64(1); 9];
+    let params = vec![Int64(1); 10];
     for round in 0..3 {
         for mode in [Mode::Optimistic, Mode::Careful, Mode::Exclusive] {
             let transaction = owner.begin(mode).await;
