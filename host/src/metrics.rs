@@ -61,6 +61,7 @@ pub struct Metrics {
     lanes_waiting: Family<WaitingLabels, Gauge>,
     dead_letters_cut: Family<StageLabels, Counter>,
     calls_repeated: Family<StageLabels, Counter>,
+    rows_lost: Family<StageLabels, Counter>,
     log_lines_dropped: DroppedLines,
 }
 
@@ -94,6 +95,7 @@ impl Default for Metrics {
             lanes_waiting: Family::default(),
             dead_letters_cut: Family::default(),
             calls_repeated: Family::default(),
+            rows_lost: Family::default(),
             log_lines_dropped: DroppedLines::default(),
         };
         metrics.register();
@@ -191,6 +193,11 @@ impl Metrics {
             self.calls_repeated.clone(),
         );
         registry.register(
+            "stagehost_rows_lost",
+            "Times that a lane's row of progress was an older one, another's, or gone: its database was restored or emptied",
+            self.rows_lost.clone(),
+        );
+        registry.register(
             "stagehost_log_lines_dropped",
             "Lines that are missing in the log",
             self.log_lines_dropped.0.clone(),
@@ -222,6 +229,7 @@ impl Metrics {
             gap_records: self.gap_records.get_or_create_owned(&labels),
             calls_repeated: self.calls_repeated.get_or_create_owned(&labels),
             dead_letters_cut: self.dead_letters_cut.get_or_create_owned(&labels),
+            rows_lost: self.rows_lost.get_or_create_owned(&labels),
             stage,
         }
     }
@@ -359,6 +367,7 @@ pub struct StageMetrics {
     gap_records: Counter,
     calls_repeated: Counter,
     dead_letters_cut: Counter,
+    rows_lost: Counter,
 }
 
 impl StageMetrics {
@@ -404,6 +413,11 @@ impl StageMetrics {
     /// A call was made again on a new instance.
     pub fn call_repeated(&self) {
         self.calls_repeated.inc();
+    }
+
+    /// A lane's row was an older one, another's, or gone.
+    pub fn row_lost(&self) {
+        self.rows_lost.inc();
     }
 
     /// A dead letter was changed, since the log had refused it.
@@ -578,6 +592,7 @@ mod tests {
         metrics.set_lanes(&[stopped]);
         stage.dead_letter_cut();
         stage.call_repeated();
+        stage.row_lost();
         metrics.log_lines_dropped().over_budget("publisher", 12_345);
 
         let text = metrics.encode().unwrap();
@@ -602,6 +617,7 @@ mod tests {
             r#"stagehost_lanes_waiting{stage="publisher",for="store"} 0"#,
             r#"stagehost_dead_letters_cut_total{stage="publisher"} 1"#,
             r#"stagehost_calls_repeated_total{stage="publisher"} 1"#,
+            r#"stagehost_rows_lost_total{stage="publisher"} 1"#,
             r#"stagehost_log_lines_dropped_total{stage="publisher",reason="budget"} 12345"#,
         ] {
             check(&text, line);

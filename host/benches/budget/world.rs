@@ -186,6 +186,10 @@ impl Ledger for Database {
         self.claim(lane).await.map(Some)
     }
 
+    async fn look(&self, lane: &LaneId) -> Result<Option<Claim>, StoreError> {
+        self.claim(lane).await.map(Some)
+    }
+
     async fn raise(&self, lane: &LaneId, _: i64, _: i64) -> Result<Option<Claim>, StoreError> {
         self.claim(lane).await.map(Some)
     }

@@ -2,7 +2,8 @@
 //!
 //! A lane's row is owned by whoever raised its epoch last. [`Ledger::claim`] raises it; a commit
 //! succeeds for the epoch that it was claimed with and no other, so that a host that was away, and comes back
-//! with a transaction half done, can't commit it.
+//! with a transaction half done, can't commit it. And it follows the commit before it, of the same generation, so that a
+//! database that is another one than it was, such as an older copy, is noticed by the first commit that meets it.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -54,7 +55,9 @@ pub struct Commit<'a> {
     pub lane: &'a LaneId,
     /// The epoch that the lane was claimed with.
     pub epoch: i64,
-    /// One more than at the commit before.
+    /// The generation that the lane's row has.
+    pub generation: i64,
+    /// One more than the row has.
     pub commits: i64,
     /// The new state.
     pub checkpoint: &'a Checkpoint,
@@ -63,8 +66,9 @@ pub struct Commit<'a> {
 /// Why a commit did not succeed.
 #[derive(Debug, thiserror::Error)]
 pub enum CommitError {
-    /// Somebody else has claimed the lane. Nothing was committed.
-    #[error("another host has taken the lane over")]
+    /// The lane's row is not what the commit follows: somebody else has claimed it, or the database is another one.
+    /// Nothing was committed. [`Ledger::look`] tells.
+    #[error("the lane's row is not as its last commit has left it")]
     Fenced,
     /// The database refused the effects only now, as it does with deferred constraints. Nothing was committed.
     #[error("the commit was refused: {0}")]
@@ -116,7 +120,12 @@ pub trait Ledger: Send + Sync + 'static {
         epoch: i64,
     ) -> impl Future<Output = Result<Option<Claim>, StoreError>> + Send;
 
-    /// Raises the lane's generation, if its epoch still is `epoch`, and answers its row; `None` if it is not.
+    /// The lane's row as it is, which stays whose it is; `None` if there is none.
+    fn look(&self, lane: &LaneId)
+    -> impl Future<Output = Result<Option<Claim>, StoreError>> + Send;
+
+    /// Raises the lane's generation, if it is lower and the epoch still is `epoch`, and answers the row; `None` if the epoch
+    /// is another.
     fn raise(
         &self,
         lane: &LaneId,

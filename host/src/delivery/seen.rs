@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::dead_letter;
 use super::progress::LaneId;
-use crate::record::Record;
+use crate::record::{Outgoing, Record};
 
 /// The header that carries an output's id. Others rely on the name.
 pub const HEADER: &str = "stagehost-id";
@@ -96,6 +96,18 @@ impl Ids {
         // Writing into a string does not fail.
         let _ = write!(id, "/{partition}{lane}{generation}/{offset}/{index}");
         id
+    }
+}
+
+/// Has an output that has an id be one of this generation.
+pub fn raise(output: &mut Outgoing, generation: i64) {
+    let ids = output.headers.iter_mut().rev();
+    for header in ids.filter(|header| header.name == HEADER).take(1) {
+        let text = std::str::from_utf8(header.value.as_deref().unwrap_or_default());
+        if let Some(mut id) = text.ok().and_then(|text| text.parse::<OutputId>().ok()) {
+            id.place.generation = generation;
+            header.value = Some(id.to_string().into_bytes());
+        }
     }
 }
 

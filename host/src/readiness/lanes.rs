@@ -23,6 +23,8 @@ pub enum Wait {
     Stopped(String),
     /// For its row in the database, which it can't keep.
     Row(String),
+    /// Until it has processed again what its database lost, though it is at work: `until …`.
+    Again(String),
     /// For a store that is away or refuses; the store's own condition says why.
     Store(StoreName),
     /// For the log, to take an output for this topic.
@@ -63,7 +65,7 @@ impl Wait {
     pub fn label(&self) -> &'static str {
         match self {
             Self::Stopped(_) => "operator",
-            Self::Row(_) => "row",
+            Self::Row(_) | Self::Again(_) => "row",
             Self::Store(_) | Self::Answer(_) => "store",
             Self::Log { .. } | Self::Place { .. } | Self::Read { .. } => "log",
             Self::Retry => "retry",
@@ -74,7 +76,7 @@ impl Wait {
     /// What it waits for, in words that stay the same while it does; [`Wait::why`] may come to be known.
     pub fn what(&self) -> String {
         match self {
-            Self::Stopped(why) | Self::Row(why) => why.clone(),
+            Self::Stopped(why) | Self::Row(why) | Self::Again(why) => why.clone(),
             Self::Store(store) => format!("for {store}, which is away"),
             Self::Log { topic, .. } => format!("for the log to take an output for {topic}"),
             Self::Place { .. } => "for the log to say where an output belongs".to_owned(),
@@ -125,6 +127,7 @@ impl LaneWait {
     pub fn is_trouble(&self) -> bool {
         match self.wait {
             _ if self.wait.is_standstill() => true,
+            Wait::Again(_) => true,
             Wait::Log { .. } | Wait::Place { .. } | Wait::Read { .. } | Wait::Answer(_) => {
                 self.age >= PATIENCE
             }
@@ -134,7 +137,7 @@ impl LaneWait {
 
     /// Whether it is a part of the work so far.
     pub fn is_brief(&self) -> bool {
-        self.age < BRIEF && !self.wait.is_standstill()
+        self.age < BRIEF && !self.wait.is_standstill() && !matches!(self.wait, Wait::Again(_))
     }
 }
 

@@ -19,6 +19,7 @@ mod offsets;
 mod produce_consume;
 mod progress_row;
 mod refusals;
+mod restored;
 mod scripts;
 mod security;
 mod sick;

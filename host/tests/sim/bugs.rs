@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::hosts::CLUSTER;
 use crate::world::client::{Client, Open};
+use crate::world::database::Lacks;
 use crate::world::producer::Producer;
 use crate::world::source::PartitionSource;
 use crate::world::{World, lock};
@@ -49,6 +50,8 @@ pub(crate) enum Bug {
     ClaimsWithoutWaiting,
     /// A commit does not keep its row locked.
     NoRowLock,
+    /// Commits succeed whatever the commit before them was.
+    NoOrderOfCommits,
     /// An output goes to another partition when it is produced again.
     PartitionsChange,
     /// Dead letters are dropped.
@@ -74,6 +77,23 @@ pub(crate) struct Planted(pub(crate) Option<Bug>);
 impl Planted {
     pub(crate) fn is(self, bug: Bug) -> bool {
         self.0 == Some(bug)
+    }
+
+    /// What databases lack. Bugs that the order of commits would heal are found without it.
+    pub(crate) fn lacks(self) -> Lacks {
+        Lacks {
+            locks: self.is(Bug::NoRowLock),
+            order_of_commits: [
+                Bug::NoOrderOfCommits,
+                Bug::NoRowLock,
+                Bug::NoEpochCheck,
+                Bug::LostIsDone,
+                Bug::LostIsNotDone,
+                Bug::ClaimsWithoutWaiting,
+            ]
+            .map(Some)
+            .contains(&self.0),
+        }
     }
 }
 
@@ -235,6 +255,10 @@ impl progress::Ledger for Ledger {
             self.spoil(lane, claim);
         }
         Ok(claim)
+    }
+
+    async fn look(&self, lane: &LaneId) -> Result<Option<Claim>, StoreError> {
+        self.inner.look(lane).await
     }
 
     async fn raise(

@@ -11,6 +11,9 @@ use crate::world::{lock, pause};
 /// How long a group may wait before it takes a member for dead, in milliseconds.
 const SESSION: u64 = 8_000;
 
+/// What a lane says that does again what its database has lost.
+const AGAIN: &str = "waits until ";
+
 /// The group of all stages. Clones are the same.
 #[derive(Clone)]
 pub(crate) struct Cluster(Arc<State>);
@@ -208,13 +211,14 @@ impl Cluster {
         let servers = &self.0.servers;
         let topology = servers.world.topology();
         let halted = self.halted();
+        let again = self.says(|reason| reason.contains(AGAIN));
         let mut undone = Vec::new();
         for seat in self.seats() {
             let stage = &topology.stages[seat.0];
             let (first, end) = servers.broker.range(&stage.input, seat.1);
             // What was removed need not be processed.
             let committed = servers.broker.committed(seat).unwrap_or(first).max(first);
-            if committed != end && !halted.contains(&seat) {
+            if (committed != end || again.contains(&seat)) && !halted.contains(&seat) {
                 undone.push(format!(
                     "stage {} on {} {}: {committed} of {end}",
                     stage.name, stage.input, seat.1
@@ -226,6 +230,11 @@ impl Cluster {
 
     /// The seats whose lanes say that they have stopped.
     pub(crate) fn halted(&self) -> BTreeSet<Seat> {
+        self.says(|reason| !reason.contains(AGAIN))
+    }
+
+    /// The seats of which readiness says something like it.
+    fn says(&self, like: impl Fn(&str) -> bool) -> BTreeSet<Seat> {
         let topology = self.0.servers.world.topology();
         let hosts = self.hosts();
         let reasons: Vec<_> = (hosts.iter())
@@ -235,7 +244,10 @@ impl Cluster {
         let says = |seat: &Seat| {
             let stage = &topology.stages[seat.0];
             let condition = format!("stage {} on {} {}: ", stage.name, stage.input, seat.1);
-            reasons.iter().any(|reason| reason.starts_with(&condition))
+            let mut own = reasons
+                .iter()
+                .filter(|reason| reason.starts_with(&condition));
+            own.any(|reason| like(reason))
         };
         self.seats().into_iter().filter(says).collect()
     }

@@ -150,6 +150,7 @@ mod finds {
         forgotten_attempts: ForgetsAttempts,
         claims_that_do_not_wait: ClaimsWithoutWaiting,
         rows_that_are_not_locked: NoRowLock,
+        commits_without_an_order: NoOrderOfCommits,
         partitions_that_change: PartitionsChange,
         lost_dead_letters: LosesLetters,
         values_without_versions: NoVersions,

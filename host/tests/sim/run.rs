@@ -1,7 +1,8 @@
 //! One run: a schedule, then a time in which nothing goes wrong any more, then the judge.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
+use host::delivery::progress::Claim;
 use host::metrics::Metrics;
 use host::record::{Header, Outgoing};
 
@@ -10,17 +11,22 @@ use crate::cluster::Cluster;
 use crate::hosts::Servers;
 use crate::judge;
 use crate::schedule::{Event, Move, Schedule};
+use crate::topology::Kind;
 use crate::world::broker::Broker;
-use crate::world::database::Database;
+use crate::world::database::{Copy, Database};
 use crate::world::evidence::Anomaly;
 use crate::world::store::Store;
 use crate::world::trace::{Subject, digest};
-use crate::world::{Weather, World, pause};
+use crate::world::{Weather, World, lock, pause};
 
 /// How often the group looks after its members, in milliseconds.
 const TICK: u64 = 200;
 /// Everything that is late has arrived by then.
 const LATEST: u64 = 12_000;
+/// And idle lanes have looked whether their databases are the ones that they were.
+const LOOKED: u64 = 50_000;
+/// Databases go back at least so many milliseconds.
+const AGE_OF_COPIES: u64 = 2_000;
 /// How long it may take until all is processed once nothing goes wrong any more.
 const PATIENCE: u64 = 600_000;
 
@@ -59,6 +65,8 @@ pub(crate) struct Run {
     pub(crate) schedule: Schedule,
     pub(crate) servers: Servers,
     pub(crate) cluster: Cluster,
+    /// Of databases, and when they were made.
+    copies: Mutex<Vec<(usize, u64, Copy)>>,
 }
 
 impl Run {
@@ -68,7 +76,7 @@ impl Run {
         let world = World::new(schedule.seed, topology, schedule.crash_at.clone());
         world.set_weather(schedule.weather);
         let planted = Planted(bug);
-        let database = |_| Database::new(world.clone(), planted.is(Bug::NoRowLock));
+        let database = |_| Database::new(world.clone(), planted.lacks());
         let servers = Servers {
             broker: Broker::new(world.clone()),
             databases: (0..schedule.topology.databases).map(database).collect(),
@@ -86,6 +94,7 @@ impl Run {
             schedule,
             servers,
             cluster,
+            copies: Mutex::default(),
         }
     }
 
@@ -132,8 +141,63 @@ impl Run {
                 partition,
                 part,
             } => self.remove(*topic, *partition, *part),
+            Event::Copy(number) => {
+                let copy = self.servers.databases[*number].copy();
+                lock(&self.copies).push((*number, world.now(), copy));
+            }
+            Event::Restore(number, cuts) => self.restore(*number, *cuts),
             Event::DatabaseAway(..) | Event::LogAway(_) | Event::StoreAway(_) => self.outage(event),
         }
+    }
+
+    /// A database goes back, or forth, to one of its copies, under whoever uses it.
+    fn restore(&self, number: usize, cuts: bool) {
+        let (world, database) = (&self.servers.world, &self.servers.databases[number]);
+        let copies = lock(&self.copies);
+        let is_old =
+            |(of, at, _): &&(usize, u64, Copy)| *of == number && at + AGE_OF_COPIES <= world.now();
+        let all: Vec<_> = copies.iter().filter(is_old).collect();
+        if all.is_empty() {
+            return;
+        }
+        let (.., copy) = all[world.roll(0..=all.len() - 1)];
+        if !self.is_noticeable(number, copy) {
+            return;
+        }
+        world.evidence().went_back = true;
+        for stage in 0..world.topology().stages.len() {
+            world.evidence().cost(stage, 20);
+        }
+        match cuts {
+            true => database.restore(copy.clone()),
+            false => database.rewrite(copy.clone()),
+        }
+    }
+
+    /// Whether somebody knows of each lane whose row is another one in the copy: the log, which is told a quarter of a second
+    /// after a commit, or else the lane, which is there all the time if nothing ends it.
+    fn is_noticeable(&self, number: usize, (_, lanes): &Copy) -> bool {
+        let (topology, broker) = (self.servers.world.topology(), &self.servers.broker);
+        let ends = |event: &Event| matches!(event, Event::Crash(_) | Event::Move(..));
+        let lasting = self.schedule.crash_at.is_empty()
+            && !self.schedule.events.iter().any(|(_, event)| ends(event));
+        let is_known = |stage: usize, partition: i32| {
+            let lane = topology.stages[stage].lane(partition);
+            let age = |row: &Claim| (row.generation, row.commits);
+            let now = self.servers.databases[number].lane(&lane);
+            let (now, then) = (now.as_ref().map(age), lanes.get(&lane).map(age));
+            let commit = broker.group_commit((stage, partition));
+            let mark = commit.and_then(|commit| commit.row());
+            let mark = mark.map(|row| (row.generation, row.commits));
+            let is_told = mark > then && mark.map(|mark| mark.0) >= now.map(|now| now.0);
+            now == then || is_told || lasting
+        };
+        (topology.stages.iter().enumerate())
+            .filter(|(_, stage)| stage.kind == Kind::Transactional(number))
+            .all(|(at, stage)| {
+                let partitions = i32::try_from(topology.partitions(&stage.input)).unwrap_or(0);
+                (0..partitions).all(|partition| is_known(at, partition))
+            })
     }
 
     fn outage(&self, event: &Event) {
@@ -221,7 +285,10 @@ impl Run {
         world.note(0, "heal", Subject::None, [0, 0]);
         world.stop_crashes();
         self.servers.store.set_up(true);
-        let until = world.now() + LATEST;
+        let until = match world.evidence().went_back {
+            true => world.now() + LOOKED,
+            false => world.now() + LATEST,
+        };
         while world.now() < until + PATIENCE && !world.is_spinning() {
             // What was to end later ends in between.
             world.set_weather(Weather::FINE);

@@ -32,6 +32,10 @@ pub(crate) enum Event {
     Freeze(usize, u64),
     Move(u64, Move),
     DatabaseAway(usize, u64),
+    /// A copy of a database is made.
+    Copy(usize),
+    /// It goes back to one of them; whoever is connected is cut off, or not.
+    Restore(usize, bool),
     LogAway(u64),
     StoreAway(u64),
     ProducerFails(usize, usize),
@@ -76,6 +80,7 @@ struct Troubles {
     loss: bool,
     slow: bool,
     retention: bool,
+    restores: bool,
 }
 
 impl Troubles {
@@ -95,6 +100,7 @@ impl Troubles {
             loss: maybe(6),
             slow: maybe(3),
             retention: maybe(2),
+            restores: maybe(2),
         }
     }
 }
@@ -119,8 +125,12 @@ impl Schedule {
         let horizon = rng.random_range(2_000..=40_000);
         let mut events = inputs(rng, horizon);
         trouble(&mut events, rng, troubles, &topology, hosts, horizon);
+        if troubles.restores {
+            restores(&mut events, rng, topology.databases, horizon);
+        }
         events.sort_by_key(|(at, _)| *at);
-        let on_gap = match rng.random_ratio(1, 3) {
+        let on_gap = match rng.random_ratio(1, 3) || troubles.restores {
+            // Else, who goes on without what an emptied database had loses it, as was asked for.
             true => OnGap::Stop,
             false => OnGap::Continue,
         };
@@ -255,6 +265,17 @@ fn inputs(rng: &mut StdRng, horizon: u64) -> Vec<(u64, Event)> {
         .zip(times)
         .map(|(id, at)| (at, Event::Input { id, key: key() }))
         .collect()
+}
+
+/// Databases that go back.
+fn restores(events: &mut Vec<(u64, Event)>, rng: &mut StdRng, databases: usize, horizon: u64) {
+    for _ in 0..rng.random_range(1..=3) {
+        let number = rng.random_range(0..databases);
+        let copied = rng.random_range(horizon / 8..=horizon);
+        let restored = copied + rng.random_range(2_000..=2_000 + horizon);
+        events.push((copied, Event::Copy(number)));
+        events.push((restored, Event::Restore(number, rng.random_ratio(1, 2))));
+    }
 }
 
 fn trouble(

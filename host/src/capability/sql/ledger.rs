@@ -58,6 +58,8 @@ pub(super) enum Own {
     Reclaim { epoch: i64 },
     /// Its generation is raised, where it is of this epoch.
     Raise { epoch: i64, generation: i64 },
+    /// Not at all: it is looked at.
+    Look,
 }
 
 /// The statements on the table.
@@ -69,6 +71,8 @@ pub(super) struct Statements {
     pub(super) claim: Arc<str>,
     pub(super) reclaim: Arc<str>,
     pub(super) raise: Arc<str>,
+    pub(super) look: Arc<str>,
+    /// Where the row is what the commit follows: of its epoch and generation, with one commit less.
     pub(super) save: Arc<str>,
     /// On PostgreSQL: fails unless it has written the row, with a division by zero, so that what is sent with it, a commit,
     /// finds a transaction that has failed.
@@ -80,10 +84,12 @@ impl Statements {
     pub(super) fn of(table: &str) -> Self {
         const KEY: &str = "consumer_group, topic, partition";
         const ROW: &str = "epoch, generation, commits, next_offset, attempts, pending, seen";
+        const LANE: &str = "consumer_group = $1 AND topic = $2 AND partition = $3";
         const OWN: &str = "consumer_group = $1 AND topic = $2 AND partition = $3 AND epoch = $4";
         const NOW: &str = "updated_at = CURRENT_TIMESTAMP";
         let save = format!(
-            "UPDATE {table} SET commits = $5, next_offset = $6, attempts = $7, pending = $8, seen = $9, {NOW} WHERE {OWN}"
+            "UPDATE {table} SET commits = $5, next_offset = $6, attempts = $7, pending = $8, seen = $9, {NOW} \
+             WHERE {OWN} AND generation = $10 AND commits = $5 - 1"
         );
         Self {
             probe: format!("SELECT {KEY}, {ROW}, updated_at FROM {table} LIMIT 0").into(),
@@ -98,7 +104,12 @@ impl Statements {
             )
             .into(),
             reclaim: format!("UPDATE {table} SET epoch = epoch + 1, {NOW} WHERE {OWN} RETURNING {ROW}").into(),
-            raise: format!("UPDATE {table} SET generation = $5, {NOW} WHERE {OWN} RETURNING {ROW}").into(),
+            raise: format!(
+                "UPDATE {table} SET generation = CASE WHEN generation < $5 THEN $5 ELSE generation END, {NOW} \
+                 WHERE {OWN} RETURNING {ROW}"
+            )
+            .into(),
+            look: format!("SELECT {ROW} FROM {table} WHERE {LANE}").into(),
             save_or_fail: format!(
                 "WITH saved AS ({save} RETURNING 1) \
                  SELECT 1 OPERATOR(pg_catalog./) pg_catalog.count(*) FROM saved"
@@ -144,6 +155,10 @@ impl Ledger for Database {
 
     async fn reclaim(&self, lane: &LaneId, epoch: i64) -> Result<Option<Claim>, StoreError> {
         self.own(lane, Own::Reclaim { epoch }).await
+    }
+
+    async fn look(&self, lane: &LaneId) -> Result<Option<Claim>, StoreError> {
+        self.own(lane, Own::Look).await
     }
 
     async fn raise(

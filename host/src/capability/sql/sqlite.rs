@@ -25,6 +25,7 @@ mod authorizer;
 mod call;
 mod connection;
 mod error;
+mod file;
 mod functions;
 mod guard;
 mod memory;

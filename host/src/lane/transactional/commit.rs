@@ -91,7 +91,9 @@ where
         }
         self.tell_done(tenure);
         let attempts = match &after {
-            After::Retry(_) if batch.handled == batch.settled => tenure.failed(batch) + 1,
+            After::Retry(_) if batch.handled == batch.settled => {
+                tenure.failed(batch).saturating_add(1)
+            }
             After::Retry(_) => 1,
             After::GoOn | After::Away(..) | After::Halt(_) => 0,
         };
@@ -114,7 +116,8 @@ where
         let commit = Commit {
             lane: &self.id,
             epoch: tenure.epoch,
-            commits: tenure.commits + 1,
+            generation: tenure.generation,
+            commits: tenure.commits.saturating_add(1),
             checkpoint: &checkpoint,
         };
         let mut lost = String::new();
@@ -143,11 +146,12 @@ where
             return Ok(plan);
         }
         self.row_kept();
-        tenure.commits += 1;
+        tenure.commits = tenure.commits.saturating_add(1);
         tenure.next_offset = next_offset;
         tenure.attempts = attempts;
         tenure.has_pending = !outputs.is_empty();
         tenure.has_new_topic = false;
+        self.caught_up(next_offset);
         let delivery = self.delivery();
         tenure.outbox.launch(delivery, outputs, next_offset);
         self.settled(batch);
@@ -156,14 +160,24 @@ where
 
     /// Takes outputs out of the row that the log has.
     pub(super) async fn clear_pending(&mut self, tenure: &mut Tenure) -> Result<(), Ending> {
-        let checkpoint = self.checkpoint(tenure, tenure.next_offset, tenure.attempts, &[])?;
+        self.write_row(tenure, &[]).await.map(drop)
+    }
+
+    /// Writes the row without effects, with these outputs in it; answers whether it is written.
+    pub(super) async fn write_row(
+        &mut self,
+        tenure: &mut Tenure,
+        outputs: &[Outgoing],
+    ) -> Result<bool, Ending> {
+        let checkpoint = self.checkpoint(tenure, tenure.next_offset, tenure.attempts, outputs)?;
         let commit = Commit {
             lane: &self.id,
             epoch: tenure.epoch,
-            commits: tenure.commits + 1,
+            generation: tenure.generation,
+            commits: tenure.commits.saturating_add(1),
             checkpoint: &checkpoint,
         };
-        let cleared = match self.answer(self.ledger.save(commit)).await {
+        let written = match self.answer(self.ledger.save(commit)).await {
             Ok(()) => true,
             Err(CommitError::Fenced) => return Err(Ending::Fenced),
             Err(CommitError::Unanswered(why) | CommitError::TooLong(why)) => {
@@ -171,16 +185,17 @@ where
             }
             Err(CommitError::Refused(why)) => {
                 debug!("outputs stay in the row, and may be produced once more: {why}");
-                return Ok(());
+                return Ok(false);
             }
         };
-        if cleared {
+        if written {
             self.row_kept();
-            tenure.commits += 1;
-            tenure.has_pending = false;
+            tenure.commits = tenure.commits.saturating_add(1);
+            tenure.has_pending = !outputs.is_empty();
             tenure.has_new_topic = false;
+            self.caught_up(tenure.next_offset);
         }
-        Ok(())
+        Ok(written)
     }
 
     /// Where outputs or dead letters belong can't be looked up. Nothing of the transaction counts, and no lock is to be held.
@@ -205,7 +220,7 @@ where
     }
 
     /// Waits for the log for as long as it takes, unless the partition is to be given up.
-    async fn land(&self, tenure: &mut Tenure) -> Result<(), Ending> {
+    pub(super) async fn land(&self, tenure: &mut Tenure) -> Result<(), Ending> {
         tokio::select! {
             biased;
             // Both are cancel-safe: the flight goes on at the next call.
@@ -240,7 +255,7 @@ where
     }
 
     /// Whether a commit happened whose answer was lost. The lane is claimed again for it: after that, it has happened or
-    /// never will.
+    /// never will. A row that tells of neither is another one.
     async fn find_out(&mut self, tenure: &mut Tenure, why: String) -> Result<bool, Ending> {
         warn!(
             stage = self.common.stage(),
@@ -255,7 +270,7 @@ where
             {
                 Ok(Some(claim)) => {
                     tenure.epoch = claim.epoch;
-                    return Ok(claim.commits > tenure.commits);
+                    return tenure.has_committed(&claim).ok_or(Ending::Fenced);
                 }
                 Ok(None) => return Err(Ending::Fenced),
                 Err(error) => self.await_database(error).await?,

@@ -19,7 +19,7 @@ use std::time::Duration;
 use tracing::{debug, error, info, warn};
 
 use self::batch::Batch;
-use self::compare::{Row, Said, Verdict};
+use self::compare::{Fate, Row, Said, Verdict};
 pub(super) use self::outbox::warn_of;
 use self::outbox::{Delivery, Outbox};
 use self::turn::{Plan, Ran};
@@ -29,7 +29,7 @@ use crate::capability::{Action, Away, StoreError, StoreName};
 use crate::delivery::Handler;
 use crate::delivery::output;
 use crate::delivery::progress::{Checkpoint, Claim, LaneId, Ledger, Transaction};
-use crate::delivery::seen::{Ids, Seen};
+use crate::delivery::seen::{self, Ids, Seen};
 use crate::log::committed::RowMark;
 use crate::log::{Addressed, Gap, Source};
 use crate::pipeline::{OnGap, Retry};
@@ -48,6 +48,8 @@ const TROUBLE: u32 = 2;
 /// After so long without a record, outputs that the log has are taken out of the row: a crash would produce them again. And a
 /// lane that could not keep its row before has nothing to say any more.
 const IDLE: Duration = Duration::from_secs(5);
+/// A lane that is idle for so many times as long looks whether its row is as it has left it: no commit would tell.
+const LOOK_EVERY: u32 = 3;
 
 /// One stage on one partition.
 pub struct Lane<S, K, H, L> {
@@ -65,6 +67,12 @@ pub struct Lane<S, K, H, L> {
     waiting: Option<Waiting>,
     /// Outputs can't be given their partitions, since the log does not tell.
     unaddressed: Option<Waiting>,
+    /// Its row as it left it last.
+    left: Option<Row>,
+    /// The newest state that it has known its row in.
+    known: Option<Row>,
+    /// Its database went back: the records below this offset are processed again.
+    again: Option<(i64, Waiting)>,
 }
 
 /// What the lane holds between a claim and the next.
@@ -78,6 +86,8 @@ struct Tenure {
     seen: Seen,
     /// Whether the row has outputs.
     has_pending: bool,
+    /// Those that it had when it was claimed, until it is compared.
+    claimed: Vec<Outgoing>,
     /// Whether the row does not remember its topic yet.
     has_new_topic: bool,
     outbox: Outbox,
@@ -91,6 +101,7 @@ impl Tenure {
 
     fn row(&self) -> Row {
         Row {
+            epoch: self.epoch,
             generation: self.generation,
             commits: self.commits,
             next_offset: self.next_offset,
@@ -99,11 +110,16 @@ impl Tenure {
 
     /// What is written beside the group's offset.
     fn mark(&self) -> Option<RowMark> {
-        Some(RowMark {
-            generation: self.generation,
-            commits: self.commits,
-            next_offset: self.next_offset?,
-        })
+        self.row().mark()
+    }
+
+    /// Whether a commit happened that was not answered, by what the row is now; `None` where it is another one than the lane
+    /// has left.
+    fn has_committed(&self, claim: &Claim) -> Option<bool> {
+        match claim.commits.checked_sub(self.commits) {
+            Some(more @ (0 | 1)) if claim.generation == self.generation => Some(more == 1),
+            _ => None,
+        }
     }
 
     /// Goes on behind a gap: failed deliveries were of a record that is gone.
@@ -128,7 +144,7 @@ impl Tenure {
 /// Why a tenure ends.
 enum Ending {
     Stopped,
-    /// Another host has claimed the lane.
+    /// The row is not as the lane has left it.
     Fenced,
     Halted(Halt),
 }
@@ -167,6 +183,9 @@ where
             troubles: 0,
             waiting: None,
             unaddressed: None,
+            left: None,
+            known: None,
+            again: None,
         }
     }
 
@@ -178,8 +197,8 @@ where
             match ending {
                 Ending::Stopped => return,
                 Ending::Fenced => {
-                    let why = "another host has taken the partition over";
-                    if self.trouble(&FENCED_PATIENCE, why).await.is_err() {
+                    let (patience, why) = self.fate_of_row().await;
+                    if self.trouble(patience, &why).await.is_err() {
                         return;
                     }
                 }
@@ -187,6 +206,39 @@ where
                     self.waiting = None;
                     return self.common.halted(halt).await;
                 }
+            }
+        }
+    }
+
+    /// What has become of the row that is not as the lane has left it, and how to wait before it is claimed again. Where the
+    /// database is another one, nobody else is there to be waited for.
+    async fn fate_of_row(&self) -> (&'static Retry, String) {
+        let found = match self.answer(self.ledger.look(&self.id)).await {
+            Ok(found) => found.as_ref().map(Row::of),
+            Err(error) => {
+                let why = format!("its row in stagehost_progress can't be looked at: {error}");
+                return (&LOG_PATIENCE, why);
+            }
+        };
+        let left = self.left.or(found);
+        match left.map_or(Fate::Changed, |left| Fate::of(left, found)) {
+            Fate::Taken => {
+                let why = "another host has taken the partition over";
+                (&FENCED_PATIENCE, why.to_owned())
+            }
+            Fate::Kept => {
+                let why = "its row in stagehost_progress is as it was, and does not take a commit";
+                (&FENCED_PATIENCE, why.to_owned())
+            }
+            Fate::Changed => {
+                let words = |row: Option<Row>| row.map_or("none".to_owned(), |row| row.to_string());
+                let why = format!(
+                    "{}: its row in stagehost_progress is another one than it has left: {}, and was {}",
+                    self.store,
+                    words(found),
+                    words(left)
+                );
+                (&LOG_PATIENCE, why)
             }
         }
     }
@@ -231,9 +283,17 @@ where
     async fn tenure(&mut self) -> Result<Infallible, Ending> {
         let claim = self.claim().await?;
         let mut tenure = self.take_up(claim)?;
-        let halt = self.deliver(&mut tenure).await?;
+        let ended = self.keep(&mut tenure).await;
+        let row = tenure.row();
+        self.left = Some(row);
+        self.known = Some(row.newest(self.known));
+        ended
+    }
+
+    async fn keep(&mut self, tenure: &mut Tenure) -> Result<Infallible, Ending> {
+        let halt = self.deliver(tenure).await?;
         // A gap is no reason to leave outputs behind: who mends it may remove the row.
-        self.finish(&mut tenure).await?;
+        self.finish(tenure).await?;
         Err(Ending::Halted(halt))
     }
 
@@ -245,6 +305,10 @@ where
                 // What the row says may not be of the log that is there.
                 tenure.outbox.forget_done();
                 return Ok(halt);
+            }
+            if !is_compared {
+                // The partition is to be given up. Nor may the row be the newest, of which the group's commit alone tells.
+                tenure.outbox.forget_done();
             }
             let gap = loop {
                 match self.next(tenure).await? {
@@ -273,7 +337,11 @@ where
         tenure: &mut Tenure,
         is_compared: &mut bool,
     ) -> Result<Option<Halt>, Ending> {
-        let row = tenure.row();
+        let row = Row {
+            // It was claimed just now.
+            epoch: tenure.epoch.saturating_sub(1),
+            ..tenure.row()
+        };
         let begun = self.common.start(&mut self.source, row.next_offset).await;
         let (from, started) = match begun {
             Ok(begun) => begun,
@@ -286,7 +354,7 @@ where
         if let Some(halt) = self.same_topic(tenure, started.topic) {
             return Ok(Some(halt));
         }
-        let verdict = compare::compare(row, started.committed.as_ref());
+        let verdict = compare::compare(row, started.committed.as_ref(), self.known);
         let halt = self.heed(tenure, row, verdict).await?;
         *is_compared = halt.is_none();
         Ok(halt)
@@ -322,15 +390,28 @@ where
         verdict: Verdict,
     ) -> Result<Option<Halt>, Ending> {
         let said = self.said(row, verdict);
-        if let Some(highest) = verdict.highest_generation() {
-            let highest = highest.max(tenure.generation);
+        if let Some(before) = verdict.before() {
+            self.common.metrics().row_lost();
+            let highest = before.generation.max(tenure.generation);
             let Some(above) = highest.checked_add(1) else {
                 return Ok(Some(Halt(format!(
                     "{said}; no generation is above {highest}"
                 ))));
             };
+            let is_of_its_past =
+                matches!(verdict, Verdict::Older { .. }) && before.generation == tenure.generation;
+            let hidden = match is_of_its_past {
+                // A later commit waited until they were in the log.
+                true => Vec::new(),
+                false => self.write_anew(tenure, above).await?,
+            };
             self.raise_generation(tenure, above).await?;
+            if !hidden.is_empty() {
+                let (delivery, next_offset) = (self.delivery(), tenure.next_offset);
+                tenure.outbox.launch(delivery, hidden, next_offset);
+            }
         }
+        tenure.claimed = Vec::new();
         let (stage, topic, partition) = (self.common.stage(), &*self.id.topic, self.id.partition);
         match verdict {
             Verdict::Agree => {}
@@ -338,14 +419,69 @@ where
             Verdict::Unset { .. } | Verdict::Set { .. } => {
                 warn!(stage, topic, partition, "{said}");
             }
-            Verdict::Older { .. } => error!(stage, topic, partition, "{said}"),
-            Verdict::Emptied { .. } if self.common.policy().on_gap == OnGap::Continue => {
+            Verdict::Older { before } | Verdict::Another { before } => {
+                error!(stage, topic, partition, "{said}");
+                self.process_again(tenure.next_offset, before.next_offset);
+            }
+            Verdict::Emptied {
+                offset: Some(_), ..
+            } if self.common.policy().on_gap == OnGap::Continue => {
                 let on = "going on at the group's offset, as `on-gap` says";
                 error!(stage, topic, partition, "{said}; {on}");
             }
             Verdict::Emptied { .. } => return Ok(Some(Halt(said))),
         }
         Ok(None)
+    }
+
+    /// Outputs that the row has may never have got into the log, where newer ones of the lane hide them. They are written into
+    /// the row once more, as ones of a generation above; answers them.
+    async fn write_anew(
+        &mut self,
+        tenure: &mut Tenure,
+        generation: i64,
+    ) -> Result<Vec<Outgoing>, Ending> {
+        let mut outputs = mem::take(&mut tenure.claimed);
+        if !outputs.is_empty() {
+            self.land(tenure).await?;
+            outputs
+                .iter_mut()
+                .for_each(|output| seen::raise(output, generation));
+            while !self.write_row(tenure, &outputs).await? {
+                let why = "the outputs that its row has can't be written anew";
+                self.trouble(&LOG_PATIENCE, why).await?;
+            }
+        }
+        Ok(outputs)
+    }
+
+    /// The database lacks what came of these records, and whoever asks is told so until it has it again.
+    fn process_again(&mut self, from: Option<i64>, upto: i64) {
+        let before = self.again.take().map(|(upto, _)| upto);
+        let upto = before.map_or(upto, |before| before.max(upto));
+        let from = from.unwrap_or_default();
+        if from < upto {
+            let what = format!(
+                "until {} has again what it lost when it went back to another copy: records from offset {from} up to {upto} \
+                 are processed again",
+                self.store
+            );
+            self.again = Some((upto, self.common.status.begin(Wait::Again(what))));
+        }
+    }
+
+    /// All records below the offset are processed.
+    fn caught_up(&mut self, next_offset: Option<i64>) {
+        if (self.again.as_ref()).is_some_and(|(upto, _)| next_offset >= Some(*upto)) {
+            self.again = None;
+            info!(
+                stage = self.common.stage(),
+                topic = &*self.id.topic,
+                partition = self.id.partition,
+                "{} has again what it lost: all records that it lacked are processed again",
+                self.store
+            );
+        }
     }
 
     fn said(&self, row: Row, verdict: Verdict) -> String {
@@ -363,11 +499,11 @@ where
         loop {
             let raised = self.ledger.raise(&self.id, tenure.epoch, to);
             match self.answer(raised).await {
-                Ok(Some(claim)) => {
+                Ok(Some(claim)) if claim.commits == tenure.commits => {
                     tenure.generation = claim.generation;
                     return Ok(());
                 }
-                Ok(None) => return Err(Ending::Fenced),
+                Ok(_) => return Err(Ending::Fenced),
                 Err(error) => self.await_database(error).await?,
             }
         }
@@ -445,6 +581,7 @@ where
             attempts,
             seen: output::decode_seen(&seen).map_err(unreadable)?,
             has_pending: !pending.is_empty(),
+            claimed: pending.clone(),
             has_new_topic: false,
             outbox: Outbox::default(),
         };
@@ -495,6 +632,7 @@ where
         &mut self,
         tenure: &mut Tenure,
     ) -> Result<Result<Option<Vec<Record>>, Gap>, Ending> {
+        let mut idle = 0_u32;
         loop {
             self.tell_done(tenure);
             let is_aloft = tenure.outbox.is_aloft();
@@ -504,12 +642,30 @@ where
                 // holds nothing.
                 () = tenure.outbox.landed(), if is_aloft => {}
                 records = self.source.next(&self.common.policy().batch) => return Ok(records),
-                () = tokio::time::sleep(IDLE), if !is_aloft => match self.has_news(tenure) {
-                    true => self.clear_pending(tenure).await?,
-                    false => self.row_kept(),
-                },
+                () = tokio::time::sleep(IDLE), if !is_aloft => {
+                    idle = idle.wrapping_add(1);
+                    match self.has_news(tenure) {
+                        true => self.clear_pending(tenure).await?,
+                        false if idle.is_multiple_of(LOOK_EVERY) => self.look_at_row(tenure.row()).await?,
+                        false => self.row_kept(),
+                    }
+                }
             }
         }
+    }
+
+    /// Whether the row is as the lane has left it, where no commit tells for long. One that another host has taken is its
+    /// affair until there is something to commit; and so is a database that does not answer.
+    async fn look_at_row(&mut self, left: Row) -> Result<(), Ending> {
+        let Ok(found) = self.answer(self.ledger.look(&self.id)).await else {
+            return Ok(());
+        };
+        match Fate::of(left, found.as_ref().map(Row::of)) {
+            Fate::Kept => self.row_kept(),
+            Fate::Taken => {}
+            Fate::Changed => return Err(Ending::Fenced),
+        }
+        Ok(())
     }
 
     /// So that nothing is produced again after a stop: waits for what is on its way and takes it out of the row.

@@ -183,16 +183,18 @@ where
             }
             // Failed deliveries are counted of the first message that is not settled; others had none.
             let failed = if at == batch.settled { attempts } else { 0 };
+            // What a row says may be any number.
+            let attempt = failed.saturating_add(1);
             let answer = match plan.known.get(&at) {
                 Some(fault) => Answer::Fault(fault.clone()),
-                None => self.call(transaction, batch, plan, failed + 1).await,
+                None => self.call(transaction, batch, plan, attempt).await,
             };
             match answer {
                 Answer::Done => {}
                 Answer::Fault(fault) => {
                     // Should the transaction be lost, the message needn't be called again.
                     plan.known.insert(at, fault.clone());
-                    if let Some(after) = self.verdict(batch, fault, failed + 1) {
+                    if let Some(after) = self.verdict(batch, fault, attempt) {
                         return Ran::Good(after);
                     }
                 }

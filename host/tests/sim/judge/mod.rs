@@ -29,6 +29,8 @@ pub(crate) struct Outcome {
     disturbances: Vec<u32>,
     costs: Vec<u32>,
     moves: u32,
+    /// A database went back: what is done again may come to something else, and its outputs come twice.
+    went_back: bool,
     removed: BTreeSet<(Arc<str>, Arc<str>)>,
     effects: BTreeSet<(usize, Arc<str>)>,
     /// Stages of which a lane has stopped, and said why.
@@ -61,6 +63,7 @@ pub(crate) fn judge(
         disturbances: evidence.disturbances.clone(),
         costs: evidence.costs.clone(),
         moves: evidence.moves,
+        went_back: evidence.went_back,
         removed: evidence.removed.clone(),
         effects: evidence.effects(),
         halted: halted.into_iter().map(|(stage, _)| stage).collect(),

@@ -54,7 +54,22 @@ impl Outcome {
     /// A message has one row or one dead letter.
     fn judge_message(&mut self, stage: usize, work: &Work, id: &Arc<str>, effects: u32) {
         let given_up = work.letters.counts.get(id).copied().unwrap_or(0);
+        // Of a stage whose database went back, messages come twice to who reads them, as new ones.
+        let copies = work.input.counts.get(id).copied().unwrap_or(1);
         let (kind, what) = match (effects, given_up) {
+            (1.., _) if self.went_back && effects > copies => (
+                "duplicate",
+                format!("{id} came {copies} times, and has {effects} rows"),
+            ),
+            _ if self.went_back
+                && (effects + given_up >= copies || self.may_be_missing(stage, id)) =>
+            {
+                ("", String::new())
+            }
+            _ if self.went_back => (
+                "lost-write",
+                format!("{id} came {copies} times, and has {effects} rows"),
+            ),
             (1, 0) | (0, 1) => ("", String::new()),
             (0, 0) if self.may_be_missing(stage, id) => ("", String::new()),
             (0, 0) => ("lost-write", format!("{id} has no effects")),
@@ -80,6 +95,7 @@ impl Outcome {
             };
             match counts.get(&name).copied().unwrap_or(0) {
                 1 => {}
+                2.. if self.went_back => {}
                 0 => self.anomaly("lost-write", stage, format!("output {name} is not there")),
                 n => {
                     let what = format!("output {name} is there {n} times");
@@ -98,6 +114,9 @@ impl Outcome {
     fn judge_rest(&mut self, stage: usize, work: &Work) {
         for id in work.rows.keys() {
             self.anomaly("unexpected-read", stage, format!("a row for {id}"));
+        }
+        if self.went_back {
+            return;
         }
         let outputs = work.output.iter().flat_map(|output| output.counts.keys());
         let outputs = outputs.filter(|id| !work.expected_outputs.contains(*id));
@@ -131,7 +150,9 @@ impl Outcome {
                 origins.insert(id.clone(), (partition, *offset));
             }
         }
-        for records in (work.output.iter()).flat_map(|output| &output.partitions) {
+        // What comes twice is behind what came of later messages.
+        let outputs = work.output.iter().filter(|_| !self.went_back);
+        for records in outputs.flat_map(|output| &output.partitions) {
             let mut highest = BTreeMap::new();
             for (id, _) in records {
                 let parent = id.rsplit_once('.').map_or("", |(parent, _)| parent);

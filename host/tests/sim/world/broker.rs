@@ -234,15 +234,16 @@ impl Broker {
 
     /// Commits an offset of a group, if the partition is the process's; answers whether it was.
     pub(crate) fn commit(&self, who: u32, seat: Seat, commit: Committed) -> bool {
-        let offset = commit.offset;
+        let (offset, generation) = (commit.offset, generation_of(&commit));
         if self.owner(seat) != Some(who) {
             return false;
         }
         let topic = self.world.topology().stages[seat.0].input.clone();
         self.check_durable(seat, offset, "committed");
         let before = self.state().committed.insert(seat, commit);
-        // What somebody has set says nothing of what was done.
+        // What somebody has set says nothing of what was done, and a row that went back has a higher generation.
         let before = before.filter(|before| before.mark.is_some());
+        let before = before.filter(|before| generation_of(before) >= generation);
         let before = before.map(|before| before.offset);
         if let Some(before) = before.filter(|before| offset < *before) {
             let what = format!("{topic} {}: {offset} committed after {before}", seat.1);
@@ -262,6 +263,10 @@ impl Broker {
         let mut evidence = self.world.evidence();
         evidence.check_durable(topology, seat, offset, &partition.ids, told);
     }
+}
+
+fn generation_of(commit: &Committed) -> Option<i64> {
+    commit.row().map(|row| row.generation)
 }
 
 fn partition_mut<'a>(state: &'a mut State, topic: &str, number: i32) -> &'a mut Partition {

@@ -129,6 +129,19 @@ impl Ledger for Client {
         self.ask_claim("raise", lane, how).await
     }
 
+    async fn look(&self, lane: &LaneId) -> Result<Option<Claim>, StoreError> {
+        let (database, asked_for) = (self.database.clone(), lane.clone());
+        let looked = request(
+            &self.process,
+            "look",
+            async move { database.look(&asked_for) },
+        );
+        match looked.await {
+            Ok(Ok(row)) => Ok(row),
+            _ => Err(unavailable()),
+        }
+    }
+
     async fn begin(&self, mode: Mode) -> Result<Open, StoreError> {
         self.process.point("begin").await;
         let slot = self.turn().await?;

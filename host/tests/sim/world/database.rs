@@ -35,6 +35,7 @@ pub(crate) enum Denial {
 pub(crate) struct Update {
     pub(crate) lane: LaneId,
     pub(crate) epoch: i64,
+    pub(crate) generation: i64,
     pub(crate) commits: i64,
     pub(crate) checkpoint: Checkpoint,
 }
@@ -44,11 +45,22 @@ impl From<Commit<'_>> for Update {
         Self {
             lane: commit.lane.clone(),
             epoch: commit.epoch,
+            generation: commit.generation,
             commits: commit.commits,
             checkpoint: commit.checkpoint.clone(),
         }
     }
 }
+
+impl Update {
+    /// Whether the row is the one that the commit follows.
+    fn follows(&self, row: &Claim) -> bool {
+        row.generation == self.generation && row.commits == self.commits - 1
+    }
+}
+
+/// All that a database holds: rows, and the lanes'.
+pub(crate) type Copy = (Vec<Row>, BTreeMap<LaneId, Claim>);
 
 /// How a lane's row is taken hold of: whoever had it, or where it is of an epoch; or its generation is raised.
 #[derive(Clone, Copy, Debug)]
@@ -67,10 +79,18 @@ impl Own {
     }
 }
 
+/// What is planted in a database.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Lacks {
+    /// The row of a lane is not locked by the commit that changes it.
+    pub(crate) locks: bool,
+    /// A commit does not look whether the row is the one that it follows.
+    pub(crate) order_of_commits: bool,
+}
+
 pub(crate) struct Database {
     pub(crate) world: World,
-    /// Planted: the row of a lane is not locked by the commit that changes it.
-    pub(crate) without_locks: bool,
+    lacks: Lacks,
     server: Mutex<Server>,
     released: Notify,
 }
@@ -97,10 +117,10 @@ struct Session {
 }
 
 impl Database {
-    pub(crate) fn new(world: World, without_locks: bool) -> Arc<Self> {
+    pub(crate) fn new(world: World, lacks: Lacks) -> Arc<Self> {
         Arc::new(Self {
             world,
-            without_locks,
+            lacks,
             server: Mutex::default(),
             released: Notify::new(),
         })
@@ -170,7 +190,7 @@ impl Database {
         let claim = (how.epoch().is_none_or(|epoch| epoch == row.epoch)).then(|| {
             match how {
                 Own::Claim | Own::Reclaim(_) => row.epoch += 1,
-                Own::Raise(_, generation) => row.generation = generation,
+                Own::Raise(_, generation) => row.generation = row.generation.max(generation),
             }
             row.clone()
         });
@@ -187,24 +207,43 @@ impl Database {
         i64::try_from(self.world.now()).unwrap_or(0)
     }
 
-    /// All that it holds: rows, and the lanes'.
-    pub(crate) fn copy(&self) -> (Vec<Row>, BTreeMap<LaneId, Claim>) {
+    /// Looks at a lane's row.
+    pub(crate) fn look(&self, lane: &LaneId) -> Result<Option<Claim>, Denial> {
+        let server = self.server();
+        match server.is_down {
+            true => Err(Denial::Gone),
+            false => Ok(server.lanes.get(lane).cloned()),
+        }
+    }
+
+    pub(crate) fn copy(&self) -> Copy {
         let server = self.server();
         (server.rows.clone(), server.lanes.clone())
     }
 
     /// It goes back, or forth, to a copy. Whoever is connected is cut off.
-    pub(crate) fn restore(&self, (rows, lanes): (Vec<Row>, BTreeMap<LaneId, Claim>)) {
+    pub(crate) fn restore(&self, copy: Copy) {
+        self.server().sessions.clear();
+        self.rewrite(copy);
+    }
+
+    /// Somebody writes a copy over what is there. Only commits that are under way would be in the way.
+    pub(crate) fn rewrite(&self, (rows, lanes): Copy) {
         let mut server = self.server();
-        server.sessions.clear();
-        server.locks.clear();
+        let Server {
+            sessions, locks, ..
+        } = &mut *server;
+        for session in std::mem::take(locks).values() {
+            sessions.remove(session);
+        }
         server.rows = rows;
         server.lanes = lanes;
         drop(server);
+        self.world.note(0, "restored", Subject::None, [0, 0]);
         self.released.notify_waiters();
     }
 
-    /// Commits progress alone; answers whether the epoch was the row's.
+    /// Commits progress alone; answers whether the row was what it follows.
     pub(crate) async fn save(&self, update: Update) -> Result<bool, Denial> {
         let session = self.open(Mode::Optimistic)?;
         let done = self.update(session, update).await?;
@@ -295,14 +334,14 @@ impl Database {
         run(session)
     }
 
-    /// Changes a lane's row in a transaction, if its epoch is the update's. The row stays locked until the end.
+    /// Changes a lane's row in a transaction, if it is what the update follows. The row stays locked until the end.
     pub(crate) async fn update(&self, session: u64, update: Update) -> Result<bool, Denial> {
         self.lock_row(&update.lane, session).await?;
         let mut server = self.server();
-        let is_mine = server
-            .lanes
-            .get(&update.lane)
-            .is_some_and(|row| row.epoch == update.epoch);
+        let is_mine = (server.lanes.get(&update.lane)).is_some_and(|row| {
+            let follows = self.lacks.order_of_commits || update.follows(row);
+            row.epoch == update.epoch && follows
+        });
         let held = server.sessions.get_mut(&session).ok_or(Denial::Gone)?;
         if held.doomed {
             return Err(Denial::Failed);
@@ -310,7 +349,7 @@ impl Database {
         if is_mine {
             held.update = Some(update);
         }
-        if self.without_locks {
+        if self.lacks.locks {
             server.locks.retain(|_, holder| *holder != session);
             drop(server);
             self.released.notify_waiters();

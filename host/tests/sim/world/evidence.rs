@@ -44,6 +44,8 @@ pub(crate) struct Evidence {
     pub(crate) costs: Vec<u32>,
     /// Partitions that moved to another host.
     pub(crate) moves: u32,
+    /// A database has gone back to a copy: what it lost is done again, and its outputs come twice.
+    pub(crate) went_back: bool,
     /// Records that retention has removed.
     pub(crate) removed: BTreeSet<(Arc<str>, Arc<str>)>,
 }

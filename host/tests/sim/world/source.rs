@@ -66,6 +66,14 @@ impl Slot {
     pub(crate) fn committed(&self, offset: i64) {
         lock(&self.settled).committed = Some(offset);
     }
+
+    /// A row that went back to an older copy counts: what was done beyond it is to be done again, and the log is told so.
+    fn goes_back_to(&self, offset: Option<i64>) {
+        let mut settled = lock(&self.settled);
+        if offset.is_some() && settled.offset > offset {
+            *settled = Settled::default();
+        }
+    }
 }
 
 pub(crate) struct PartitionSource {
@@ -134,12 +142,13 @@ impl PartitionSource {
 impl Source for PartitionSource {
     async fn start(&mut self, offset: Option<i64>) -> Result<Option<Started>, Gap> {
         self.process.point("start").await;
+        self.slot.goes_back_to(offset);
         if !self.until_up().await {
             return Ok(None);
         }
         self.process.world().travel().await;
         let committed = self.broker.group_commit(self.slot.seat);
-        let known = offset.or(committed.as_ref().map(|committed| committed.offset));
+        let known = known(offset, committed.as_ref());
         let (first, end) = self.broker.range(&self.topic, self.partition());
         self.note("start at", [known.unwrap_or(-1), end]);
         match known {
@@ -183,7 +192,7 @@ impl Source for PartitionSource {
         self.broker
             .check_durable(self.slot.seat, next_offset, "done");
         let mut settled = lock(&self.slot.settled);
-        settled.offset = Some(next_offset);
+        settled.offset = settled.offset.max(Some(next_offset));
         settled.row = row;
         drop(settled);
         self.slot.dirty.notify_one();
@@ -198,6 +207,20 @@ impl Source for PartitionSource {
     fn stopping(&self) -> CancellationToken {
         self.slot.stopping.clone()
     }
+}
+
+/// Where to go on, as the host's own source decides: where the lane says, and else where the group has got to, which may
+/// know of markers behind the lane's offset.
+fn known(wanted: Option<i64>, committed: Option<&Committed>) -> Option<i64> {
+    let Some(wanted) = wanted else {
+        return committed.map(|committed| committed.offset);
+    };
+    let is_of_it = |committed: &&Committed| {
+        let row = committed.row();
+        row.is_some_and(|row| row.next_offset == wanted)
+    };
+    let passed = committed.filter(is_of_it);
+    Some(passed.map_or(wanted, |committed| committed.offset.max(wanted)))
 }
 
 impl Drop for PartitionSource {

@@ -54,7 +54,7 @@ impl Texts {
     fn of(schema: &str) -> Self {
         Self {
             save: format!(
-                "SELECT {schema}.stagehost_save($10, $1, $2, $3, $4, $5, $6, $7, $8, $9)"
+                "SELECT {schema}.stagehost_save($11, $1, $2, $3, $4, $5, $6, $7, $8, $9, $10)"
             ),
             register: format!(
                 "WITH old AS (DELETE FROM {schema}.stagehost_secrets WHERE expires_at < now()) \
@@ -161,7 +161,7 @@ async fn is_made(client: &mut Client, schema: &str, role: &str) -> Result<bool, 
                        AND p.proconfig = ARRAY['search_path=pg_catalog, pg_temp']";
     let mut parameters = Parameters::default();
     parameters.text(&format!(
-        "{schema}.stagehost_save(bytea, text, text, int4, int8, int8, int8, int4, bytea, bytea)"
+        "{schema}.stagehost_save(bytea, text, text, int4, int8, int8, int8, int4, bytea, bytea, int8)"
     ))?;
     parameters.text(role)?;
     let rows = ask(client, ASK, &parameters).await?;

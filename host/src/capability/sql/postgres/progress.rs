@@ -74,9 +74,16 @@ impl Postgres {
                 parameters.int8(generation);
                 &statements.raise
             }
+            Own::Look => &statements.look,
         };
         let mut lease = self.take_own().await?;
-        let rows = match self.claim_in_time(&mut lease, text, &parameters).await {
+        let asked = match how {
+            Own::Look => in_time(lease.ask(text, &parameters))
+                .await
+                .map_err(Failure::into_error),
+            _ => self.claim_in_time(&mut lease, text, &parameters).await,
+        };
+        let rows = match asked {
             Ok(rows) => rows,
             Err(error) => {
                 if matches!(&error, Error::Unavailable(why) if why == STALE_PLAN) {
@@ -210,6 +217,7 @@ fn parameters(secret: Option<&[u8]>, commit: Commit<'_>) -> Result<Parameters, E
     let Commit {
         lane,
         epoch,
+        generation,
         commits,
         checkpoint,
     } = commit;
@@ -223,6 +231,7 @@ fn parameters(secret: Option<&[u8]>, commit: Commit<'_>) -> Result<Parameters, E
     parameters.int4(i32::try_from(checkpoint.attempts).unwrap_or(i32::MAX));
     parameters.bytea(&checkpoint.pending)?;
     parameters.bytea(&checkpoint.seen)?;
+    parameters.int8(generation);
     if let Some(secret) = secret {
         parameters.bytea(secret)?;
     }
@@ -271,15 +280,21 @@ async fn prepare(
     client: &mut Client,
     database: &Postgres,
 ) -> Result<(Statements, String), StoreError> {
-    let mut migrated = false;
+    let (mut migrated, mut made) = (false, false);
     loop {
         let Some(found) = find(client).await? else {
-            if migrated {
+            if made {
                 let words = format!("{TABLE} was made, and can't be found in the search path");
                 return Err(StoreError::Refused(words));
             }
-            make(client, database).await?;
-            migrated = true;
+            if migrated {
+                // It was made once, and somebody has dropped it since.
+                make_again(client).await?;
+                made = true;
+            } else {
+                make(client, database).await?;
+                migrated = true;
+            }
             continue;
         };
         let Found {
@@ -355,6 +370,18 @@ async fn make(client: &mut Client, database: &Postgres) -> Result<(), StoreError
         return Err(not_allowed(client, &error).await);
     }
     Err(error.into())
+}
+
+/// Makes what the migrations are known to have made.
+async fn make_again(client: &mut Client) -> Result<(), StoreError> {
+    let made = in_time(client.command(&POSTGRES.concat())).await;
+    match made.map_err(Failure::into_error) {
+        Ok(()) => Ok(()),
+        Err(error) if is(&error, INSUFFICIENT_PRIVILEGE) || is(&error, INVALID_SCHEMA) => {
+            Err(not_allowed(client, &error).await)
+        }
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// What to do where the role may not make the table.

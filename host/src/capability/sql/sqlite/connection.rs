@@ -1,7 +1,7 @@
 //! One connection, as its thread has it.
 
 use std::collections::HashSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ use rusqlite::{CachedStatement, OpenFlags, Statement, StatementStatus, ToSql};
 use super::super::{
     MAX_ANSWER_BYTES, MAX_PARAMETERS, MAX_STATEMENT_BYTES, STATEMENT_TIMEOUT, SqlAccess,
 };
+use super::file::FileId;
 use super::guard::Guard;
 use super::{authorizer, functions, memory, pattern};
 
@@ -60,6 +61,9 @@ pub(super) const STACK_BYTES: usize = 128 * 1024 * 1024;
 pub(super) struct Connection {
     pub(super) sql: rusqlite::Connection,
     pub(super) guard: Arc<Guard>,
+    file: PathBuf,
+    /// The file that it has open.
+    pub(super) id: Option<FileId>,
     /// Texts of prepared statements that call JSON functions.
     json: HashSet<String>,
     max_value: usize,
@@ -70,6 +74,8 @@ impl Connection {
         // Each is used by one thread only.
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let sql = rusqlite::Connection::open_with_flags(file, flags)?;
+        // Whoever put another one there in between is noticed by the lanes' rows.
+        let id = FileId::at(file).ok().flatten();
         // Waiting is done here, where somebody sees whether it is still wanted.
         sql.busy_timeout(Duration::ZERO)?;
         sql.set_prepared_statement_cache_capacity(STATEMENT_CACHE);
@@ -78,6 +84,8 @@ impl Connection {
             "PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON; PRAGMA temp_store = MEMORY; \
              PRAGMA journal_size_limit = 67108864;",
         )?;
+        // The host's start sees to it; a copy that was put in the file's place may have another. It would do its work too.
+        sql.execute_batch("PRAGMA journal_mode = WAL").ok();
         for (limit, value) in [
             (
                 Limit::SQLITE_LIMIT_SQL_LENGTH,
@@ -122,6 +130,8 @@ impl Connection {
         let mut connection = Self {
             sql,
             guard,
+            file: file.to_owned(),
+            id,
             json: HashSet::new(),
             max_value: 0,
         };
@@ -129,8 +139,17 @@ impl Connection {
         Ok(connection)
     }
 
-    /// The host is about to stop: the file is to be whole without its log.
+    /// Whether another file is in the place of the one that it has open, or none.
+    pub(super) fn is_replaced(&self) -> bool {
+        !matches!(FileId::at(&self.file), Ok(now) if now == self.id)
+    }
+
+    /// The host is about to stop: the file is to be whole without its log. Of one that was replaced, the log beside it may be
+    /// another's.
     pub(super) fn carry_log_over_on_close(&self) {
+        if self.is_replaced() {
+            return;
+        }
         let config = DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE;
         self.sql.set_db_config(config, false).ok();
     }

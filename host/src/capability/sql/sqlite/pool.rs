@@ -5,10 +5,12 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{OwnedMutexGuard, OwnedSemaphorePermit, Semaphore, oneshot};
+use tracing::error;
 
 use super::super::{ACQUIRE_TIMEOUT, Error};
 use super::connection::{Connection, STACK_BYTES};
 use super::error::error_of;
+use super::file::{FileId, log_of, put_log_aside};
 use super::guard::Guard;
 
 type Work = Box<dyn FnOnce(&mut Connection) + Send>;
@@ -27,6 +29,8 @@ enum Job {
 struct Worker {
     jobs: Sender<Job>,
     guard: Arc<Guard>,
+    /// The file that it has open.
+    file: Option<FileId>,
 }
 
 impl Worker {
@@ -40,7 +44,7 @@ impl Worker {
             .stack_size(STACK_BYTES);
         let started = thread.spawn(move || match Connection::open(&file, its) {
             Ok(connection) => {
-                if opened.send(Ok(())).is_ok() {
+                if opened.send(Ok(connection.id)).is_ok() {
                     work_off(connection, &received);
                 }
             }
@@ -50,8 +54,8 @@ impl Worker {
         });
         started
             .map_err(|error| Error::Unavailable(format!("no thread for a connection: {error}")))?;
-        is_open.await.unwrap_or_else(|_| Err(thread_ended()))?;
-        Ok(Self { jobs, guard })
+        let file = is_open.await.unwrap_or_else(|_| Err(thread_ended()))?;
+        Ok(Self { jobs, guard, file })
     }
 }
 
@@ -84,7 +88,17 @@ pub(super) struct Pool {
     /// One for each connection that may be on loan. Its thread has it until it ends, if the loan is given up.
     permits: Arc<Semaphore>,
     size: u32,
-    idle: Mutex<Vec<Worker>>,
+    idle: Mutex<Idle>,
+}
+
+/// Connections at rest.
+#[derive(Default)]
+struct Idle {
+    workers: Vec<Worker>,
+    /// The file that all of them have open.
+    file: Option<FileId>,
+    /// And its log of writes, once there is one.
+    log: Option<FileId>,
 }
 
 impl Pool {
@@ -110,8 +124,7 @@ impl Pool {
                 )));
             }
         };
-        let idle = self.idle().pop();
-        let worker = match idle {
+        let worker = match self.at_rest()? {
             Some(worker) => worker,
             None => Worker::start(self.file.clone()).await?,
         };
@@ -124,7 +137,43 @@ impl Pool {
         })
     }
 
-    fn idle(&self) -> std::sync::MutexGuard<'_, Vec<Worker>> {
+    /// A connection to the file that is there, if one is at rest. Where that is another one than it was, those to the one before
+    /// are closed.
+    fn at_rest(&self) -> Result<Option<Worker>, Error> {
+        let place = self.file.display();
+        let unavailable = |error| Error::Unavailable(format!("{place}: {error}"));
+        let now = FileId::at(&self.file).map_err(unavailable)?;
+        let mut idle = self.idle();
+        if idle.file.is_some() && idle.file != now {
+            if now.is_none() {
+                return Err(Error::Unavailable(format!(
+                    "{place} is gone: bring it back, or start the host again, which makes a new one"
+                )));
+            }
+            put_log_aside(&self.file, idle.log).map_err(unavailable)?;
+            *idle = Idle::default();
+            error!(
+                "{place} is another file than it was: somebody has put it in the place of the one that the host had open. It is \
+                 the one that counts from now on; what stood in the -wal of the one before is in {place}-wal.before"
+            );
+        }
+        idle.file = now;
+        Ok(idle.workers.pop())
+    }
+
+    /// A connection is at rest, if its file is the one that is there.
+    fn put_to_rest(&self, worker: Worker) {
+        let mut idle = self.idle();
+        if worker.file != idle.file {
+            return;
+        }
+        if idle.log.is_none() {
+            idle.log = FileId::at(&log_of(&self.file)).ok().flatten();
+        }
+        idle.workers.push(worker);
+    }
+
+    fn idle(&self) -> std::sync::MutexGuard<'_, Idle> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -135,7 +184,7 @@ impl Pool {
         self.permits.close();
         drop(all);
         let idle = std::mem::take(&mut *self.idle());
-        for worker in idle {
+        for worker in idle.workers {
             let (told, ended) = oneshot::channel();
             if worker.jobs.send(Job::End(None, None, Some(told))).is_ok() {
                 ended.await.ok();
@@ -180,7 +229,7 @@ impl Lease {
     pub(super) fn give_back(mut self) {
         self.writing = None;
         if let Some(worker) = self.worker.take() {
-            self.pool.idle().push(worker);
+            self.pool.put_to_rest(worker);
         }
     }
 }

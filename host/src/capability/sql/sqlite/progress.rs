@@ -17,7 +17,13 @@ impl Sqlite {
         let mut lease = self.writing().await?;
         if self.probe(&mut lease).await.is_err() {
             self.make().await?;
-            self.probe(&mut lease).await?;
+            if self.probe(&mut lease).await.is_err() {
+                // It was made once, and somebody has dropped it since.
+                let made = lease.run(|sql| sql.as_host(|sql| sql.execute_batch(&SQLITE.concat())));
+                made.await?
+                    .map_err(|error| StoreError::from(error_of(&error)))?;
+                self.probe(&mut lease).await?;
+            }
         }
         let attached = lease.run(|connection| connection.as_host(attached)).await?;
         lease.give_back();
@@ -64,7 +70,10 @@ impl Sqlite {
         lane: &LaneId,
         how: Own,
     ) -> Result<Option<Claim>, Error> {
-        let mut lease = self.writing().await?;
+        let mut lease = match how {
+            Own::Look => self.pool.take().await?,
+            _ => self.writing().await?,
+        };
         let (statements, lane) = (self.progress.clone(), lane.clone());
         let claimed = lease.run(move |connection| {
             connection.until_free(|connection| {
@@ -124,6 +133,7 @@ fn claim(
         Own::Claim => (&statements.claim, &[&none, &generation]),
         Own::Reclaim { epoch } => (&statements.reclaim, &[epoch]),
         Own::Raise { epoch, generation } => (&statements.raise, &[epoch, generation]),
+        Own::Look => (&statements.look, &[]),
     };
     let mut statement = sql.prepare_cached(text)?;
     let key: &[&dyn ToSql] = &[&&**group, &&**topic, partition];
@@ -135,7 +145,7 @@ fn claim(
     Ok(claimed)
 }
 
-/// Writes the lane's new state; answers whether the epoch still is the commit's.
+/// Writes the lane's new state; answers whether the row was what the commit follows.
 pub(super) async fn save_on(
     statements: &std::sync::Arc<Statements>,
     lease: &mut Lease,
@@ -143,12 +153,16 @@ pub(super) async fn save_on(
 ) -> Result<bool, Failure> {
     let statements = statements.clone();
     let (lane, checkpoint) = (commit.lane.clone(), commit.checkpoint.clone());
-    let (epoch, commits) = (commit.epoch, commit.commits);
+    let (epoch, commits, generation) = (commit.epoch, commit.commits, commit.generation);
     let saved = lease.run(move |connection: &mut Connection| {
+        if connection.is_replaced() {
+            let why = "another file is in the database's place";
+            return Err(Failure::Lost(Error::Unavailable(why.to_owned())));
+        }
         let saved = connection.until_free(|connection| {
             connection.as_host(|sql| {
                 let mut statement = sql.prepare_cached(&statements.save)?;
-                let params: [&dyn ToSql; 9] = [
+                let params: [&dyn ToSql; 10] = [
                     &&*lane.group,
                     &&*lane.topic,
                     &lane.partition,
@@ -158,6 +172,7 @@ pub(super) async fn save_on(
                     &checkpoint.attempts,
                     &checkpoint.pending,
                     &checkpoint.seen,
+                    &generation,
                 ];
                 bind(&mut statement, &params)?;
                 statement.raw_execute()

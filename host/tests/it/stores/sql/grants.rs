@@ -85,7 +85,7 @@ async fn who_reads_only_writes_nothing_through_a_function() {
         let read = transaction.query("SELECT count(*) FROM t", &[]).await;
         assert_eq!(read.map(|read| read.rows), Ok(vec![vec![Int64(0)]]));
         let state = checkpoint(commits);
-        let commit = commit(&owner.lane, owner.epoch, commits, &state);
+        let commit = owner.commit_of(commits, &state);
         let committed = transaction.commit(commit).await;
         assert!(committed.is_ok(), "{committed:?}");
         let transaction = reading.begin(mode).await.expect("a transaction");
@@ -203,7 +203,7 @@ async fn what_is_the_hosts_is_out_of_reach_of_words() {
 async fn the_hosts_own_texts_are_not_a_stages() {
     const SAVE: &str = "WITH saved AS (UPDATE public.stagehost_progress SET commits = $5, next_offset = $6, attempts = $7, \
                         pending = $8, seen = $9, updated_at = CURRENT_TIMESTAMP WHERE consumer_group = $1 AND topic = $2 \
-                        AND partition = $3 AND epoch = $4 RETURNING 1) \
+                        AND partition = $3 AND epoch = $4 AND generation = $10 AND commits = $5 - 1 RETURNING 1) \
                         SELECT 1 OPERATOR(pg_catalog./) pg_catalog.count(*) FROM saved";
     on(Kind::Postgres, async |_, database| {
         let mut owner = Owner::new(&database).await;
@@ -329,7 +329,7 @@ async fn a_role_for_stages_as_the_readme_makes_it() {
     let made = sqlx::raw_sql("CREATE TABLE t (id BIGINT PRIMARY KEY)").execute(&mut host);
     made.await.expect("a table");
     let lane = lane();
-    let mut epoch = database.claim(&lane).await.expect("a claim").epoch;
+    let mut own = database.claim(&lane).await.expect("a claim");
     for (commits, mode) in (1..).zip(MODES) {
         let transaction = database.begin(mode).await.expect("a transaction");
         assert_eq!(insert(&transaction, commits).await, Ok(1));
@@ -338,22 +338,22 @@ async fn a_role_for_stages_as_the_readme_makes_it() {
         assert_eq!(who.map(|who| who.rows), Ok(vec![vec![Boolean(true)]]));
         let state = checkpoint(commits);
         let committed = transaction
-            .commit(commit(&lane, epoch, commits, &state))
+            .commit(commit(&lane, &own, commits, &state))
             .await;
         assert!(committed.is_ok(), "{committed:?}");
     }
     let claim = database.claim(&lane).await.expect("a claim");
-    assert_eq!((claim.commits, claim.checkpoint), (2, checkpoint(2)));
+    assert_eq!((claim.commits, &claim.checkpoint), (2, &checkpoint(2)));
     let transaction = database
         .begin(Mode::Optimistic)
         .await
         .expect("a transaction");
     assert_eq!(insert(&transaction, 9).await, Ok(1));
     let state = checkpoint(3);
-    let fenced = transaction.commit(commit(&lane, epoch, 3, &state)).await;
+    let fenced = transaction.commit(commit(&lane, &own, 3, &state)).await;
     assert!(matches!(fenced, Err(CommitError::Fenced)), "{fenced:?}");
-    epoch = claim.epoch;
-    let saved = database.save(commit(&lane, epoch, 3, &state)).await;
+    own = claim;
+    let saved = database.save(commit(&lane, &own, 3, &state)).await;
     assert!(saved.is_ok(), "{saved:?}");
     let rows = query(&database, "SELECT id FROM t ORDER BY id", &[]).await;
     assert_eq!(rows, [[Int64(1)], [Int64(2)]]);
@@ -366,7 +366,7 @@ async fn a_role_for_stages_as_the_readme_makes_it() {
         .begin(Mode::Optimistic)
         .await
         .expect("a transaction");
-    let unknown = transaction.commit(commit(&lane, epoch, 4, &state)).await;
+    let unknown = transaction.commit(commit(&lane, &own, 4, &state)).await;
     assert!(
         matches!(unknown, Err(CommitError::Unanswered(_))),
         "{unknown:?}"
@@ -375,7 +375,7 @@ async fn a_role_for_stages_as_the_readme_makes_it() {
         .begin(Mode::Optimistic)
         .await
         .expect("a transaction");
-    let committed = transaction.commit(commit(&lane, epoch, 4, &state)).await;
+    let committed = transaction.commit(commit(&lane, &own, 4, &state)).await;
     assert!(committed.is_ok(), "{committed:?}");
     other.close().await;
     database.close().await;
@@ -393,11 +393,11 @@ async fn what_is_the_hosts_is_out_of_reach_of_the_stages_role() {
         "SELECT hash FROM stagehost_secrets",
         "INSERT INTO stagehost_secrets VALUES (sha256('mine'), now() + interval '1 day')",
         "DELETE FROM _stagehost_migrations",
-        "SELECT stagehost_save('mine', 'service.publisher', 'app.newPosts', 3, 1, 1, 1, 0, '', '')",
-        "ALTER FUNCTION stagehost_save(bytea, text, text, int, bigint, bigint, bigint, int, bytea, bytea) SECURITY INVOKER",
+        "SELECT stagehost_save('mine', 'service.publisher', 'app.newPosts', 3, 1, 1, 1, 0, '', '', 1)",
+        "ALTER FUNCTION stagehost_save(bytea, text, text, int, bigint, bigint, bigint, int, bytea, bytea, bigint) SECURITY INVOKER",
         "CREATE OR REPLACE FUNCTION stagehost_save(secret bytea, of_group text, of_topic text, of_partition integer, \
-         of_epoch bigint, new_commits bigint, new_offset bigint, new_attempts integer, new_pending bytea, new_seen bytea) \
-         RETURNS void LANGUAGE sql AS 'SELECT'",
+         of_epoch bigint, new_commits bigint, new_offset bigint, new_attempts integer, new_pending bytea, new_seen bytea, \
+         of_generation bigint) RETURNS void LANGUAGE sql AS 'SELECT'",
         "DROP TABLE stagehost_progress",
         "CREATE TRIGGER mine AFTER UPDATE ON stagehost_progress EXECUTE FUNCTION suppress_redundant_updates_trigger()",
         "CREATE TABLE mine (id int)",
@@ -414,7 +414,7 @@ async fn what_is_the_hosts_is_out_of_reach_of_the_stages_role() {
     let database = roles.open().await.expect("a database");
     database.prepare_progress().await.expect("tables");
     let lane = lane();
-    let epoch = database.claim(&lane).await.expect("a claim").epoch;
+    let own = database.claim(&lane).await.expect("a claim");
     let mut stage = roles.as_stage().await;
     for statement in TRIED {
         let statement = statement.replace("{host}", &roles.host);
@@ -427,7 +427,7 @@ async fn what_is_the_hosts_is_out_of_reach_of_the_stages_role() {
         .await
         .expect("a transaction");
     let state = checkpoint(1);
-    let committed = transaction.commit(commit(&lane, epoch, 1, &state)).await;
+    let committed = transaction.commit(commit(&lane, &own, 1, &state)).await;
     assert!(committed.is_ok(), "{committed:?}");
     database.close().await;
     roles.remove().await;
@@ -512,13 +512,64 @@ async fn missing_rights_for_the_function_are_named_with_what_to_do() {
         .await
         .unwrap_or_else(|error| panic!("{error}"));
     let lane = lane();
-    let epoch = database.claim(&lane).await.expect("a claim").epoch;
+    let own = database.claim(&lane).await.expect("a claim");
     let transaction = database.begin(Mode::Optimistic).await.expect("a turn");
     let state = checkpoint(1);
-    let committed = transaction.commit(commit(&lane, epoch, 1, &state)).await;
+    let committed = transaction.commit(commit(&lane, &own, 1, &state)).await;
     assert!(committed.is_ok(), "{committed:?}");
     database.close().await;
     roles.remove().await;
+}
+
+/// What an earlier version's hosts call stays for them; it does not look at commits, so this one has its own beside it. Who may
+/// not make it is told at the start.
+#[tokio::test]
+async fn the_function_of_an_earlier_version_stays_beside_this_ones() {
+    const EARLIER: &str = include_str!("../../earlier/postgres-stages.sql");
+    const FUNCTIONS: &str = "SELECT count(*) FROM pg_proc WHERE proname = 'stagehost_save'";
+    for may_create in [true, false] {
+        let roles = Roles::new().await;
+        let (place, host) = (&roles.place, &roles.host);
+        let alone = Database::connect(&roles.url, None, 1, None).await;
+        let alone = alone.expect("the host's role");
+        alone.prepare_progress().await.expect("a table");
+        alone.close().await;
+        let earlier = EARLIER
+            .replace("{schema}", "public")
+            .replace("{role}", &roles.stage);
+        place.run(&earlier).await;
+        let rights = "GRANT SELECT, INSERT, UPDATE, DELETE ON stagehost_secrets TO";
+        place.run(&format!("{rights} {host}")).await;
+        let database = roles.open().await;
+        let database = database.unwrap_or_else(|error| panic!("{error}"));
+        if !may_create {
+            let revoke = format!("REVOKE CREATE ON SCHEMA public FROM {host}");
+            place.run(&revoke).await;
+            let why = match database.prepare_progress().await {
+                Err(StoreError::Refused(why)) => why,
+                other => panic!("{other:?}"),
+            };
+            let (words, statements) = why.split_once('\n').expect("words, then statements");
+            assert!(words.contains("GRANT CREATE ON SCHEMA public"), "{why}");
+            place.run(statements).await;
+        }
+        let prepared = database.prepare_progress().await;
+        prepared.unwrap_or_else(|error| panic!("{error}"));
+        let count = query(&database, FUNCTIONS, &[]).await;
+        assert_eq!(count, [[Int64(2)]], "may create: {may_create}");
+        let lane = lane();
+        let own = database.claim(&lane).await.expect("a claim");
+        for (commits, is_next) in [(1, true), (1, false), (3, false), (2, true)] {
+            let transaction = database.begin(Mode::Optimistic).await.expect("a turn");
+            let state = checkpoint(commits);
+            let committed = transaction
+                .commit(commit(&lane, &own, commits, &state))
+                .await;
+            assert_eq!(committed.is_ok(), is_next, "{commits}: {committed:?}");
+        }
+        database.close().await;
+        roles.remove().await;
+    }
 }
 
 /// No session shows the secret to another.
@@ -528,14 +579,14 @@ async fn the_secret_is_in_no_text() {
     let database = roles.open().await.expect("a database");
     database.prepare_progress().await.expect("tables");
     let lane = lane();
-    let epoch = database.claim(&lane).await.expect("a claim").epoch;
+    let own = database.claim(&lane).await.expect("a claim");
     let transaction = database
         .begin(Mode::Optimistic)
         .await
         .expect("a transaction");
     let state = checkpoint(1);
     transaction
-        .commit(commit(&lane, epoch, 1, &state))
+        .commit(commit(&lane, &own, 1, &state))
         .await
         .expect("a commit");
     let all = (0..CONNECTIONS).map(|_| async {
@@ -551,7 +602,7 @@ async fn the_secret_is_in_no_text() {
         let [Value::Text(text)] = &save[..] else {
             continue;
         };
-        assert!(text.contains("($10, $1"), "{text}");
+        assert!(text.contains("($11, $1"), "{text}");
         assert!(!text.contains("\\x"), "{text}");
     }
     database.close().await;

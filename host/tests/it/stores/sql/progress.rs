@@ -5,7 +5,7 @@ use std::time::Duration;
 use host::capability::StoreError;
 use host::capability::sql::Database;
 use host::delivery::progress::{
-    Checkpoint, Commit, CommitError, LaneId, Ledger, Mode, Transaction,
+    Checkpoint, Claim, Commit, CommitError, LaneId, Ledger, Mode, Transaction,
 };
 use host::pipeline::SqlUrl;
 
@@ -30,13 +30,14 @@ pub(super) fn checkpoint(next_offset: i64) -> Checkpoint {
 
 pub(super) fn commit<'a>(
     lane: &'a LaneId,
-    epoch: i64,
+    claim: &Claim,
     commits: i64,
     checkpoint: &'a Checkpoint,
 ) -> Commit<'a> {
     Commit {
         lane,
-        epoch,
+        epoch: claim.epoch,
+        generation: claim.generation,
         commits,
         checkpoint,
     }
@@ -59,13 +60,13 @@ async fn a_row_is_whose_epoch_is_the_last() {
         assert_eq!(database.claim(&other).await.expect("a claim").epoch, 1);
 
         let state = checkpoint(10);
-        let saved = database.save(commit(&lane, 1, 1, &state)).await;
+        let saved = database.save(commit(&lane, &first, 1, &state)).await;
         assert!(saved.is_ok(), "{kind:?}: {saved:?}");
         let second = database.claim(&lane).await.expect("a claim");
         assert_eq!((second.epoch, second.commits), (2, 1), "{kind:?}");
         assert_eq!(second.checkpoint, state, "{kind:?}");
 
-        let fenced = database.save(commit(&lane, 1, 2, &state)).await;
+        let fenced = database.save(commit(&lane, &first, 2, &state)).await;
         assert!(matches!(fenced, Err(CommitError::Fenced)), "{fenced:?}");
         let fenced = database.reclaim(&lane, 1).await.expect("an answer");
         assert_eq!(fenced, None, "{kind:?}");
@@ -77,6 +78,47 @@ async fn a_row_is_whose_epoch_is_the_last() {
     .await;
 }
 
+/// A database that is another one than it was, such as an older copy, takes no commit that follows what it does not have.
+#[tokio::test]
+async fn a_commit_follows_the_one_before_it() {
+    on_each(async |kind, database| {
+        database.prepare_progress().await.expect("a new table");
+        let (lane, state) = (lane(), checkpoint(10));
+        let none = database.look(&lane).await.expect("an answer");
+        assert_eq!(none, None, "{kind:?}");
+        let own = database.claim(&lane).await.expect("a claim");
+        let raised = database
+            .raise(&lane, own.epoch, own.generation + 5)
+            .await
+            .expect("an answer");
+        let raised = raised.expect("a row");
+        assert_eq!(raised.generation, own.generation + 5, "{kind:?}");
+        // It only rises.
+        let kept = database.raise(&lane, own.epoch, own.generation).await;
+        assert_eq!(kept.expect("an answer"), Some(raised.clone()), "{kind:?}");
+        let saved = database.save(commit(&lane, &raised, 1, &state)).await;
+        assert!(saved.is_ok(), "{kind:?}: {saved:?}");
+        for (claim, commits) in [(&raised, 1), (&raised, 3), (&raised, 0), (&own, 2)] {
+            let fenced = database.save(commit(&lane, claim, commits, &state)).await;
+            assert!(matches!(fenced, Err(CommitError::Fenced)), "{fenced:?}");
+            for mode in [Mode::Optimistic, Mode::Careful] {
+                let transaction = database.begin(mode).await.expect("a transaction");
+                let fenced = transaction
+                    .commit(commit(&lane, claim, commits, &state))
+                    .await;
+                assert!(matches!(fenced, Err(CommitError::Fenced)), "{fenced:?}");
+            }
+        }
+        let found = database.look(&lane).await.expect("an answer");
+        let found = found.expect("a row");
+        assert_eq!((found.epoch, found.commits), (own.epoch, 1), "{kind:?}");
+        assert_eq!(found.checkpoint, state, "{kind:?}");
+        let saved = database.save(commit(&lane, &raised, 2, &state)).await;
+        assert!(saved.is_ok(), "{kind:?}: {saved:?}");
+    })
+    .await;
+}
+
 /// More than a guest's value may have: what a batch sends may be that much.
 #[tokio::test]
 async fn a_row_has_room_for_a_large_batch() {
@@ -84,18 +126,18 @@ async fn a_row_has_room_for_a_large_batch() {
     on_each(async |kind, database| {
         database.prepare_progress().await.expect("a new table");
         let lane = lane();
-        let epoch = database.claim(&lane).await.expect("a claim").epoch;
+        let own = database.claim(&lane).await.expect("a claim");
         let mut state = checkpoint(10);
         state.pending = (0..BYTES).map(|at| (at % 251) as u8).collect();
         let transaction = database
             .begin(Mode::Optimistic)
             .await
             .expect("a transaction");
-        let committed = transaction.commit(commit(&lane, epoch, 1, &state)).await;
+        let committed = transaction.commit(commit(&lane, &own, 1, &state)).await;
         assert!(committed.is_ok(), "{kind:?}: {committed:?}");
         let claim = database.claim(&lane).await.expect("a claim");
         assert!(claim.checkpoint == state, "{kind:?}");
-        let saved = database.save(commit(&lane, 2, 2, &state)).await;
+        let saved = database.save(commit(&lane, &claim, 2, &state)).await;
         assert!(saved.is_ok(), "{kind:?}: {saved:?}");
     })
     .await;
@@ -168,8 +210,10 @@ async fn missing_rights_are_named_with_what_to_do() {
     // As it says, a role that may make the table does.
     place.run(statements).await;
     database.prepare_progress().await.expect("a table");
-    database.claim(&lane()).await.expect("a claim");
-    let saved = database.save(commit(&lane(), 1, 1, &checkpoint(1))).await;
+    let own = database.claim(&lane()).await.expect("a claim");
+    let saved = database
+        .save(commit(&lane(), &own, 1, &checkpoint(1)))
+        .await;
     assert!(saved.is_ok(), "{saved:?}");
 
     place
@@ -238,7 +282,7 @@ async fn a_host_that_hangs_loses_its_lane() {
     let (hanging, next) = (open().await, open().await);
     hanging.prepare_progress().await.expect("a new table");
     let lane = lane();
-    let epoch = hanging.claim(&lane).await.expect("a claim").epoch;
+    let own = hanging.claim(&lane).await.expect("a claim");
     let transaction = hanging
         .begin(Mode::Optimistic)
         .await
@@ -254,11 +298,11 @@ async fn a_host_that_hangs_loses_its_lane() {
             Err(other) => panic!("{other:?}"),
         }
     };
-    assert_eq!(claim.epoch, epoch + 1);
+    assert_eq!(claim.epoch, own.epoch + 1);
     let state = checkpoint(1);
-    let late = transaction.commit(commit(&lane, epoch, 1, &state)).await;
+    let late = transaction.commit(commit(&lane, &own, 1, &state)).await;
     assert!(matches!(late, Err(CommitError::Unanswered(_))), "{late:?}");
-    let lost = hanging.reclaim(&lane, epoch).await.expect("an answer");
+    let lost = hanging.reclaim(&lane, own.epoch).await.expect("an answer");
     assert_eq!(lost, None);
     hanging.close().await;
     next.close().await;
@@ -280,7 +324,7 @@ async fn a_claim_waits_for_what_is_being_committed() {
             Kind::Sqlite => "CREATE TABLE touched (id INTEGER)",
         };
         let lane = lane();
-        let epoch = database.claim(&lane).await.expect("a claim").epoch;
+        let own = database.claim(&lane).await.expect("a claim");
         let transaction = database.begin(Mode::Optimistic).await;
         let transaction = transaction.expect("a transaction");
         let touched = transaction.execute(touch, &[]).await;
@@ -290,10 +334,10 @@ async fn a_claim_waits_for_what_is_being_committed() {
         let early = tokio::time::timeout(Duration::from_millis(300), &mut claim).await;
         assert!(early.is_err(), "{kind:?}: {early:?}");
         let state = checkpoint(20);
-        let committed = transaction.commit(commit(&lane, epoch, 1, &state)).await;
+        let committed = transaction.commit(commit(&lane, &own, 1, &state)).await;
         assert!(committed.is_ok(), "{kind:?}: {committed:?}");
         let claim = claim.await.expect("a claim");
-        assert_eq!((claim.epoch, claim.commits), (epoch + 1, 1), "{kind:?}");
+        assert_eq!((claim.epoch, claim.commits), (own.epoch + 1, 1), "{kind:?}");
         assert_eq!(claim.checkpoint, state, "{kind:?}");
         database.close().await;
         place.remove().await;
@@ -311,13 +355,13 @@ async fn a_search_path_hides_no_row() {
     database.prepare_progress().await.expect("a new table");
     place.run(WANDER).await;
     let lane = lane();
-    let epoch = database.claim(&lane).await.expect("a claim").epoch;
+    let own = database.claim(&lane).await.expect("a claim");
     let transaction = database.begin(Mode::Optimistic).await;
     let transaction = transaction.expect("a transaction");
     let wandered = transaction.query("SELECT wander()", &[]).await;
     assert!(wandered.is_ok(), "{wandered:?}");
     let state = checkpoint(1);
-    let committed = transaction.commit(commit(&lane, epoch, 1, &state)).await;
+    let committed = transaction.commit(commit(&lane, &own, 1, &state)).await;
     assert!(committed.is_ok(), "{committed:?}");
     assert_eq!(database.claim(&lane).await.expect("a claim").commits, 1);
     database.close().await;

@@ -301,7 +301,7 @@ async fn a_guest_that_sends_the_hosts_text_does_not_get_its_statement() {
     const OWN: &str = "consumer_group = $1 AND topic = $2 AND partition = $3 AND epoch = $4";
     let save = format!(
         "UPDATE main.stagehost_progress SET commits = $5, next_offset = $6, attempts = $7, pending = $8, seen = $9, \
-         updated_at = CURRENT_TIMESTAMP WHERE {OWN}"
+         updated_at = CURRENT_TIMESTAMP WHERE {OWN} AND generation = $10 AND commits = $5 - 1"
     );
     let texts = [
         "BEGIN IMMEDIATE",
@@ -319,7 +319,7 @@ async fn a_guest_that_sends_the_hosts_text_does_not_get_its_statement() {
     let database = Database::connect(&place.url, None, 2, None).await;
     let database = database.expect("a database");
     let mut owner = Owner::new(&database).await;
-    let params = vec![Int64(1); 9];
+    let params = vec![Int64(1); 10];
     for round in 0..3 {
         for mode in [Mode::Optimistic, Mode::Careful, Mode::Exclusive] {
             let transaction = owner.begin(mode).await;

@@ -4,10 +4,12 @@ use std::time::Duration;
 
 use host::capability::Action;
 use host::capability::sql::{Database, Error, Transaction};
-use host::delivery::progress::{CommitError, LaneId, Ledger, Mode, Transaction as _};
+use host::delivery::progress::{
+    Checkpoint, Commit, CommitError, LaneId, Ledger, Mode, Transaction as _,
+};
 
 use super::Value::{Int64, Text};
-use super::progress::{checkpoint, commit, lane};
+use super::progress::{checkpoint, lane};
 use super::{CONNECTIONS, Kind, Place, Value, execute, on_each, query, text};
 
 pub(super) const INSERT: &str = "INSERT INTO t VALUES ($1)";
@@ -18,6 +20,7 @@ pub(super) struct Owner {
     pub(super) database: Database,
     pub(super) lane: LaneId,
     pub(super) epoch: i64,
+    pub(super) generation: i64,
     pub(super) commits: i64,
 }
 
@@ -26,11 +29,12 @@ impl Owner {
         database.prepare_progress().await.expect("a new table");
         execute(database, "CREATE TABLE t (id BIGINT PRIMARY KEY)", &[]).await;
         let lane = lane();
-        let epoch = database.claim(&lane).await.expect("a claim").epoch;
+        let claim = database.claim(&lane).await.expect("a claim");
         Self {
             database: database.clone(),
             lane,
-            epoch,
+            epoch: claim.epoch,
+            generation: claim.generation,
             commits: 0,
         }
     }
@@ -41,10 +45,21 @@ impl Owner {
 
     pub(super) async fn commit(&mut self, transaction: Transaction) -> Result<(), CommitError> {
         let state = checkpoint(self.commits);
-        let commit = commit(&self.lane, self.epoch, self.commits + 1, &state);
+        let commit = self.commit_of(self.commits + 1, &state);
         transaction.commit(commit).await?;
         self.commits += 1;
         Ok(())
+    }
+
+    /// A commit by its claim.
+    pub(super) fn commit_of<'a>(&'a self, commits: i64, checkpoint: &'a Checkpoint) -> Commit<'a> {
+        Commit {
+            lane: &self.lane,
+            epoch: self.epoch,
+            generation: self.generation,
+            commits,
+            checkpoint,
+        }
     }
 
     pub(super) async fn numbers(&self) -> Vec<i64> {
@@ -279,8 +294,10 @@ async fn lanes_take_turns() {
             let database = &database;
             async move {
                 let lane = lane_of(partition);
+                let claim = database.claim(&lane).await.expect("a claim");
                 let mut owner = Owner {
-                    epoch: database.claim(&lane).await.expect("a claim").epoch,
+                    epoch: claim.epoch,
+                    generation: claim.generation,
                     database: database.clone(),
                     commits: 0,
                     lane,
@@ -300,6 +317,7 @@ async fn lanes_take_turns() {
             database: database.clone(),
             lane: lane(),
             epoch: 0,
+            generation: 0,
             commits: 0,
         };
         assert_eq!(owner.numbers().await, expected, "{kind:?}");
