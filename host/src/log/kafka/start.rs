@@ -41,14 +41,17 @@ pub(super) struct Starts {
     group: String,
     starts: BTreeMap<Place, Start>,
     /// Of which partitions.
-    committed: Option<(Question<Vec<(Place, GroupOffset)>>, BTreeSet<Place>)>,
+    committed: Asked<Vec<(Place, GroupOffset)>, Place>,
     /// Of which topics.
-    topics: Option<(Question<TopicIds>, BTreeSet<String>)>,
+    topics: Asked<TopicIds, String>,
     /// It is not looked again before.
     next_look: Instant,
     /// Why the log does not say what the group has committed.
     troubles: Vec<Trouble>,
 }
+
+/// A question, if there is one, and what it is about.
+type Asked<T, About> = Option<(Question<T>, BTreeSet<About>)>;
 
 /// Why partitions are not read yet, to be said.
 pub(super) enum Trouble {
@@ -414,7 +417,7 @@ impl Starts {
 }
 
 /// The answer to a question, if it has come, and what it was about.
-fn heard<T, A>(asked: &mut Option<(Question<T>, A)>) -> Option<(Result<T, Failure>, A)> {
+fn heard<T, About>(asked: &mut Asked<T, About>) -> Option<(Result<T, Failure>, BTreeSet<About>)> {
     let answer = asked.as_ref()?.0.answer()?;
     let (_, about) = asked.take()?;
     Some((answer, about))
