@@ -150,7 +150,7 @@ impl<K, H> Common<K, H> {
     fn new(equipment: Equipment<K, H>, source: &impl Source, id: LaneId, seed: u64) -> Self {
         let stage = &equipment.policy.dead_letters.stage;
         Self {
-            status: equipment.readiness.lanes().enter(stage, id),
+            status: (equipment.readiness.lanes()).enter(stage, id, source.unread()),
             equipment,
             stopping: source.stopping(),
             rng: Mutex::new(StdRng::seed_from_u64(seed)),

@@ -5,11 +5,14 @@ pub mod committed;
 pub mod kafka;
 
 use std::future::Future;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
 use self::committed::{Committed, RowMark};
 use crate::record::{Outgoing, Record};
+use crate::sync::lock;
 
 /// How much a lane takes at a time.
 #[derive(Clone, Copy, Debug)]
@@ -19,7 +22,7 @@ pub struct BatchLimits {
     /// Bytes in a batch at most; a single larger record still makes a batch of its own.
     pub max_bytes: usize,
     /// A batch that has lasted this long is committed as far as it got.
-    pub max_time: std::time::Duration,
+    pub max_time: Duration,
 }
 
 /// Why the log did not do what it was asked.
@@ -92,6 +95,49 @@ pub struct Started {
     pub topic: Option<String>,
 }
 
+/// Why nothing comes of a partition, where who reads it knows. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct Unread(Arc<Mutex<Reasons>>);
+
+#[derive(Debug, Default)]
+struct Reasons {
+    /// Its leader is away.
+    leader: Option<(Instant, String)>,
+    /// What has to be known before it is read is not.
+    start: Option<(Instant, String)>,
+}
+
+impl Unread {
+    /// The reason, and since when.
+    pub fn reason(&self) -> Option<(Instant, String)> {
+        let Reasons { leader, start } = &*lock(&self.0);
+        let (since, why) = leader.as_ref().or(start.as_ref())?;
+        let earliest = start
+            .as_ref()
+            .map_or(*since, |(start, _)| *start.min(since));
+        Some((earliest, why.clone()))
+    }
+
+    /// Its leader has been away for so long by now, or it is there.
+    pub fn set_leader(&self, trouble: Option<(Duration, String)>) {
+        let at = |lasts| Instant::now().checked_sub(lasts);
+        let trouble = trouble.map(|(lasts, why)| (at(lasts).unwrap_or_else(Instant::now), why));
+        keep(&mut lock(&self.0).leader, trouble);
+    }
+
+    /// What keeps it from being read, before it is.
+    pub fn set_start(&self, why: Option<String>) {
+        let trouble = why.map(|why| (Instant::now(), why));
+        keep(&mut lock(&self.0).start, trouble);
+    }
+}
+
+/// A reason that was there before has lasted since then, whatever is known of it by now.
+fn keep(known: &mut Option<(Instant, String)>, now: Option<(Instant, String)>) {
+    let before = known.as_ref().map(|(since, _)| *since);
+    *known = now.map(|(since, why)| (before.map_or(since, |before| before.min(since)), why));
+}
+
 /// One assigned partition, as its lane reads it.
 pub trait Source: Send {
     /// Has the records from `offset` on read, or where it is `None` from the group's committed offset on, and
@@ -119,6 +165,16 @@ pub trait Source: Send {
     /// what was aborted.
     fn passed(&self) -> Option<i64> {
         None
+    }
+
+    /// The topic's id, once the log has told it: it may not when reading begins.
+    fn topic_id(&self) -> Option<String> {
+        None
+    }
+
+    /// Where it is said why nothing comes.
+    fn unread(&self) -> Unread {
+        Unread::default()
     }
 
     /// Cancelled when the partition is to be given up: finish the message at hand and end.

@@ -9,6 +9,7 @@ use tokio::time::Instant;
 
 use crate::capability::{StoreName, Unanswered};
 use crate::delivery::progress::LaneId;
+use crate::log::Unread;
 use crate::sync::lock;
 
 /// What lasts for less is a part of the work.
@@ -39,9 +40,9 @@ pub enum Wait {
         /// What it has said.
         why: String,
     },
-    /// For the log, to say where its partition is to be read from.
+    /// For the log, to say where its partition is to be read from, or to have it read.
     Read {
-        /// What is wrong with the topic, if that is known.
+        /// What is wrong with the partition or the topic, if that is known.
         why: Option<String>,
     },
     /// For a store's answer to what the stage or the lane has asked.
@@ -174,6 +175,7 @@ struct Lane {
     stage: Arc<str>,
     id: LaneId,
     waits: Mutex<Waits>,
+    unread: Unread,
 }
 
 /// There are as many as a lane has messages at one time, and few more.
@@ -184,12 +186,14 @@ struct Waits {
 }
 
 impl Lanes {
-    /// One more lane, until what is answered is dropped with all its clones.
-    pub fn enter(&self, stage: &str, id: LaneId) -> LaneStatus {
+    /// One more lane, until what is answered is dropped with all its clones. Who reads its partition says in `unread` why
+    /// nothing comes.
+    pub fn enter(&self, stage: &str, id: LaneId, unread: Unread) -> LaneStatus {
         let lane = Arc::new(Lane {
             stage: stage.into(),
             id,
             waits: Mutex::default(),
+            unread,
         });
         let mut lanes = lock(&self.lanes);
         lanes.retain(|lane| lane.strong_count() > 0);
@@ -237,7 +241,8 @@ impl Lanes {
         for lane in &mut waits {
             let trouble = match &mut lane.wait {
                 Wait::Log { topic, why } => Some((&*topic, why)),
-                Wait::Read { why } => Some((&lane.topic, why)),
+                // Who reads the partition knows better.
+                Wait::Read { why } if why.is_none() => Some((&lane.topic, why)),
                 _ => None,
             };
             if let Some((topic, why)) = trouble
@@ -258,10 +263,17 @@ impl Lane {
     fn wait(&self) -> LaneWait {
         let waits = lock(&self.waits);
         let gravest = (waits.all.iter()).min_by_key(|(_, since, wait)| (wait, *since));
-        let (wait, age) = match gravest {
+        let (mut wait, mut age) = match gravest {
             Some((_, since, wait)) => (wait.clone(), since.elapsed()),
             None => (Wait::Nothing, Duration::ZERO),
         };
+        if wait >= (Wait::Read { why: None })
+            && let Some((since, why)) = self.unread.reason()
+        {
+            let began = matches!(wait, Wait::Read { .. }).then_some(age);
+            age = since.elapsed().max(began.unwrap_or_default());
+            wait = Wait::Read { why: Some(why) };
+        }
         LaneWait {
             stage: self.stage.clone(),
             topic: self.id.topic.clone(),
@@ -342,7 +354,7 @@ mod tests {
             topic: "in".into(),
             partition: 3,
         };
-        lanes.enter("stage", id)
+        lanes.enter("stage", id, Unread::default())
     }
 
     fn said(lanes: &Lanes) -> Vec<String> {
@@ -382,6 +394,28 @@ mod tests {
         assert_eq!(lanes.waits()[0].wait, Wait::Nothing);
         drop(lane);
         assert!(lanes.waits().is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lane_whose_partition_is_not_read_says_why() {
+        let lanes = Lanes::default();
+        let id = LaneId {
+            group: "group".into(),
+            topic: "in".into(),
+            partition: 3,
+        };
+        let unread = Unread::default();
+        let lane = lanes.enter("stage", id, unread.clone());
+        let away = Some((PATIENCE, "its leader hangs".to_owned()));
+        unread.set_leader(away.clone());
+        let expected =
+            "stage stage on in 3: waits for the log to let it be read: its leader hangs, for 5 s";
+        assert_eq!(said(&lanes), [expected]);
+        let store = lane.begin(Wait::Store(posts()));
+        assert_eq!(lanes.waits()[0].wait, Wait::Store(posts()), "graver");
+        drop(store);
+        unread.set_leader(None);
+        assert_eq!(lanes.waits()[0].wait, Wait::Nothing);
     }
 
     #[tokio::test(start_paused = true)]

@@ -91,10 +91,10 @@ impl Look {
         });
         for (subject, lanes) in subjects {
             let age = lanes.iter().map(|lane| lane.age).max().unwrap_or_default();
-            let why = lanes
-                .iter()
-                .find_map(|lane| lane.wait.why())
-                .map(str::to_owned);
+            // Each broker that is away, and each topic's trouble, once.
+            let whys: BTreeSet<_> = lanes.iter().filter_map(|lane| lane.wait.why()).collect();
+            let whys: Vec<_> = whys.into_iter().collect();
+            let why = (!whys.is_empty()).then(|| whys.join("; "));
             let is_known = |said: &Said| {
                 // What is known since of why is news, now and then.
                 let lasts = if said.why == why {

@@ -177,7 +177,7 @@ impl Host {
         let watch = LogWatch::start(
             admin,
             settings.brokers.clone(),
-            topics::all(pipeline),
+            (topics::all(pipeline), topics::written(pipeline)),
             waiting.readiness.clone(),
             metrics.clone(),
         );

@@ -9,7 +9,7 @@ use super::wait::{LOG, Waiting};
 use crate::delivery::dead_letter::default_topic;
 use crate::diagnostics::nearest;
 use crate::log::kafka::topics::Admin;
-use crate::pipeline::{Brokers, Pipeline, Stage, Topic};
+use crate::pipeline::{Action, Brokers, Pipeline, Stage, Topic};
 
 /// Bytes of a dead letter, in topics that the host creates for them: a record's headers grow when it becomes one.
 const MAX_DEAD_LETTER: &str = "16777216";
@@ -68,6 +68,18 @@ pub(super) fn all(pipeline: &Pipeline) -> BTreeSet<String> {
     let of_stages = used(pipeline).map(|(_, topic)| topic.clone());
     let declared = pipeline.topics.keys().cloned();
     declared.chain(of_stages).chain(letters).collect()
+}
+
+/// Those that its stages and routes write to.
+pub(super) fn written(pipeline: &Pipeline) -> BTreeSet<String> {
+    let letters = pipeline.stages.iter().flat_map(dead_letters);
+    let outputs = pipeline.stages.iter().flat_map(|stage| &stage.output);
+    let routes = pipeline.http.iter().flat_map(|http| &http.routes);
+    let posted = routes.filter_map(|route| match &route.action {
+        Action::Produce { topic, .. } => Some(topic),
+        Action::Read { .. } => None,
+    });
+    letters.chain(outputs.chain(posted).cloned()).collect()
 }
 
 fn wanted(pipeline: &Pipeline) -> BTreeMap<String, Topic> {

@@ -115,7 +115,7 @@ impl LogWatch {
     pub(super) fn start(
         admin: Admin,
         brokers: String,
-        topics: BTreeSet<String>,
+        (topics, written): (BTreeSet<String>, BTreeSet<String>),
         readiness: Arc<Readiness>,
         metrics: Arc<Metrics>,
     ) -> Self {
@@ -124,6 +124,7 @@ impl LogWatch {
         let says = Says {
             brokers,
             topics,
+            written,
             readiness,
             metrics,
             there: there.clone(),
@@ -148,6 +149,8 @@ struct Says {
     brokers: String,
     /// Those of the pipeline.
     topics: BTreeSet<String>,
+    /// Those of them that the host writes to.
+    written: BTreeSet<String>,
     readiness: Arc<Readiness>,
     metrics: Arc<Metrics>,
     there: Arc<AtomicBool>,
@@ -192,7 +195,7 @@ async fn watch(admin: Admin, says: Says) {
     let mut said = Instant::now();
     loop {
         tokio::time::sleep(WATCH_INTERVAL).await;
-        let troubles = admin.troubles(&says.topics).await;
+        let troubles = admin.troubles(&says.topics, &says.written).await;
         if let Ok(troubles) = &troubles {
             says.topics(troubles);
         }

@@ -6,6 +6,7 @@
 mod admin;
 mod bench;
 mod blog;
+mod brokers;
 mod check;
 mod concurrent;
 mod delivery;

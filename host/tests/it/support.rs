@@ -16,6 +16,8 @@ use tempfile::TempDir;
 /// How long anything may take before its test fails.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
 const ASK: Duration = Duration::from_secs(10);
+/// Longer than the host waits for the log.
+const ANSWER: Duration = Duration::from_secs(20);
 
 /// A server's address, from `make test`.
 pub(crate) fn server(variable: &str) -> String {
@@ -272,7 +274,7 @@ fn collect(stream: impl std::io::Read + Send + 'static) -> Arc<Mutex<Vec<String>
 pub(crate) fn http(address: &str, head: &str, body: &str) -> (u16, String, String) {
     let attempt = || -> std::io::Result<String> {
         let mut stream = std::net::TcpStream::connect(address)?;
-        stream.set_read_timeout(Some(ASK))?;
+        stream.set_read_timeout(Some(ANSWER))?;
         write!(
             stream,
             "{head}\r\nhost: {address}\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
@@ -369,6 +371,19 @@ impl Log {
                 .await
                 .expect("an answer")
                 .expect("the record is acknowledged");
+        }
+    }
+
+    /// Appends values to a partition, in order, and waits for all acknowledgements.
+    pub(crate) async fn produce_to(&self, topic: &str, partition: i32, values: &[String]) {
+        let mut sent = Vec::with_capacity(values.len());
+        for value in values {
+            let record = FutureRecord::<str, str>::to(topic).payload(value);
+            sent.push(self.enqueue(record.partition(partition)).await);
+        }
+        for delivery in sent {
+            let delivery = delivery.await.expect("an answer");
+            delivery.expect("the record is acknowledged");
         }
     }
 

@@ -252,7 +252,10 @@ pub(super) fn describe_log_dirs(
     request: DescribeLogDirsRequest,
 ) -> DescribeLogDirsResponse {
     let wanted = request.topics.map(|topics| {
-        let of_topic = |topic: DescribableLogDirTopic| (topic.topic, topic.partitions);
+        let of_topic = |topic: DescribableLogDirTopic| {
+            let indexes: HashSet<_> = topic.partitions.into_iter().collect();
+            (topic.topic, indexes)
+        };
         topics.into_iter().map(of_topic).collect::<HashMap<_, _>>()
     });
     let mut described = Vec::new();

@@ -1,5 +1,7 @@
 //! ListOffsets, OffsetCommit and OffsetFetch: where records are, and how far groups have got.
 
+use std::collections::BTreeMap;
+
 use kafka_protocol::ResponseError;
 use kafka_protocol::messages::list_offsets_response::{
     ListOffsetsPartitionResponse, ListOffsetsTopicResponse,
@@ -21,7 +23,7 @@ use kafka_protocol::messages::{
 
 use super::{Call, code, once, text, wire};
 use crate::group::Caller;
-use crate::storage::journal_state::{Committed, Entry};
+use crate::storage::journal_state::{Committed, Entry, State};
 
 /// Timestamps that stand for the ends of a partition.
 const LATEST: i64 = -1;
@@ -97,7 +99,8 @@ pub(super) async fn commit(call: &Call, request: OffsetCommitRequest) -> OffsetC
     } else {
         call.node.groups.may_commit(&group, &caller)
     };
-    let mut entries = Vec::new();
+    // Each partition once, however often it is named: what is kept of it has the group's name.
+    let mut entries = BTreeMap::new();
     let mut topics = Vec::with_capacity(request.topics.len());
     for topic in request.topics {
         let mut answer = OffsetCommitResponseTopic::default().with_name(topic.name.clone());
@@ -108,10 +111,12 @@ pub(super) async fn commit(call: &Call, request: OffsetCommitRequest) -> OffsetC
                     .with_partition_index(partition.partition_index)
                     .with_error_code(code(&entry)),
             );
-            entries.extend(entry);
+            let place = (topic.name.clone(), partition.partition_index);
+            entries.extend(entry.ok().map(|entry| (place, entry)));
         }
         topics.push(answer);
     }
+    let entries: Vec<_> = entries.into_values().collect();
     if !entries.is_empty() && call.node.journal.write(entries).await.is_err() {
         // Of the errors after which clients try again, the one for the coordinator's own log.
         let error = ResponseError::CoordinatorNotAvailable.code();
@@ -139,10 +144,15 @@ fn entry(
     {
         return Err(ResponseError::OffsetMetadataTooLarge);
     }
+    let place = (text(topic.0.clone()), partition.partition_index);
+    let has_room = |state: &State| state.has_room(group, &place, metadata.as_deref());
+    if !call.node.journal.look(has_room) {
+        return Err(ResponseError::InvalidCommitOffsetSize);
+    }
     Ok(Entry::Offset {
         group: group.to_owned(),
-        topic: text(topic.0.clone()),
-        partition: partition.partition_index,
+        topic: place.0,
+        partition: place.1,
         offset: partition.committed_offset,
         metadata,
     })
@@ -165,7 +175,8 @@ pub(super) async fn delete(call: &Call, request: OffsetDeleteRequest) -> OffsetD
             .as_ref()
             .is_some_and(|described| described.reads(topic))
     };
-    let mut entries = Vec::new();
+    // Each partition once, however often it is named: what is kept of it has the group's name.
+    let mut entries = BTreeMap::new();
     let mut topics = Vec::with_capacity(request.topics.len());
     for topic in request.topics {
         let mut answer = OffsetDeleteResponseTopic::default().with_name(topic.name.clone());
@@ -181,15 +192,19 @@ pub(super) async fn delete(call: &Call, request: OffsetDeleteRequest) -> OffsetD
                     .with_partition_index(index)
                     .with_error_code(code(&deleted)),
             );
-            entries.extend(deleted.ok().map(|()| Entry::OffsetDeleted {
-                group: group.to_owned(),
-                topic: text(topic.name.0.clone()),
-                partition: index,
-            }));
+            if deleted.is_ok() {
+                let entry = Entry::OffsetDeleted {
+                    group: group.to_owned(),
+                    topic: text(topic.name.0.clone()),
+                    partition: index,
+                };
+                entries.insert((topic.name.clone(), index), entry);
+            }
         }
         topics.push(answer);
     }
     let response = OffsetDeleteResponse::default();
+    let entries: Vec<_> = entries.into_values().collect();
     if !entries.is_empty() && call.node.journal.write(entries).await.is_err() {
         return response.with_error_code(ResponseError::CoordinatorNotAvailable.code());
     }

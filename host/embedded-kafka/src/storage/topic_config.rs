@@ -52,6 +52,9 @@ pub fn check_topic_config(key: &str, value: &str) -> Result<(), String> {
 const MAX_MESSAGE_LIMIT: i64 = 64 << 20;
 const MAX_SEGMENT_LIMIT: i64 = i32::MAX as i64;
 
+/// Bytes of a value: it is kept as it was given, and a number may begin with any many zeros.
+const MAX_VALUE_BYTES: usize = 256;
+
 /// Kafka's defaults.
 const DAY_MS: i64 = 24 * 60 * 60 * 1000;
 const WEEK_MS: i64 = 7 * DAY_MS;
@@ -122,6 +125,11 @@ impl Settings {
     pub(crate) fn with(&self, overrides: &Overrides) -> Result<Self, String> {
         let mut settings = self.clone();
         for (key, value) in overrides {
+            if key.len().max(value.len()) > MAX_VALUE_BYTES {
+                return Err(format!(
+                    "a key or a value has more than {MAX_VALUE_BYTES} bytes"
+                ));
+            }
             let limit = |min: i64, max: i64| match value.parse::<i64>() {
                 Ok(number) if (min..=max).contains(&number) => Ok(number),
                 _ => Err(format!(
@@ -246,6 +254,21 @@ fn ratio(key: &str, value: &str) -> Result<f64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_kept_of_a_value_is_bounded() {
+        let base = Settings::for_tests();
+        for (zeros, is_taken) in [(200, true), (10_000, false)] {
+            let value = "0".repeat(zeros) + "1";
+            for (key, value) in [(RETENTION_MS, value.clone()), (&*value, "1".to_owned())] {
+                let overrides = Overrides::from([(key.to_owned(), value)]);
+                let with = base.with(&overrides);
+                assert_eq!(with.is_ok(), is_taken && key == RETENTION_MS);
+                let why = with.err().unwrap_or_default();
+                assert!(why.len() < 1_000, "an answer is bounded too");
+            }
+        }
+    }
 
     #[test]
     fn a_topic_overrides_what_it_names_and_nothing_else_is_taken() {

@@ -2,13 +2,16 @@
 
 use std::time::{Duration, Instant};
 
+use rdkafka::admin::{AdminOptions, NewTopic, TopicReplication};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::RDKafkaErrorCode;
 use rdkafka::producer::{BaseProducer, Producer};
+use rdkafka::{Offset, TopicPartitionList};
 
 use crate::cluster::{Cluster, eventually};
 use crate::raw::{Answer, Connection, compact, string};
 
+const OFFSET_COMMIT: i16 = 8;
 const FIND_COORDINATOR: i16 = 10;
 const INIT_PRODUCER_ID: i16 = 22;
 const DESCRIBE_CONFIGS: i16 = 32;
@@ -87,4 +90,58 @@ fn configuration_is_described_in_the_oldest_version() {
         assert_eq!(answer.take(), [0, is_default, 0]);
     }
     assert!(answer.0.is_empty());
+}
+
+/// A request of some MiB that would have had some GiB kept: the group's name beside each of its offsets.
+#[test]
+fn an_offset_that_is_committed_often_in_one_request_is_kept_once() {
+    const TIMES: usize = 400_000;
+    let cluster = Cluster::embedded();
+    let topic = cluster.topic(1);
+    let group = "g".repeat(30_000);
+    let offset =
+        |offset: i64| [&[0; 4][..], &offset.to_be_bytes(), &(-1i16).to_be_bytes()].concat();
+    let one = 1i32.to_be_bytes();
+    let head = [
+        &string(&group)[..],
+        &(-1i32).to_be_bytes(),
+        &string(""),
+        &(-1i64).to_be_bytes(),
+        &one,
+        &string(&topic),
+    ]
+    .concat();
+    let offsets = [offset(1).repeat(TIMES - 1), offset(7)].concat();
+    let asked = [
+        &head[..],
+        &i32::try_from(TIMES).unwrap().to_be_bytes(),
+        &offsets,
+    ]
+    .concat();
+    let mut connection = Connection::open(cluster.address());
+    let mut answer = Answer(connection.call(OFFSET_COMMIT, 2, &asked));
+    assert_eq!((answer.i32(), answer.string()), (1, topic.clone()));
+    assert_eq!((answer.i32(), answer.i32(), answer.i16()), (400_000, 0, 0));
+    let member: BaseConsumer = cluster
+        .config_with(&[("group.id", &group)])
+        .create()
+        .unwrap();
+    let mut list = TopicPartitionList::new();
+    list.add_partition(&topic, 0);
+    let committed = member
+        .committed_offsets(list, Duration::from_secs(10))
+        .unwrap();
+    assert_eq!(committed.elements()[0].offset(), Offset::Offset(7));
+}
+
+#[test]
+fn a_configuration_that_is_too_long_is_refused() {
+    let cluster = Cluster::embedded();
+    let value = "0".repeat(20_000) + "1";
+    let new = NewTopic::new("t", 1, TopicReplication::Fixed(1)).set("retention.ms", &value);
+    let admin = cluster.admin();
+    let options = AdminOptions::new();
+    let created = cluster.block_on(admin.create_topics([&new], &options));
+    let refused = created.unwrap().pop().unwrap().unwrap_err();
+    assert_eq!(refused.1, RDKafkaErrorCode::InvalidConfig);
 }

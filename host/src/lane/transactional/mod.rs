@@ -88,6 +88,8 @@ struct Tenure {
     has_pending: bool,
     /// Those that it had when it was claimed, until it is compared.
     claimed: Vec<Outgoing>,
+    /// Whether it is known whether the row is of the topic that is there.
+    knows_topic: bool,
     /// Whether the row does not remember its topic yet.
     has_new_topic: bool,
     outbox: Outbox,
@@ -351,34 +353,15 @@ where
         let Some(started) = started.filter(|_| !*is_compared) else {
             return Ok(None);
         };
-        if let Some(halt) = self.same_topic(tenure, started.topic) {
+        if let Some(gap) = started.topic.and_then(|now| same_topic(tenure, now))
+            && let Err(halt) = self.common.pass(&gap)
+        {
             return Ok(Some(halt));
         }
         let verdict = compare::compare(row, started.committed.as_ref(), self.known);
         let halt = self.heed(tenure, row, verdict).await?;
         *is_compared = halt.is_none();
         Ok(halt)
-    }
-
-    /// Why the lane can't go on, if its row is of another topic of this name. Else the row remembers which one it is of.
-    fn same_topic(&self, tenure: &mut Tenure, now: Option<String>) -> Option<Halt> {
-        let now = now?;
-        match tenure.seen.topic() {
-            Some(before) if before == now => None,
-            Some(before) if tenure.next_offset.is_some() => {
-                let gap = Gap::Replaced {
-                    expected: tenure.next_offset.unwrap_or_default(),
-                    before: before.to_owned(),
-                    now,
-                };
-                self.common.pass(&gap).err()
-            }
-            _ => {
-                tenure.seen.set_topic(&now);
-                tenure.has_new_topic = true;
-                None
-            }
-        }
     }
 
     /// Says what the group's commit has to say of the row, and sees to it that new outputs are of a generation above all that
@@ -582,6 +565,7 @@ where
             seen: output::decode_seen(&seen).map_err(unreadable)?,
             has_pending: !pending.is_empty(),
             claimed: pending.clone(),
+            knows_topic: false,
             has_new_topic: false,
             outbox: Outbox::default(),
         };
@@ -635,6 +619,15 @@ where
         let mut idle = 0_u32;
         loop {
             self.tell_done(tenure);
+            // The log may not have told it when reading began.
+            if !tenure.knows_topic
+                && let Some(gap) = self
+                    .source
+                    .topic_id()
+                    .and_then(|now| same_topic(tenure, now))
+            {
+                return Ok(Err(gap));
+            }
             let is_aloft = tenure.outbox.is_aloft();
             tokio::select! {
                 biased;
@@ -722,5 +715,23 @@ where
             };
         }
         Ok(())
+    }
+}
+
+/// What there is to tell where the lane's row is of another topic of this name. Else the row remembers which one it is of.
+fn same_topic(tenure: &mut Tenure, now: String) -> Option<Gap> {
+    tenure.knows_topic = true;
+    match tenure.seen.topic() {
+        Some(before) if before == now => None,
+        Some(before) if tenure.next_offset.is_some() => Some(Gap::Replaced {
+            expected: tenure.next_offset.unwrap_or_default(),
+            before: before.to_owned(),
+            now,
+        }),
+        _ => {
+            tenure.seen.set_topic(&now);
+            tenure.has_new_topic = true;
+            None
+        }
     }
 }

@@ -49,10 +49,21 @@ fn committed(consumer: &BaseConsumer<QuietContext>, topic: &str) -> KafkaResult<
     committed.elements().iter().try_for_each(|e| e.error())
 }
 
-/// A fetch that is allowed comes to a partition's end, or brings a record.
+/// A fetch that is allowed comes to a partition's end, or brings a record: of any, for the leader of one may be away.
 fn read_end(consumer: &BaseConsumer<QuietContext>, topic: &str) -> KafkaResult<()> {
+    let metadata = consumer.fetch_metadata(Some(topic), ASK)?;
+    let error = metadata.topics().iter().find_map(|topic| topic.error());
+    if let Some(error) = error {
+        return Err(KafkaError::MetadataFetch(error.into()));
+    }
+    let partitions = metadata
+        .topics()
+        .iter()
+        .flat_map(|topic| topic.partitions());
     let mut end = TopicPartitionList::new();
-    end.add_partition_offset(topic, 0, Offset::End)?;
+    for partition in partitions {
+        end.add_partition_offset(topic, partition.id(), Offset::End)?;
+    }
     consumer.assign(&end)?;
     let began = Instant::now();
     loop {

@@ -22,11 +22,13 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use super::super::{Gap, LogError};
+use super::gaps::{self, Passed};
 use super::membership::{Context, State, list_of};
 use super::message::owned;
 use super::partition::{Bell, Partition, PartitionSource, Position, Pushed};
-use super::start::{self, Begun, Passed};
-use super::topic_id::Asking;
+use super::question::Question;
+use super::start::{Starts, Trouble};
+use super::topic_id::{self, TopicIds};
 use super::{ClientSettings, Kind, forbidden};
 use crate::metrics::Metrics;
 use crate::record::Record;
@@ -34,7 +36,7 @@ use crate::record::Record;
 /// How long the thread sleeps unless it is woken; also how fast a stop is seen.
 const SLEEP: Duration = Duration::from_millis(50);
 /// The least that it sleeps while partitions wait to be read.
-const SLEEP_STARTING: Duration = Duration::from_millis(2);
+const SLEEP_STARTING: Duration = Duration::from_millis(1);
 /// Records that are taken from one partition before it is the next one's turn.
 const TURN: usize = 1_000;
 /// How often settled offsets are committed.
@@ -44,10 +46,8 @@ const COMMIT_INTERVAL: Duration = Duration::from_millis(250);
 const COMMIT_AGAIN_INTERVAL: Duration = Duration::from_secs(5);
 /// How often librdkafka reports how far the partitions reach, in milliseconds.
 const STATISTICS_MS: &str = "2000";
-/// How long until the log is asked again where partitions are to be read from, after it did not answer.
-const START_RETRY: Duration = Duration::from_secs(1);
-/// The same where librdkafka has not taken a partition for assigned yet.
-const START_AGAIN: Duration = Duration::from_millis(20);
+/// What is said before why partitions are not read.
+const NOT_READ: &str = "partitions are not read yet: ";
 /// The same error is reported once in this time.
 const REPORT_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -180,7 +180,6 @@ impl GroupConsumer {
             bell,
             queues: Vec::new(),
             starting: false,
-            start_after: Instant::now(),
             reported: HashMap::new(),
             forbid,
         };
@@ -211,8 +210,6 @@ struct Poller {
     queues: Vec<Queue>,
     /// Some partition is not read yet where its lane wants it.
     starting: bool,
-    /// Not to be tried again before.
-    start_after: Instant,
     reported: HashMap<String, Instant>,
     /// Where it is told what is not allowed.
     forbid: mpsc::Sender<String>,
@@ -229,7 +226,8 @@ impl Poller {
         self.bell.belongs_to_this_thread();
         let mut committed = Instant::now();
         let mut all_committed = committed;
-        let mut topics = Asking::new(self.consumer.clone());
+        let mut starts = Starts::new(self.consumer.clone(), self.group.clone());
+        let mut topics = None;
         while !self.stop.is_stopped() {
             let mut idle = true;
             if let Some(event) = self.consumer.clone().poll(Duration::ZERO) {
@@ -242,7 +240,7 @@ impl Poller {
                 idle = false;
             }
             idle &= !self.read_queues()?;
-            self.start_those_that_wait();
+            self.start_those_that_wait(&mut starts);
             if committed.elapsed() >= COMMIT_INTERVAL {
                 committed = Instant::now();
                 self.pass_markers();
@@ -255,7 +253,7 @@ impl Poller {
             }
             if idle {
                 // Whoever rings before this is not missed: it then returns at once.
-                thread::park_timeout(self.sleep());
+                thread::park_timeout(self.sleep(&starts));
             }
         }
         let budget = *self.stop.budget();
@@ -265,12 +263,11 @@ impl Poller {
     }
 
     /// How long there is nothing to do, unless somebody rings.
-    fn sleep(&self) -> Duration {
+    fn sleep(&self, starts: &Starts) -> Duration {
         if !self.starting {
             return SLEEP;
         }
-        let until_start = self.start_after.saturating_duration_since(Instant::now());
-        until_start.clamp(SLEEP_STARTING, SLEEP)
+        starts.until_look().clamp(SLEEP_STARTING, SLEEP)
     }
 
     fn context(&self) -> &Context {
@@ -333,7 +330,7 @@ impl Poller {
             && let Some(came) = records.front().map(|record| record.offset)
         {
             let reading = Position::Reading(Some(expected));
-            match start::passed(&self.consumer, partition, expected, came) {
+            match gaps::passed(&self.consumer, partition, expected, came) {
                 Passed::Nothing => {
                     // The lane may have gone elsewhere meanwhile: then these records are not wanted any more.
                     if partition.replace_position(&reading, Position::Reading(Some(came))) {
@@ -362,17 +359,21 @@ impl Poller {
 
     /// Markers of transactions, and what was aborted, come to nobody: partitions that are read pass them.
     fn pass_markers(&self) {
-        self.tell(start::pass_markers(&self.consumer, &self.read()));
+        self.tell(gaps::pass_markers(&self.consumer, &self.read()));
     }
 
     /// Looks from time to time whether the topics are still the same.
-    fn look_at_topics(&self, topics: &mut Asking, again: bool) {
-        if again {
+    fn look_at_topics(&self, asked: &mut Option<Question<TopicIds>>, again: bool) {
+        if again && asked.is_none() {
             let read = self.read();
-            topics.ask(read.iter().map(|partition| &**partition.topic()));
+            let topics = read.iter().map(|partition| &**partition.topic());
+            *asked = (!read.is_empty()).then(|| topic_id::ask(&self.consumer, topics));
         }
-        if let Some(ids) = topics.answer(Duration::ZERO) {
-            self.tell(start::replaced_meanwhile(&self.read(), &ids));
+        if let Some(answer) = asked.as_ref().and_then(Question::answer) {
+            *asked = None;
+            if let Ok(ids) = answer {
+                self.tell(gaps::take_up_ids(&self.read(), &ids));
+            }
         }
     }
 
@@ -424,23 +425,20 @@ impl Poller {
         }
     }
 
-    /// Has partitions read where their lanes want it. May wait for the log, within the bounds of `start`.
-    fn start_those_that_wait(&mut self) {
-        if !self.starting || Instant::now() < self.start_after {
+    /// Has partitions read where their lanes want it, as far as the log has said what has to be known before. Waits for nobody.
+    fn start_those_that_wait(&mut self, starts: &mut Starts) {
+        if !self.starting {
             return;
         }
         let all: Vec<_> = self.context().lock().partitions.values().cloned().collect();
-        let consumer = self.consumer.clone();
-        match start::start(&consumer, &all, |partition| self.split(partition)) {
-            Ok(Begun::All) => self.starting = false,
-            Ok(Begun::NotYet) => self.start_after = Instant::now() + START_AGAIN,
-            Ok(Begun::Unreadable(why)) => {
-                self.report(why);
-                self.start_after = Instant::now() + START_RETRY;
-            }
-            Err(error) => {
-                self.report_error("partitions are not read yet: ", &error);
-                self.start_after = Instant::now() + START_RETRY;
+        match starts.look(&all, |partition| self.split(partition)) {
+            Ok(some_wait) => self.starting = some_wait,
+            Err(error) => self.report_error(NOT_READ, &error),
+        }
+        for trouble in starts.take_troubles() {
+            match trouble {
+                Trouble::Error(error) => self.report_error(NOT_READ, &error),
+                Trouble::Words(why) => self.report(why),
             }
         }
     }

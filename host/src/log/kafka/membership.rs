@@ -14,9 +14,11 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
+use super::leaders::{self, Failures};
 use super::log_line;
 use super::partition::{Bell, Commit, Partition, PartitionSource};
 use crate::metrics::Metrics;
+use crate::sync::lock;
 
 /// How long an abandoned lane may take to be gone.
 const ABANDON_WAIT: Duration = Duration::from_secs(5);
@@ -24,6 +26,8 @@ const ABANDON_WAIT: Duration = Duration::from_secs(5);
 /// What librdkafka's callbacks work on; all run on the poller's thread.
 pub(super) struct Context {
     state: Mutex<State>,
+    /// Why connections failed.
+    failures: Mutex<Failures>,
     /// A poll ends with the first callback, and there may be more to be called: each rings.
     bell: Arc<Bell>,
 }
@@ -49,7 +53,12 @@ impl State {
 impl Context {
     pub(super) fn new(state: State, bell: Arc<Bell>) -> Self {
         let state = Mutex::new(state);
-        Self { state, bell }
+        let failures = Mutex::default();
+        Self {
+            state,
+            failures,
+            bell,
+        }
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
@@ -195,6 +204,7 @@ fn commit_again(partitions: &[Arc<Partition>]) {
 impl ClientContext for Context {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
         self.bell.ring();
+        lock(&self.failures).hear(facility, message);
         log_line(level, facility, message);
     }
 
@@ -206,7 +216,10 @@ impl ClientContext for Context {
     fn stats(&self, statistics: Statistics) {
         self.bell.ring();
         let state = self.lock();
+        let failures = lock(&self.failures);
         for partition in state.partitions.values() {
+            let trouble = leaders::trouble(&statistics, partition, &failures);
+            partition.unread().set_leader(trouble);
             let figures = statistics
                 .topics
                 .get(&**partition.topic())

@@ -2,13 +2,17 @@
 
 mod access;
 pub mod consumer;
+mod gaps;
+mod leaders;
 mod membership;
 mod message;
+mod offsets;
 pub mod partition;
 mod partitioner;
 mod polled;
 pub mod producer;
 pub(crate) mod properties;
+mod question;
 mod start;
 pub mod tail;
 mod topic_id;

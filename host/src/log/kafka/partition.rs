@@ -10,7 +10,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::super::committed::{Committed, RowMark, Words};
-use super::super::{BatchLimits, Gap, Source, Started};
+use super::super::{BatchLimits, Gap, Source, Started, Unread};
 use crate::record::Record;
 use crate::sync::lock;
 
@@ -83,6 +83,7 @@ pub struct Partition {
     /// The topic's id as of the last time that reading began, where the log tells it.
     topic_id: Mutex<Option<String>>,
     settled: Mutex<Settled>,
+    unread: Unread,
     /// The last offset given to the log to commit, or [`NOTHING`].
     committed: AtomicI64,
     ended: Mutex<bool>,
@@ -165,6 +166,7 @@ impl Partition {
             abandoned: CancellationToken::new(),
             topic_id: Mutex::default(),
             settled: Mutex::default(),
+            unread: Unread::default(),
             committed: AtomicI64::new(NOTHING),
             ended: Mutex::new(false),
             ended_changed: Condvar::new(),
@@ -221,15 +223,16 @@ impl Partition {
         self.changed.notify_one();
     }
 
-    /// Reading begins, and this is what the group has committed.
-    pub(super) fn begin(&self, from: i64, committed: Option<Committed>) {
+    /// Reading begins as it was wanted, and this is what the group has committed.
+    pub(super) fn begin(&self, wanted: Option<i64>, from: i64, committed: Option<Committed>) {
         let mut buffer = self.buffer();
         // Unless the lane has gone elsewhere, or away, meanwhile.
-        if matches!(buffer.position, Position::Wanted(_)) {
+        if buffer.position == Position::Wanted(wanted) {
             buffer.position = Position::Reading(Some(from));
             buffer.committed = committed;
         }
         drop(buffer);
+        self.unread.set_start(None);
         self.changed.notify_one();
     }
 
@@ -249,6 +252,27 @@ impl Partition {
     /// The log has told it again.
     pub(super) fn set_topic_id(&self, id: &str) {
         *lock(&self.topic_id) = Some(id.to_owned());
+    }
+
+    /// The id of the topic that the group's offset was committed for, as of when reading began.
+    pub(super) fn committed_topic(&self) -> Option<String> {
+        let buffer = self.buffer();
+        Some(buffer.committed.as_ref()?.topic()?.to_owned())
+    }
+
+    /// Where it is said why nothing comes of it.
+    pub(super) fn unread(&self) -> &Unread {
+        &self.unread
+    }
+
+    /// Whether its lane has nothing left to take, so that it waits for the log.
+    pub(super) fn is_drained(&self) -> bool {
+        let buffer = self.buffer();
+        match buffer.position {
+            Position::Wanted(_) => true,
+            Position::Reading(_) => buffer.records.is_empty(),
+            Position::Waiting | Position::Gap(_) => false,
+        }
     }
 
     /// How many records there is room for. One more may be larger than what is left of the buffer's bytes.
@@ -453,6 +477,14 @@ impl Source for PartitionSource {
         self.0.buffer().passed()
     }
 
+    fn topic_id(&self) -> Option<String> {
+        self.0.topic_id()
+    }
+
+    fn unread(&self) -> Unread {
+        self.0.unread.clone()
+    }
+
     fn stopping(&self) -> CancellationToken {
         self.0.stopping.clone()
     }
@@ -561,7 +593,7 @@ mod tests {
                 tokio::task::yield_now().await;
             }
             assert_eq!(partition.wanted(), Some(Some(5)));
-            partition.begin(5, None);
+            partition.begin(Some(5), 5, None);
         };
         let (started, ()) = tokio::join!(source.start(Some(5)), poller);
         assert_eq!(started, Ok(Some(Started::default())));

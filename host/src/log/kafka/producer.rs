@@ -27,6 +27,12 @@ const FATAL_CHECK: Duration = Duration::from_millis(100);
 
 /// librdkafka's property for [`Patience::Gapless`].
 pub(super) const GAPLESS: &str = "enable.gapless.guarantee";
+/// What librdkafka has room for where lanes bound what they send, at 16 MiB each: what a few of them have for partitions whose
+/// leader is away must leave room for what the others have for theirs.
+const ROOM: [(&str, &str); 2] = [
+    ("queue.buffering.max.kbytes", "524288"),
+    ("queue.buffering.max.messages", "2000000"),
+];
 /// How long the log may take to say how many partitions a topic has.
 const ASK: Duration = Duration::from_secs(5);
 /// How often a topic is looked for that is not there, and how long to wait in between.
@@ -205,11 +211,13 @@ impl Addressed for Producer {
         }
         let count = match self.partitioner.count(&record.topic) {
             Some(Count::Fresh(count)) => count,
-            // Topics do not shrink: what was known once is good enough where the log has no answer now.
-            Some(Count::Old(count)) => self
-                .ask_for_partitions(&record.topic)
-                .await
-                .unwrap_or(count),
+            // Topics do not shrink: what was known once is good enough until the log has answered, which it may be long about
+            // where a broker hangs.
+            Some(Count::Old(count)) => {
+                self.partitioner.learn(&record.topic, count);
+                self.ask_aside(record.topic.to_string());
+                count
+            }
             None => self.ask_for_partitions(&record.topic).await?,
         };
         Ok(self.partitioner.choose(record.key.as_deref(), count))
@@ -240,6 +248,16 @@ impl Producer {
             unsent.push(Unsent { index, error });
         }
         unsent
+    }
+
+    /// Has the partitioner learn how many partitions a topic has by now.
+    fn ask_aside(&self, topic: String) {
+        let producer = self.clone();
+        tokio::spawn(async move {
+            if let Err(error) = producer.ask_for_partitions(&topic).await {
+                debug!("the partitions of {topic} are taken for those that were known: {error}");
+            }
+        });
     }
 
     /// How many partitions a topic has. One that is missing may be about to be made by the broker.
@@ -304,6 +322,9 @@ pub(super) fn config(settings: &ClientSettings, patience: Patience) -> ClientCon
         ("partitioner", "murmur2_random"),
         ("queue.buffering.max.kbytes", "65536"),
     ];
+    if patience == Patience::Gapless {
+        defaults.extend(ROOM);
+    }
     if !settings.properties.contains_key("queue.buffering.max.ms") {
         defaults.push(("linger.ms", "1"));
     }

@@ -1,121 +1,430 @@
 //! Where partitions are read from, and whether all that is to be read is still there.
 //!
-//! All runs on the consumer's thread, and may wait for the log for [`ASK`] at a time.
+//! All runs on the consumer's thread, which reads the stage's other partitions: the log is asked, and nobody waits for what it
+//! answers. A partition whose leader hangs waits alone.
 
-use std::collections::BTreeMap;
-use std::ffi::CString;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rdkafka::bindings::rd_kafka_get_watermark_offsets;
 use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::error::{IsError, KafkaResult};
-use rdkafka::topic_partition_list::TopicPartitionListElem;
+use rdkafka::error::{KafkaError, KafkaResult};
 use rdkafka::{Offset, TopicPartitionList};
 use tracing::{debug, info};
 
 use super::super::Gap;
 use super::super::committed::Committed;
+use super::gaps::{outside, replaced};
 use super::membership::{Context, list_of};
+use super::offsets::{Bounds, GroupOffset, Place, ask_committed};
 use super::partition::{Partition, Position};
-use super::topic_id::topic_ids;
+use super::question::{Failure, Question};
+use super::topic_id::{self, TopicId, TopicIds};
 
-/// How long the log may take for one answer. Polling stands still meanwhile, for the members of a group may be silent for
-/// minutes before they are taken for dead.
-const ASK: Duration = Duration::from_secs(3);
+/// How long until the log is asked again what it did not answer, and how long in the end, after pauses that double.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// How many partitions' leaders are asked at one time. Those that hang make room after each try.
+const ASKED_AT_ONCE: usize = 256;
+/// How often it is looked for answers while they may come any moment, and when they have not come for long.
+const LOOK: Duration = Duration::from_millis(2);
+const LOOK_LATER: Duration = Duration::from_millis(50);
+const SOON: Duration = Duration::from_millis(500);
+/// How long until a partition is tried again that librdkafka has not taken for assigned yet.
+const SEEK_AGAIN: Duration = Duration::from_millis(20);
+/// How long librdkafka may take to seek: it asks nobody for that.
+const SEEK: Duration = Duration::from_secs(3);
 
-/// How long the leader of one partition may take, once they are asked one by one.
-const ASK_ONE: Duration = Duration::from_millis(500);
-
-/// How often the log is asked for the ids of topics, and how long to wait in between.
-const ID_TRIES: u32 = 4;
-const ID_WAIT: Duration = Duration::from_millis(100);
-
-type Place = (String, i32);
-
-/// How far it is with the partitions that are to be read.
-pub(super) enum Begun {
-    /// All are, or have a gap to tell of.
-    All,
-    /// librdkafka needs a moment before it takes a partition for assigned, or a leader is away.
-    NotYet,
-    /// The log did not tell what the group has committed in some partition: why, in words.
-    Unreadable(String),
+/// The partitions that wait to be read, and what the log was asked about them.
+pub(super) struct Starts {
+    consumer: Arc<BaseConsumer<Context>>,
+    group: String,
+    starts: BTreeMap<Place, Start>,
+    /// Of which partitions.
+    committed: Asked<Vec<(Place, GroupOffset)>, Place>,
+    /// Of which topics.
+    topics: Asked<TopicIds, String>,
+    /// It is not looked again before.
+    next_look: Instant,
+    /// Why the log does not say what the group has committed.
+    troubles: Vec<Trouble>,
 }
 
-/// Has those partitions read that wait for it.
-///
-/// Each is `split` from the others just before its first record may come.
-pub(super) fn start(
-    consumer: &Arc<BaseConsumer<Context>>,
-    partitions: &[Arc<Partition>],
-    mut split: impl FnMut(&Arc<Partition>),
-) -> KafkaResult<Begun> {
-    let waiting: Vec<_> = partitions
-        .iter()
-        .filter_map(|partition| Some((partition, partition.wanted()?)))
-        .collect();
-    if waiting.is_empty() {
-        return Ok(Begun::All);
+/// A question, if there is one, and what it is about.
+type Asked<T, About> = Option<(Question<T>, BTreeSet<About>)>;
+
+/// Why partitions are not read yet, to be said.
+pub(super) enum Trouble {
+    Error(KafkaError),
+    Words(String),
+}
+
+/// A partition that waits to be read.
+struct Start {
+    partition: Arc<Partition>,
+    /// Where its lane wants it read.
+    wanted: Option<i64>,
+    committed: Need<Option<Committed>>,
+    topic: Need<Option<String>>,
+    bounds: Need<(i64, i64)>,
+    asked: Option<Bounds>,
+}
+
+/// What has to be known before a partition is read.
+struct Need<T> {
+    answer: Option<T>,
+    tries: u32,
+    /// Not to be asked for again before.
+    not_before: Option<Instant>,
+    /// Why it is not known yet.
+    why: Option<String>,
+}
+
+impl<T> Default for Need<T> {
+    fn default() -> Self {
+        Self {
+            answer: None,
+            tries: 0,
+            not_before: None,
+            why: None,
+        }
     }
-    let all = || waiting.iter().map(|(partition, _)| &***partition);
-    let (mut committed, unreadable) = committed(consumer, all())?;
-    let bounds = bounds(consumer, all())?;
-    let topics = known_topic_ids(consumer, all());
-    let mut seeks = TopicPartitionList::new();
-    let mut seeking = Vec::new();
-    for (partition, wanted) in waiting {
-        let place = place(partition);
-        // One whose leader is away does not hold up the others.
-        let Some(&(first, end)) = bounds.get(&place) else {
-            continue;
-        };
-        let Some(committed) = committed.remove(&place) else {
-            continue;
-        };
-        let topic = topics.get(&place.0).map(String::as_str);
-        let known = known(wanted, committed.as_ref());
+}
+
+impl<T> Need<T> {
+    fn is_due(&self, now: Instant) -> bool {
+        self.answer.is_none() && self.not_before.is_none_or(|at| at <= now)
+    }
+
+    fn failed(&mut self, now: Instant, why: String) {
+        self.why = Some(why);
+        self.not_before = Some(now + pause(self.tries));
+        self.tries = self.tries.saturating_add(1);
+    }
+
+    fn lacks(&self) -> Option<&String> {
+        self.why.as_ref().filter(|_| self.answer.is_none())
+    }
+}
+
+fn pause(tries: u32) -> Duration {
+    let doubled = 2_u32.saturating_pow(tries);
+    FIRST_PAUSE.saturating_mul(doubled).min(LONGEST_PAUSE)
+}
+
+impl Start {
+    fn new(partition: Arc<Partition>, wanted: Option<i64>) -> Self {
+        Self {
+            partition,
+            wanted,
+            committed: Need::default(),
+            topic: Need::default(),
+            bounds: Need::default(),
+            asked: None,
+        }
+    }
+
+    /// Where reading begins, once all is known that has to be.
+    fn decide(&self) -> Option<Result<i64, Gap>> {
+        let committed = self.committed.answer.as_ref()?.as_ref();
+        let topic = self.topic.answer.as_ref()?.as_deref();
+        let (first, end) = self.bounds.answer?;
+        let known = known(self.wanted, committed);
         let gap = known.and_then(|expected| {
-            let before = partition.topic_id();
-            let before = before.as_deref();
-            let before = before.or_else(|| committed.as_ref()?.topic());
+            let before = self.partition.topic_id();
+            let before = before.as_deref().or_else(|| committed?.topic());
             replaced(expected, before, topic).or_else(|| outside(expected, first, end))
         });
-        if let Some(gap) = gap {
-            partition.set_position(Position::Gap(gap));
-            continue;
-        }
-        if let Some(topic) = topic {
-            partition.set_topic_id(topic);
-        }
-        let from = known.unwrap_or(first);
-        seeks.add_partition_offset(partition.topic(), partition.number(), Offset::Offset(from))?;
-        seeking.push((partition, place, from, committed));
+        Some(gap.map_or(Ok(known.unwrap_or(first)), Err))
     }
-    if !seeking.is_empty() {
-        let sought = consumer.seek_partitions(seeks, ASK)?;
-        let mut begun = Vec::new();
-        for (partition, place, from, committed) in seeking {
-            match sought.find_partition(&place.0, place.1).map(|e| e.error()) {
-                Some(Ok(())) => {
-                    split(partition);
-                    partition.begin(from, committed);
-                    consumer.resume(&list_of(partition))?;
-                    begun.push((place, from));
+
+    /// Says why it is not read yet, where the log was asked and has not answered.
+    fn say_why(&self) {
+        let lacks = self.committed.lacks().or_else(|| self.topic.lacks());
+        let lacks = lacks.or_else(|| self.bounds.lacks());
+        self.partition.unread().set_start(lacks.cloned());
+    }
+}
+
+impl Starts {
+    pub(super) fn new(consumer: Arc<BaseConsumer<Context>>, group: String) -> Self {
+        Self {
+            consumer,
+            group,
+            starts: BTreeMap::new(),
+            committed: None,
+            topics: None,
+            next_look: Instant::now(),
+            troubles: Vec::new(),
+        }
+    }
+
+    /// How long there is nothing to do.
+    pub(super) fn until_look(&self) -> Duration {
+        self.next_look.saturating_duration_since(Instant::now())
+    }
+
+    /// What is to be said since it was last asked.
+    pub(super) fn take_troubles(&mut self) -> Vec<Trouble> {
+        std::mem::take(&mut self.troubles)
+    }
+
+    /// Has those partitions read that wait for it, as far as the log has answered what has to be known, and asks for the rest.
+    /// Answers whether some still wait.
+    ///
+    /// Each is `split` from the others just before its first record may come.
+    pub(super) fn look(
+        &mut self,
+        partitions: &[Arc<Partition>],
+        split: impl FnMut(&Arc<Partition>),
+    ) -> KafkaResult<bool> {
+        let now = Instant::now();
+        if now < self.next_look && self.are_known(partitions) {
+            return Ok(true);
+        }
+        self.enter(partitions);
+        self.hear_committed(now);
+        self.hear_topics(now);
+        self.hear_bounds(now);
+        self.starts.values().for_each(Start::say_why);
+        self.next_look = now + LOOK_LATER;
+        let all_sought = self.begin(split)?;
+        self.ask(now);
+        self.next_look = now
+            + match self.is_soon(now) {
+                true => LOOK,
+                false if !all_sought => SEEK_AGAIN,
+                false => LOOK_LATER,
+            };
+        Ok(!self.starts.is_empty())
+    }
+
+    /// Whether no partition has come to wait that did not.
+    fn are_known(&self, partitions: &[Arc<Partition>]) -> bool {
+        let waiting = partitions.iter().filter(|p| p.wanted().is_some()).count();
+        waiting == self.starts.len()
+    }
+
+    /// Whether an answer may come any moment.
+    fn is_soon(&self, now: Instant) -> bool {
+        let soon = |asked: Instant| now.duration_since(asked) < SOON;
+        let bounds = self
+            .starts
+            .values()
+            .filter_map(|start| start.asked.as_ref());
+        (self.committed.as_ref()).is_some_and(|(question, _)| soon(question.asked()))
+            || (self.topics.as_ref()).is_some_and(|(question, _)| soon(question.asked()))
+            || bounds.map(Bounds::asked).any(soon)
+    }
+
+    /// Those that wait now; what is known of others, or of where they were wanted before, is forgotten.
+    fn enter(&mut self, partitions: &[Arc<Partition>]) {
+        let mut known = std::mem::take(&mut self.starts);
+        for partition in partitions {
+            let Some(wanted) = partition.wanted() else {
+                continue;
+            };
+            let place = place(partition);
+            let start = known
+                .remove(&place)
+                .filter(|start| Arc::ptr_eq(&start.partition, partition) && start.wanted == wanted);
+            let start = start.unwrap_or_else(|| {
+                // What is answered now was asked before: it may have been another host's since.
+                if let Some((_, asked)) = &mut self.committed {
+                    asked.remove(&place);
                 }
-                Some(Err(error)) => debug!("cannot seek yet: {error}"),
-                None => {}
+                Start::new(partition.clone(), wanted)
+            });
+            self.starts.insert(place, start);
+        }
+    }
+
+    fn hear_committed(&mut self, now: Instant) {
+        let Some((answer, asked)) = heard(&mut self.committed) else {
+            return;
+        };
+        let answer = match answer {
+            Ok(answer) => answer,
+            Err(Failure { code, why }) => {
+                debug!("the log does not say what the group has committed: {why}");
+                self.troubles
+                    .push(Trouble::Error(KafkaError::OffsetFetch(code)));
+                Vec::new()
+            }
+        };
+        let mut unreadable = None;
+        for (place, found) in answer {
+            let start = self.starts.get_mut(&place);
+            let Some(start) = start.filter(|_| asked.contains(&place)) else {
+                continue;
+            };
+            match found {
+                Ok(committed) => start.committed.answer = Some(committed),
+                // Not the same as nothing.
+                Err(error) => {
+                    let (topic, number) = &place;
+                    unreadable.get_or_insert_with(|| {
+                        format!(
+                            "the group's committed offset in {topic} {number} can't be read: {error}"
+                        )
+                    });
+                }
             }
         }
-        say_where(&consumer.context().lock().group, begun);
+        self.troubles.extend(unreadable.map(Trouble::Words));
+        let asked = (self.starts.iter_mut()).filter(|(place, _)| asked.contains(place));
+        for start in asked
+            .map(|(_, start)| start)
+            .filter(|s| s.committed.answer.is_none())
+        {
+            let why = "the group's coordinator does not say what is committed";
+            start.committed.failed(now, why.to_owned());
+        }
     }
-    if let Some(why) = unreadable {
-        Ok(Begun::Unreadable(why))
-    } else if partitions.iter().all(|p| p.wanted().is_none()) {
-        Ok(Begun::All)
-    } else {
-        Ok(Begun::NotYet)
+
+    fn hear_topics(&mut self, now: Instant) {
+        let Some((answer, asked)) = heard(&mut self.topics) else {
+            return;
+        };
+        let is_never_told = |code| {
+            use rdkafka::error::RDKafkaErrorCode as Code;
+            matches!(
+                code,
+                Code::UnsupportedFeature | Code::UnsupportedVersion | Code::NotImplemented
+            )
+        };
+        let said = match &answer {
+            Ok(topics) => Some(topics),
+            Err(failure) => {
+                debug!("the log does not describe topics: {}", failure.why);
+                None
+            }
+        };
+        let is_untold = answer
+            .as_ref()
+            .is_err_and(|failure| is_never_told(failure.code));
+        for start in self.starts.values_mut() {
+            if start.topic.answer.is_some() || !asked.contains(&**start.partition.topic()) {
+                continue;
+            }
+            match said.and_then(|topics| topics.get(&**start.partition.topic())) {
+                Some(TopicId::Is(id)) => start.topic.answer = Some(Some(id.clone())),
+                Some(TopicId::Untold) => start.topic.answer = Some(None),
+                _ if is_untold => start.topic.answer = Some(None),
+                // Without its id, a topic that was made anew would be read from the old one's offset.
+                Some(TopicId::Missing) => {
+                    let why = "the log says that there is no such topic";
+                    start.topic.failed(now, why.to_owned());
+                }
+                None => {
+                    let why = "the log does not say which topic it is";
+                    start.topic.failed(now, why.to_owned());
+                }
+            }
+        }
     }
+
+    fn hear_bounds(&mut self, now: Instant) {
+        for start in self.starts.values_mut() {
+            match start.asked.as_mut().and_then(Bounds::answer) {
+                Some(Ok(bounds)) => start.bounds.answer = Some(bounds),
+                Some(Err(Failure { why, .. })) => {
+                    let why = format!("its leader does not say where it begins and ends: {why}");
+                    start.bounds.failed(now, why);
+                }
+                None => continue,
+            }
+            start.asked = None;
+        }
+    }
+
+    /// Asks for what is not known, each thing after its pause.
+    fn ask(&mut self, now: Instant) {
+        if self.committed.is_none() {
+            let due = |(place, start): (&Place, &Start)| {
+                start.committed.is_due(now).then(|| place.clone())
+            };
+            let places: Vec<_> = self.starts.iter().filter_map(due).collect();
+            if !places.is_empty() {
+                let question = ask_committed(&self.consumer, &self.group, &places);
+                self.committed = Some((question, places.into_iter().collect()));
+            }
+        }
+        if self.topics.is_none() {
+            let due = self.starts.values().filter(|s| s.topic.is_due(now));
+            let topics: BTreeSet<_> = due.map(|s| s.partition.topic().to_string()).collect();
+            if !topics.is_empty() {
+                let question = topic_id::ask(&self.consumer, topics.iter().map(String::as_str));
+                self.topics = Some((question, topics));
+            }
+        }
+        let asked = self.starts.values().filter(|s| s.asked.is_some()).count();
+        let room = ASKED_AT_ONCE.saturating_sub(asked);
+        let due = (self.starts.iter_mut())
+            .filter(|(_, start)| start.asked.is_none() && start.bounds.is_due(now));
+        for (place, start) in due.take(room) {
+            start.asked = Some(Bounds::ask(&self.consumer, place));
+        }
+    }
+
+    /// Has those read of which all is known. Answers whether librdkafka has taken up all of them.
+    fn begin(&mut self, mut split: impl FnMut(&Arc<Partition>)) -> KafkaResult<bool> {
+        let mut seeks = TopicPartitionList::new();
+        let mut seeking = Vec::new();
+        for (place, start) in &self.starts {
+            match start.decide() {
+                None => {}
+                Some(Err(gap)) => {
+                    start.partition.set_position(Position::Gap(gap));
+                    start.partition.unread().set_start(None);
+                }
+                Some(Ok(from)) => {
+                    seeks.add_partition_offset(&place.0, place.1, Offset::Offset(from))?;
+                    seeking.push((place.clone(), from));
+                }
+            }
+        }
+        let mut all_sought = true;
+        let mut begun = Vec::new();
+        if !seeking.is_empty() {
+            let sought = self.consumer.seek_partitions(seeks, SEEK)?;
+            for (place, from) in seeking {
+                let found = sought.find_partition(&place.0, place.1);
+                let found = found.map(|element| element.error());
+                if !matches!(found, Some(Ok(()))) {
+                    debug!("cannot seek yet: {found:?}");
+                    all_sought = false;
+                    continue;
+                }
+                let Some(start) = self.starts.remove(&place) else {
+                    continue;
+                };
+                let partition = &start.partition;
+                if let Some(Some(id)) = &start.topic.answer {
+                    partition.set_topic_id(id);
+                }
+                split(partition);
+                partition.begin(start.wanted, from, start.committed.answer.flatten());
+                self.consumer.resume(&list_of(partition))?;
+                begun.push((place, from));
+            }
+        }
+        self.starts
+            .retain(|_, start| start.partition.wanted().is_some());
+        say_where(&self.group, begun);
+        Ok(all_sought)
+    }
+}
+
+/// The answer to a question, if it has come, and what it was about.
+fn heard<T, About>(asked: &mut Asked<T, About>) -> Option<(Result<T, Failure>, BTreeSet<About>)> {
+    let answer = asked.as_ref()?.0.answer()?;
+    let (_, about) = asked.take()?;
+    Some((answer, about))
+}
+
+fn place(partition: &Partition) -> Place {
+    (partition.topic().to_string(), partition.number())
 }
 
 /// Where to go on: where the lane says, and else where the group has got to. The group may know of markers behind the lane's
@@ -147,252 +456,6 @@ fn say_where(group: &str, begun: Vec<(Place, i64)>) {
     if !topics.is_empty() {
         info!(group, "reading what was assigned: {}", topics.join("; "));
     }
-}
-
-/// The ids of the partitions' topics. A topic that was made a moment ago may not be known to the broker that is asked: without its
-/// id, one that is made anew later would not be noticed.
-fn known_topic_ids<'a>(
-    consumer: &Arc<BaseConsumer<Context>>,
-    partitions: impl Iterator<Item = &'a Partition> + Clone,
-) -> BTreeMap<String, String> {
-    let topics = || partitions.clone().map(|partition| &**partition.topic());
-    let mut known = BTreeMap::new();
-    for tries in 1..=ID_TRIES {
-        // One that does not answer in its time is not asked again here: the stage's other partitions wait meanwhile.
-        let Some(ids) = topic_ids(consumer, topics()) else {
-            break;
-        };
-        known = ids;
-        if topics().all(|topic| known.contains_key(topic)) {
-            break;
-        }
-        if tries < ID_TRIES {
-            std::thread::sleep(ID_WAIT);
-        }
-    }
-    known
-}
-
-/// What a partition has passed over.
-pub(super) enum Passed {
-    /// What compaction left out, or what are no records: markers of transactions.
-    Nothing,
-    /// Records.
-    Gap(Gap),
-    /// Only the log can tell.
-    Unknown,
-}
-
-/// Lets partitions pass what are no records, as far as librdkafka's thread has handed it on: all that was before is in their
-/// buffers by now. Answers those that have passed over records.
-pub(super) fn pass_markers(
-    consumer: &BaseConsumer<Context>,
-    partitions: &[Arc<Partition>],
-) -> Vec<(Arc<Partition>, i64, Gap)> {
-    let Ok(positions) = consumer.position() else {
-        return Vec::new();
-    };
-    let mut gaps = Vec::new();
-    for partition in partitions {
-        let found = positions.find_partition(partition.topic(), partition.number());
-        let (Some(expected), Some(Offset::Offset(at))) =
-            (partition.expected(), found.map(|element| element.offset()))
-        else {
-            continue;
-        };
-        if at <= expected {
-            continue;
-        }
-        match passed(consumer, partition, expected, at) {
-            Passed::Nothing => {
-                let reading = Position::Reading(Some(expected));
-                partition.replace_position(&reading, Position::Reading(Some(at)));
-            }
-            Passed::Gap(gap) => gaps.push((partition.clone(), expected, gap)),
-            // The next time it can tell.
-            Passed::Unknown => {}
-        }
-    }
-    gaps
-}
-
-/// What a jump from the offset that was expected to the one that came has passed over.
-pub(super) fn passed(
-    consumer: &BaseConsumer<Context>,
-    partition: &Partition,
-    expected: i64,
-    came: i64,
-) -> Passed {
-    let bounds = known_bounds(consumer, partition);
-    if came < expected {
-        let end = bounds.map_or(came, |(_, end)| end);
-        return Passed::Gap(Gap::Recreated { expected, end });
-    }
-    match bounds {
-        None => Passed::Unknown,
-        // The first record may have gone up since this one was fetched.
-        Some((first, _)) if expected < first && first <= came => {
-            Passed::Gap(Gap::Removed { expected, first })
-        }
-        Some(_) => Passed::Nothing,
-    }
-}
-
-fn outside(expected: i64, first: i64, end: i64) -> Option<Gap> {
-    if expected < first {
-        Some(Gap::Removed { expected, first })
-    } else if expected > end {
-        Some(Gap::Recreated { expected, end })
-    } else {
-        None
-    }
-}
-
-/// Partitions that are read, and whose topic is another one by now.
-pub(super) fn replaced_meanwhile(
-    partitions: &[Arc<Partition>],
-    topics: &BTreeMap<String, String>,
-) -> Vec<(Arc<Partition>, i64, Gap)> {
-    let gap = |partition: &Arc<Partition>| {
-        let expected = partition.expected()?;
-        let now = topics.get(&**partition.topic())?;
-        let gap = replaced(expected, partition.topic_id().as_deref(), Some(now))?;
-        Some((partition.clone(), expected, gap))
-    };
-    partitions.iter().filter_map(gap).collect()
-}
-
-/// The topic that is there is another one than the one whose offset is known.
-fn replaced(expected: i64, before: Option<&str>, now: Option<&str>) -> Option<Gap> {
-    let (before, now) = before.zip(now).filter(|(before, now)| before != now)?;
-    Some(Gap::Replaced {
-        expected,
-        before: before.to_owned(),
-        now: now.to_owned(),
-    })
-}
-
-fn place(partition: &Partition) -> Place {
-    (partition.topic().to_string(), partition.number())
-}
-
-type Commits = BTreeMap<Place, Option<Committed>>;
-
-/// What the group has committed in each partition, `None` where it is nothing. One of which the log does not say it is left
-/// out, for that is not the same as nothing; and why, of the first.
-fn committed<'a>(
-    consumer: &BaseConsumer<Context>,
-    partitions: impl Iterator<Item = &'a Partition>,
-) -> KafkaResult<(Commits, Option<String>)> {
-    let mut list = TopicPartitionList::new();
-    for partition in partitions {
-        list.add_partition(partition.topic(), partition.number());
-    }
-    let list = consumer.committed_offsets(list, ASK)?;
-    let (mut committed, mut unreadable) = (BTreeMap::new(), None);
-    for element in list.elements() {
-        let (topic, partition) = (element.topic().to_owned(), element.partition());
-        let found = match (element.error(), element.offset()) {
-            (Err(error), _) => {
-                let place = format!("{topic} {partition}");
-                unreadable.get_or_insert_with(|| {
-                    format!("the group's committed offset in {place} can't be read: {error}")
-                });
-                continue;
-            }
-            (Ok(()), Offset::Offset(offset)) => Some(Committed::read(offset, &words(&element))),
-            (Ok(()), _) => None,
-        };
-        committed.insert((topic, partition), found);
-    }
-    Ok((committed, unreadable))
-}
-
-/// What stands beside an offset. librdkafka's wrapper panics on what is not UTF-8; that is nobody's of ours.
-fn words(element: &TopicPartitionListElem<'_>) -> String {
-    let read = || element.metadata().to_owned();
-    std::panic::catch_unwind(std::panic::AssertUnwindSafe(read)).unwrap_or_default()
-}
-
-/// The partitions' first and end offsets, as far as their leaders answer.
-fn bounds<'a>(
-    consumer: &BaseConsumer<Context>,
-    partitions: impl Iterator<Item = &'a Partition> + Clone,
-) -> KafkaResult<BTreeMap<Place, (i64, i64)>> {
-    let first = offsets(consumer, partitions.clone(), Offset::Beginning);
-    let end = first.and_then(|first| {
-        let end = offsets(consumer, partitions.clone(), Offset::End)?;
-        Ok((first, end))
-    });
-    if let Ok((first, end)) = end {
-        let both = |(place, first)| Some((end.get(&place).copied()?, place, first));
-        let both = first.into_iter().filter_map(both);
-        return Ok(both
-            .map(|(end, place, first)| (place, (first, end)))
-            .collect());
-    }
-    // A single leader that is away fails the question for all, so each is asked about.
-    let mut bounds = BTreeMap::new();
-    let (began, mut failed) = (Instant::now(), None);
-    for partition in partitions {
-        if began.elapsed() > ASK {
-            break;
-        }
-        match consumer.fetch_watermarks(partition.topic(), partition.number(), ASK_ONE) {
-            Ok(both) => drop(bounds.insert(place(partition), both)),
-            Err(error) => failed = Some(error),
-        }
-    }
-    match failed {
-        Some(error) if bounds.is_empty() => Err(error),
-        _ => Ok(bounds),
-    }
-}
-
-/// Kafka's "timestamps" of first and end are librdkafka's logical offsets.
-fn offsets<'a>(
-    consumer: &BaseConsumer<Context>,
-    partitions: impl Iterator<Item = &'a Partition>,
-    which: Offset,
-) -> KafkaResult<BTreeMap<Place, i64>> {
-    let mut list = TopicPartitionList::new();
-    for partition in partitions {
-        list.add_partition_offset(partition.topic(), partition.number(), which)?;
-    }
-    answered(&consumer.offsets_for_times(list, ASK)?)
-}
-
-/// Those that were answered; an error of one is for the next time.
-fn answered(list: &TopicPartitionList) -> KafkaResult<BTreeMap<Place, i64>> {
-    let mut offsets = BTreeMap::new();
-    for element in list.elements() {
-        if let (Ok(()), Offset::Offset(offset)) = (element.error(), element.offset()) {
-            offsets.insert((element.topic().to_owned(), element.partition()), offset);
-        }
-    }
-    Ok(offsets)
-}
-
-/// The partition's first and end offset as of the last fetch.
-#[allow(
-    unsafe_code,
-    reason = "rdkafka has no safe function that answers without asking the broker"
-)]
-fn known_bounds(consumer: &BaseConsumer<Context>, partition: &Partition) -> Option<(i64, i64)> {
-    let topic = CString::new(&**partition.topic()).ok()?;
-    let (mut first, mut end) = (-1, -1);
-    // SAFETY: the client outlives the call, the topic's name ends with a zero and is only read, and both offsets are
-    // ours to be written.
-    let error = unsafe {
-        rd_kafka_get_watermark_offsets(
-            consumer.client().native_ptr(),
-            topic.as_ptr(),
-            partition.number(),
-            &mut first,
-            &mut end,
-        )
-    };
-    (!error.is_error() && first >= 0).then_some((first, end))
 }
 
 #[cfg(test)]
@@ -436,19 +499,8 @@ mod tests {
     }
 
     #[test]
-    fn another_topic_of_the_same_name_is_told_where_both_ids_are_known() {
-        let gap = Gap::Replaced {
-            expected: 5,
-            before: "one".into(),
-            now: "another".into(),
-        };
-        assert_eq!(replaced(5, Some("one"), Some("another")), Some(gap));
-        for (before, now) in [
-            (Some("one"), Some("one")),
-            (None, Some("one")),
-            (Some("one"), None),
-        ] {
-            assert_eq!(replaced(5, before, now), None);
-        }
+    fn pauses_grow_and_end() {
+        let pauses: Vec<_> = [0, 1, 2, 40].map(|tries| pause(tries).as_millis()).into();
+        assert_eq!(pauses, [100, 200, 400, 10_000]);
     }
 }

@@ -21,6 +21,8 @@ use crate::pipeline::Topic;
 
 /// How long one question to the log may take.
 const ASK_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a broker may take for it before it is taken for one that hangs: the next question goes to another.
+const HANGS_AFTER_MS: &str = "3000";
 /// What librdkafka calls a connection that failed, and the state that it is in until the broker has answered for the first time.
 const FAILED: &str = "FAIL";
 const FIRST_QUESTION: &str = "APIVERSION_QUERY";
@@ -81,7 +83,10 @@ impl Admin {
     pub fn new(settings: &ClientSettings) -> Result<Self, LogError> {
         let config = settings.client_config(Kind::Admin, &[], &[]);
         let refuse = |error| LogError::Refused(format!("cannot make a client: {error}"));
-        let asker = PolledProducer::new(&config, Asking::default());
+        // librdkafka asks the broker that it asked last, while its connection stands.
+        let ends = [("socket.timeout.ms", HANGS_AFTER_MS)];
+        let asks = settings.client_config(Kind::Admin, &ends, &[]);
+        let asker = PolledProducer::new(&asks, Asking::default());
         let creator = AdminClient::from_config_and_context(&config, QuietContext);
         Ok(Self {
             asker: Arc::new(asker.map_err(refuse)?),
@@ -98,31 +103,45 @@ impl Admin {
             .collect())
     }
 
-    /// What is wrong with each of these topics, where something is: it is missing, or a partition has no leader.
+    /// What is wrong with each of these topics, where something is: it is missing, a partition has no leader, or, of those that
+    /// are `written`, too few replicas.
     pub async fn troubles(
         &self,
         topics: &BTreeSet<String>,
+        written: &BTreeSet<String>,
     ) -> Result<BTreeMap<String, String>, LogError> {
         let metadata = self.metadata().await?;
-        let trouble = |name: &String| {
+        let mut troubles = BTreeMap::new();
+        for name in topics {
             let topic = metadata.topics().iter().find(|topic| topic.name() == name);
             let trouble = match topic.map_or(Health::Missing, Health::of) {
-                Health::Missing => Health::missing(name),
-                Health::Error(why) | Health::Leaderless(why) => why,
-                Health::InSync(_) => return None,
+                Health::Missing => Some(Health::missing(name)),
+                Health::Error(why) | Health::Leaderless(why) => Some(why),
+                // Only these are asked about further, for it is asked often.
+                Health::Led(mut replicas) if written.contains(name) => {
+                    replicas.retain(Replicas::lacks_some);
+                    self.too_few_in_sync(name, &replicas).await?
+                }
+                Health::Led(_) => None,
             };
-            Some((name.clone(), trouble))
-        };
-        Ok(topics.iter().filter_map(trouble).collect())
+            troubles.extend(trouble.map(|trouble| (name.clone(), trouble)));
+        }
+        Ok(troubles)
     }
 
     async fn metadata(&self) -> Result<Metadata, LogError> {
         let asker = self.asker.clone();
         // librdkafka blocks on it.
         let asked = tokio::task::spawn_blocking(move || {
-            let answer = asker
-                .client()
-                .fetch_metadata(None, Timeout::After(ASK_TIMEOUT));
+            let ask = || {
+                let timeout = Timeout::After(ASK_TIMEOUT);
+                asker.client().fetch_metadata(None, timeout)
+            };
+            // A broker that hangs was asked, it may be, and another one knows as well.
+            let answer = match ask() {
+                Err(error) if is_late(&error) => ask(),
+                answer => answer,
+            };
             let mut trouble = asker.client().context().trouble();
             match answer {
                 Ok(metadata) => {
@@ -157,18 +176,25 @@ impl Admin {
             .await
             .map_err(|error| LogError::Unavailable(error.to_string()))?
             .map_err(|error| log_error(&error))?;
-        let in_sync = match health {
-            Health::Missing => return Ok(Some(Health::missing(topic))),
-            Health::Error(why) | Health::Leaderless(why) => return Ok(Some(why)),
-            Health::InSync(in_sync) => in_sync,
-        };
+        match health {
+            Health::Missing => Ok(Some(Health::missing(topic))),
+            Health::Error(why) | Health::Leaderless(why) => Ok(Some(why)),
+            Health::Led(replicas) => self.too_few_in_sync(topic, &replicas).await,
+        }
+    }
+
+    /// Whether one of these partitions takes no records for want of replicas, in words.
+    async fn too_few_in_sync(
+        &self,
+        topic: &str,
+        partitions: &[Replicas],
+    ) -> Result<Option<String>, LogError> {
+        if partitions.is_empty() {
+            return Ok(None);
+        }
         let wanted = self.min_in_sync(topic).await?;
-        let few = in_sync.iter().find(|(_, replicas)| *replicas < wanted);
-        Ok(few.map(|(partition, replicas)| {
-            format!(
-                "partition {partition} has {replicas} in-sync replica(s), and the topic's `min.insync.replicas` is {wanted}"
-            )
-        }))
+        let few = (partitions.iter()).find(|partition| partition.in_sync.len() < wanted);
+        Ok(few.map(|partition| partition.too_few(topic, wanted)))
     }
 
     /// How many replicas must have a record; 1 where nobody may ask.
@@ -299,8 +325,48 @@ enum Health {
     /// Of the topic as a whole.
     Error(String),
     Leaderless(String),
-    /// In-sync replicas of each partition.
-    InSync(Vec<(i32, usize)>),
+    /// Each partition has a leader.
+    Led(Vec<Replicas>),
+}
+
+/// Where a partition lies, as brokers' ids.
+struct Replicas {
+    partition: i32,
+    all: Vec<i32>,
+    in_sync: Vec<i32>,
+}
+
+impl Replicas {
+    fn of(partition: &MetadataPartition) -> Self {
+        Self {
+            partition: partition.id(),
+            all: partition.replicas().to_vec(),
+            in_sync: partition.isr().to_vec(),
+        }
+    }
+
+    fn lacks_some(&self) -> bool {
+        self.in_sync.len() < self.all.len()
+    }
+
+    fn too_few(&self, topic: &str, wanted: usize) -> String {
+        let Self {
+            partition,
+            all,
+            in_sync,
+        } = self;
+        let away: Vec<_> = (all.iter().filter(|broker| !in_sync.contains(broker))).collect();
+        let mend = if away.is_empty() {
+            "give it more replicas".to_owned()
+        } else {
+            format!("bring broker(s) {away:?} back")
+        };
+        let count = in_sync.len();
+        format!(
+            "partition {partition} of {topic} has {count} in-sync replica(s), and the topic's `min.insync.replicas` is {wanted}: \
+             {mend}, or lower the setting"
+        )
+    }
 }
 
 impl Health {
@@ -324,9 +390,19 @@ impl Health {
                 partition.replicas()
             ));
         }
-        let in_sync = |p: &MetadataPartition| (p.id(), p.isr().len());
-        Self::InSync(topic.partitions().iter().map(in_sync).collect())
+        Self::Led(topic.partitions().iter().map(Replicas::of).collect())
     }
+}
+
+/// Whether a broker was asked, and did not answer in time.
+fn is_late(error: &KafkaError) -> bool {
+    let late = [
+        RDKafkaErrorCode::OperationTimedOut,
+        RDKafkaErrorCode::RequestTimedOut,
+    ];
+    error
+        .rdkafka_error_code()
+        .is_some_and(|code| late.contains(&code))
 }
 
 /// While brokers start, or elect a controller.
