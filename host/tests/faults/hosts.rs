@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::judge::{Anomalies, Anomaly};
 use crate::process::{Process, tied};
+use crate::said::Speaker;
 
 /// How long a host may take to end after SIGTERM: its own limit is 30 s.
 const STOP_PATIENCE: Duration = Duration::from_secs(45);
@@ -39,15 +40,18 @@ impl Hosts {
         self.running.len()
     }
 
-    /// Where those that work tell of themselves, as far as they have said so.
-    pub(crate) fn admins(&self) -> Vec<String> {
-        let working = self
-            .running
-            .iter()
-            .filter(|host| host.frozen_until.is_none());
-        working
-            .filter_map(|host| host.process.said_after("admin listens on http://"))
-            .collect()
+    /// Those that work, as far as they have said where they tell of themselves.
+    pub(crate) fn speakers(&self) -> Vec<Speaker> {
+        let is_working = |host: &&Host| host.frozen_until.is_none();
+        let working = self.running.iter().filter(is_working);
+        let speaker = |host: &Host| {
+            Some(Speaker {
+                name: host.process.name().to_owned(),
+                admin: host.process.said_after("admin listens on http://")?,
+                log: host.process.log().to_owned(),
+            })
+        };
+        working.filter_map(speaker).collect()
     }
 
     /// Starts one; does not wait for it.

@@ -7,16 +7,24 @@
 //! `scripts/kafka-jars` prints.
 
 mod bench;
+mod books;
 mod conductor;
+mod history;
 mod hosts;
 mod judge;
 mod judge_tests;
 mod load;
+mod offsets;
+mod others;
 mod pipeline;
+mod plants;
 mod process;
 mod proxy;
 mod reader;
 mod report;
+mod restore;
+mod rounds;
+mod said;
 mod schedule;
 mod servers;
 mod sick;
