@@ -290,7 +290,8 @@ fn what_is_processed_again_leaves_one_row() {
         h.letters = vec![letter(2, "c", "reject"), letter(2, "d", "reject")];
     };
     check(again, &[]);
-    let spoils: [(fn(&mut StageHistory), Vec<(Anomaly, usize)>); 6] = [
+    type Spoil = fn(&mut StageHistory);
+    let spoils: [(Spoil, Vec<(Anomaly, usize)>); 6] = [
         (
             |h| drop(h.rows.pop()),
             // Nobody knows any more of what its outputs are.

@@ -8,6 +8,9 @@ use crate::said::{Evidence, judge_said};
 /// Spoils a history; answers whether it has what is to be spoiled.
 type Spoil = fn(&mut Histories) -> bool;
 
+/// Silences a host in one place.
+type Silence = fn(&mut Evidence);
+
 /// What is planted, and what the judge must call it.
 const PLANTS: [(&str, Anomaly, Spoil); 10] = [
     (
@@ -118,7 +121,7 @@ const PLANTS: [(&str, Anomaly, Spoil); 10] = [
 ];
 
 /// Places where a host may keep silent about a sick server, for each that there was.
-const SILENT: [(&str, fn(&mut Evidence)); 3] = [
+const SILENT: [(&str, Silence); 3] = [
     ("/readyz says 200 though a server is sick", |e| {
         e.readyz = None
     }),

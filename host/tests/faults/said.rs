@@ -239,10 +239,7 @@ pub(crate) fn troubles(metrics: &str) -> Vec<String> {
 pub(crate) fn until_well(speakers: &[Speaker], after: &str, found: &mut Anomalies) {
     let deadline = Instant::now() + OVER_WITHIN;
     for speaker in speakers {
-        loop {
-            let Some(amiss) = amiss(speaker) else {
-                break;
-            };
+        while let Some(amiss) = amiss(speaker) {
             if Instant::now() >= deadline {
                 let name = &speaker.name;
                 found.add(Anomaly::NotOver, || {
