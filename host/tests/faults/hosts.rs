@@ -12,6 +12,7 @@ const STOP_PATIENCE: Duration = Duration::from_secs(45);
 
 /// Hosts, each with a folder of its own, which the next in its place takes over.
 pub(crate) struct Hosts {
+    binary: PathBuf,
     folder: PathBuf,
     logs: PathBuf,
     pipeline: String,
@@ -27,7 +28,9 @@ struct Host {
 
 impl Hosts {
     pub(crate) fn new(folder: &Path, logs: &Path, pipeline: String) -> Self {
+        let own = || PathBuf::from(env!("CARGO_BIN_EXE_host"));
         Self {
+            binary: std::env::var_os("HOST_BINARY").map_or_else(own, PathBuf::from),
             folder: folder.to_owned(),
             logs: logs.to_owned(),
             pipeline,
@@ -65,7 +68,7 @@ impl Hosts {
         self.started += 1;
         let name = format!("host-{}", self.started);
         let mut command = tied("KILL");
-        command.arg(env!("CARGO_BIN_EXE_host")).arg("run").arg(file);
+        command.arg(&self.binary).arg("run").arg(file);
         command.env_remove("RUST_LOG");
         let log = self.logs.join(format!("{name}.log"));
         self.running.push(Host {

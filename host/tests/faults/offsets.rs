@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
-use rdkafka::admin::{AdminClient, AdminOptions, AlterConfig, ResourceSpecifier};
+use rdkafka::admin::{AdminClient, AdminOptions};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
@@ -61,23 +61,6 @@ pub(crate) fn remove_books(bench: &Bench) -> i64 {
         bench.runtime.block_on(removed)
     });
     bounds.values().map(|(first, end)| end - first).sum()
-}
-
-/// Says how many replicas of a topic must be in sync. There is one of each.
-pub(crate) fn require_replicas(bench: &Bench, topic: &str, replicas: u8) {
-    let (admin, replicas) = (admin(bench), replicas.to_string());
-    patiently("a topic is configured", || {
-        let config = AlterConfig::new(ResourceSpecifier::Topic(topic));
-        let config = [config.set("min.insync.replicas", &replicas)];
-        let options = AdminOptions::new();
-        let done = bench
-            .runtime
-            .block_on(admin.alter_configs(&config, &options))?;
-        let failed = done.into_iter().find_map(Result::err);
-        failed.map_or(Ok(()), |(_, code)| {
-            Err(rdkafka::error::KafkaError::AdminOp(code))
-        })
-    });
 }
 
 fn admin(bench: &Bench) -> AdminClient<DefaultClientContext> {

@@ -63,12 +63,6 @@ impl Words {
         metrics: &[],
         ..Self::RIGHTS
     };
-    /// Too few replicas take what is produced.
-    pub(crate) const REPLICAS: Self = Self {
-        readyz: &["in-sync replicas"],
-        log: &["in-sync replicas"],
-        metrics: &["for=\"log\""],
-    };
 
     fn is_in(words: &[&str], text: &str) -> bool {
         words.iter().any(|word| text.contains(word))

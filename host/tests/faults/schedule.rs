@@ -37,7 +37,7 @@ pub(crate) enum Kind {
     SickRedis,
     /// Redis asks for a password that the hosts do not have, or has no connections for them.
     RefuseRedis,
-    /// Kafka's process is stopped for a while, or too few replicas of an output are in sync.
+    /// Kafka is there, and answers nothing: its process is stopped for a while, or the network keeps all.
     SickKafka,
     /// Kafka's authorizer forbids an output, or a group.
     RefuseKafka,

@@ -3,8 +3,8 @@
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 
 use crate::bench::Bench;
-use crate::offsets::require_replicas;
 use crate::pipeline::{OUT, PASSER, ROLE};
+use crate::proxy::Link;
 use crate::said::Words;
 use crate::schedule::Kind;
 use crate::servers::acl;
@@ -36,7 +36,8 @@ impl Sickness {
         };
         match (kind, rough) {
             (Kind::SickRedis, true) => sickness.redis(bench, &["CONFIG SET maxmemory 1"]),
-            (Kind::SickRedis, false) => sickness.redis(bench, &["CLIENT PAUSE 60000 ALL"]),
+            // Its own pause ends with its time only: who is to end it would be paused too.
+            (Kind::SickRedis, false) => bench.redis.signal(libc::SIGSTOP),
             (Kind::RefuseRedis, true) => {
                 let requires = format!("CONFIG SET requirepass {PASSWORD}");
                 sickness.redis(bench, &[&requires, END_CLIENTS]);
@@ -69,7 +70,7 @@ impl Sickness {
                 sickness.postgres(bench, &[&refuses, &ends]);
             }
             (Kind::SickKafka, true) => bench.kafka.signal(libc::SIGSTOP),
-            (Kind::SickKafka, false) => require_replicas(bench, OUT, 2),
+            (Kind::SickKafka, false) => bench.to_kafka.set(Link::Frozen),
             (Kind::RefuseKafka, _) => acl(&bench.addresses.brokers, &sickness.denied("--add")),
             _ => panic!("{kind:?} is no sickness"),
         }
@@ -80,8 +81,7 @@ impl Sickness {
     pub(crate) fn words(&self) -> Words {
         match (self.kind, self.rough) {
             (Kind::SickRedis | Kind::RefuseRedis, _) => Words::CACHE,
-            (Kind::SickKafka, true) => Words::LOG,
-            (Kind::SickKafka, false) => Words::REPLICAS,
+            (Kind::SickKafka, _) => Words::LOG,
             (Kind::RefuseKafka, true) => Words::RIGHTS,
             (Kind::RefuseKafka, false) => Words::GROUP,
             _ => Words::EFFECTS,
@@ -100,7 +100,7 @@ impl Sickness {
             (Kind::RefusePostgres, true) => "postgres refused logins",
             (Kind::RefusePostgres, false) => "postgres's places taken",
             (Kind::SickKafka, true) => "kafka paused",
-            (Kind::SickKafka, false) => "kafka short of replicas",
+            (Kind::SickKafka, false) => "kafka silent",
             (_, true) => "an output forbidden",
             (_, false) => "a group forbidden",
         }
@@ -118,7 +118,7 @@ impl Sickness {
     pub(crate) fn heal(mut self, bench: &mut Bench) {
         match (self.kind, self.rough) {
             (Kind::SickRedis, true) => self.redis(bench, &["CONFIG SET maxmemory 0"]),
-            (Kind::SickRedis, false) => self.redis(bench, &["CLIENT UNPAUSE"]),
+            (Kind::SickRedis, false) => bench.redis.signal(libc::SIGCONT),
             (Kind::RefuseRedis, true) => self.redis(bench, &["CONFIG SET requirepass NONE"]),
             (Kind::RefuseRedis, false) => self.redis(bench, &[MANY_CLIENTS]),
             (Kind::SickPostgres, true) => self.postgres(
@@ -135,7 +135,7 @@ impl Sickness {
                 self.postgres(bench, &[&allows]);
             }
             (Kind::SickKafka, true) => bench.kafka.signal(libc::SIGCONT),
-            (Kind::SickKafka, false) => require_replicas(bench, OUT, 1),
+            (Kind::SickKafka, false) => bench.to_kafka.set(Link::Open),
             _ => {
                 let mut allowed = self.denied("--remove");
                 allowed.push("--force");
