@@ -5,21 +5,19 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use sqlx::{Connection, PgConnection};
+use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
 use crate::hosts::Hosts;
 use crate::judge::Progress;
-use crate::pipeline::{self, Ways};
+use crate::pipeline::{self, DATABASE, INPUT_PARTITIONS, Ways};
 use crate::proxy::Proxy;
 use crate::reader::Lag;
 use crate::servers::{self, Listeners, Ports, Server};
 
 /// Hosts at most times.
 const HOSTS: usize = 3;
-/// Partitions of the input topics of all stages.
-const INPUT_PARTITIONS: usize = 24;
 /// How long the hosts may take to make the topics.
 const TOPICS_PATIENCE: Duration = Duration::from_secs(90);
 const ASK_INTERVAL: Duration = Duration::from_millis(200);
@@ -41,7 +39,10 @@ pub(crate) struct Bench {
 /// Where the suite itself finds the servers, whatever the network is like for the hosts.
 pub(crate) struct Addresses {
     pub(crate) brokers: String,
+    /// A database beside the stages'.
     pub(crate) postgres: String,
+    /// The stages' database.
+    pub(crate) effects: String,
     pub(crate) redis: String,
 }
 
@@ -88,6 +89,7 @@ impl Bench {
             addresses: Addresses {
                 brokers: format!("127.0.0.1:{}", listeners.direct),
                 postgres: format!("postgres://postgres@127.0.0.1:{postgres_port}/postgres"),
+                effects: format!("postgres://postgres@127.0.0.1:{postgres_port}/{DATABASE}"),
                 redis: format!("redis://127.0.0.1:{redis_port}"),
             },
             runtime,
@@ -100,13 +102,22 @@ impl Bench {
     }
 
     fn make_tables(&self) {
-        let made = self.runtime.block_on(async {
-            let mut connection = PgConnection::connect(&self.addresses.postgres).await?;
-            sqlx::raw_sql(pipeline::TABLES)
-                .execute(&mut connection)
-                .await
+        let Addresses {
+            postgres, effects, ..
+        } = &self.addresses;
+        self.sql(postgres, &format!("CREATE DATABASE {DATABASE}"));
+        self.sql(effects, pipeline::TABLES);
+    }
+
+    /// Runs statements of the suite's own.
+    pub(crate) fn sql(&self, url: &str, statements: &str) {
+        let done = self.runtime.block_on(async {
+            let mut connection = PgConnection::connect(url).await?;
+            let statements = sqlx::raw_sql(AssertSqlSafe(statements.to_owned()));
+            statements.execute(&mut connection).await?;
+            connection.close().await
         });
-        made.expect("the tables are made");
+        done.unwrap_or_else(|error| panic!("{statements}: {error}"));
     }
 
     fn wait_for_topics(&self) {

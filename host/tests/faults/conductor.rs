@@ -4,28 +4,25 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::bench::Bench;
-use crate::judge::{self, Anomalies, Anomaly, Progress, Repeated, StageHistory};
-use crate::load::{Loader, unix_milliseconds};
-use crate::pipeline::{CACHER, FIRST, SECOND, STAGES, Stage};
-use crate::proxy::{Link, Proxy};
-use crate::reader::{self, Lag};
+use crate::books::{Books, Written};
+use crate::history::Histories;
+use crate::judge::{Anomalies, Anomaly, Progress, Reset, judge_letter};
+use crate::load::Loader;
+use crate::others::Others;
+use crate::pipeline::{STAGES, Stage};
+use crate::plants;
+use crate::reader::{Lag, Letters};
 use crate::report::{Report, Tally};
+use crate::restore::Again;
+use crate::said::{Evidence, until_well};
 use crate::say;
-use crate::schedule::{Kind, Round, schedule};
-use crate::servers::{End, Server};
-use crate::sick::{self, SAID_WITHIN, Sickness};
+use crate::schedule::schedule;
 
-/// What a frozen host sleeps at least; its groups wait for it for 6 s.
-const FROZEN: Duration = Duration::from_secs(8);
-/// How long the network is away before a host is frozen.
-const UNDER_WAY: Duration = Duration::from_millis(700);
 /// Further behind than this, the hosts get time before the next round: a fault is of use where
 /// there is work.
 const FAR_BEHIND: i64 = 4_000;
 /// How long the hosts may be at a standstill while nothing is broken.
 const STALLED: Duration = Duration::from_secs(120);
-/// How soon the hosts say that they are ready, once all is worked off.
-const READY_WITHIN: Duration = Duration::from_secs(30);
 const ASK_INTERVAL: Duration = Duration::from_millis(500);
 const SAY_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -37,127 +34,118 @@ pub(crate) fn run(seed: u64, cycles: usize, logs: &Path) -> Report {
     let lag = Lag::new(&bench.addresses.brokers);
     let loader = Loader::start(&bench.addresses.brokers, &logs.join("loader.log"));
     let mut run = Run {
-        bench,
         lag,
         begun,
+        letters: Letters::new(&bench.addresses.brokers),
+        books: Books::start(&bench.addresses.brokers),
+        bench,
         tally: Tally::default(),
         found: Anomalies::default(),
         flushed_at: 0,
+        others: Others::default(),
+        again: Again::default(),
+        resets: Vec::new(),
+        removed: 0,
+        evidence: Vec::new(),
     };
     let rounds = schedule(seed, cycles);
     for (n, round) in rounds.iter().enumerate() {
         run.round(round);
+        run.look_at_letters(round.kind.name());
         let (behind, hosts) = (run.behind(), run.bench.hosts.count());
         let (what, of, sent) = (round.kind.name(), rounds.len(), loader.sent());
         let (n, at) = (n + 1, begun.elapsed());
-        say!("{at:>6.0?} {n:>3}/{of} {what:<14} hosts {hosts}, sent {sent}, behind {behind}");
+        say!("{at:>6.0?} {n:>3}/{of} {what:<16} hosts {hosts}, sent {sent}, behind {behind}");
         if !run.catch_up(FAR_BEHIND) {
             break;
         }
     }
     let messages = loader.stop();
     say!("the load is over: {messages} messages; what is left is worked off");
-    run.bench.hosts.thaw_all();
-    run.catch_up(0);
-    run.bench.hosts.replace_dead(&mut run.found);
-    run.all_ready();
-    run.bench.hosts.stop_all(&mut run.found);
-    let (cached_keys, repeated) = run.judge(messages);
-    Report {
-        seed,
-        took: begun.elapsed(),
-        messages,
-        cached_keys,
-        repeated,
-        planned: cycles,
-        tally: run.tally,
-        found: run.found,
-    }
+    run.end(messages, seed, cycles)
 }
 
-struct Run {
-    bench: Bench,
-    lag: Lag,
+/// A run that goes on, and what the judge has to know of it.
+pub(crate) struct Run {
+    pub(crate) bench: Bench,
+    pub(crate) lag: Lag,
+    pub(crate) books: Books,
     begun: Instant,
-    tally: Tally,
-    found: Anomalies,
+    letters: Letters,
+    pub(crate) tally: Tally,
+    pub(crate) found: Anomalies,
     /// When Redis last lost all, in milliseconds since the Unix epoch.
-    flushed_at: i64,
+    pub(crate) flushed_at: i64,
+    pub(crate) others: Others,
+    pub(crate) again: Again,
+    pub(crate) resets: Vec<Reset>,
+    /// Offsets of the books that were removed.
+    pub(crate) removed: i64,
+    /// What was said of each sickness.
+    pub(crate) evidence: Vec<Evidence>,
 }
 
 impl Run {
-    fn round(&mut self, round: &Round) {
+    /// Works off what is left, stops the hosts, and judges.
+    fn end(mut self, messages: u64, seed: u64, planned: usize) -> Report {
+        self.books.pause();
+        self.bench.hosts.thaw_all();
+        self.catch_up(0);
+        self.bench.hosts.replace_dead(&mut self.found);
+        until_well(&self.bench.hosts.speakers(), "all", &mut self.found);
+        self.bench.hosts.stop_all(&mut self.found);
         let Self {
+            books,
             bench,
-            tally,
-            found,
+            mut found,
             ..
         } = self;
-        let (hosts, victim) = (&mut bench.hosts, round.victim);
-        match round.kind {
-            Kind::KillHost => {
-                hosts.kill(victim);
-                tally.add("host killed");
-                std::thread::sleep(round.hold);
-                hosts.add();
-            }
-            Kind::FreezeHost => {
-                // What is under way can't end before the host sleeps, and does when others have long
-                // gone on: outputs that it has not sent, or transactions that it has not committed.
-                let (way, link, deed) = if round.rough {
-                    (&bench.to_kafka, Link::Cut, "host frozen, outputs unsent")
-                } else {
-                    (
-                        &bench.to_postgres,
-                        Link::Frozen,
-                        "host frozen, in transactions",
-                    )
-                };
-                way.set(link);
-                std::thread::sleep(UNDER_WAY);
-                hosts.freeze(victim, FROZEN + round.hold);
-                way.set(Link::Open);
-                tally.add(deed);
-            }
-            Kind::StopHost => {
-                hosts.stop(victim, found);
-                tally.add("host stopped");
-                hosts.add();
-            }
-            Kind::ScaleHosts if round.rough => {
-                hosts.stop(victim, found);
-                std::thread::sleep(round.hold);
-                hosts.add();
-            }
-            Kind::ScaleHosts => {
-                hosts.add();
-                std::thread::sleep(round.hold);
-                hosts.stop(victim, found);
-            }
-            Kind::RestartKafka => restart(&mut bench.kafka, "kafka", round, tally),
-            Kind::KillPostgres => {
-                let killed = Round {
-                    rough: true,
-                    ..round.clone()
-                };
-                restart(&mut bench.postgres, "postgres", &killed, tally);
-            }
-            Kind::FlushRedis => {
-                self.flushed_at = flush(&bench.addresses.redis);
-                restart(&mut bench.redis, "redis", round, tally);
-            }
-            Kind::CutKafka => cut(&bench.to_kafka, round, tally),
-            Kind::CutPostgres => cut(&bench.to_postgres, round, tally),
-            Kind::CutRedis => cut(&bench.to_redis, round, tally),
-            Kind::SickPostgres | Kind::RefusePostgres | Kind::SickRedis | Kind::RefuseRedis => {
-                sick(bench, round, tally, found)
+        let written: Written = books.stop();
+        let histories = Histories::read(&bench, &self.again, written, self.resets);
+        let loaded = usize::try_from(messages).expect("a number") + self.others.in_input();
+        assert_eq!(
+            histories.loaded(),
+            loaded,
+            "Kafka has what it acknowledged to the loader and to others"
+        );
+        histories.judge(&mut found);
+        let progress = self.lag.progress().expect("Kafka answers");
+        let (cached_keys, repeated) =
+            histories.judge_rest(&bench, &progress, self.flushed_at, &mut found);
+        let missed = plants::missed(&histories, &self.evidence);
+        Report {
+            seed,
+            took: self.begun.elapsed(),
+            messages,
+            cached_keys,
+            repeated,
+            planned,
+            others: self.others,
+            committed: histories.written.committed.len(),
+            aborted: histories.written.aborted.len(),
+            removed: self.removed,
+            again: self.again.values().flat_map(|m| m.values()).sum(),
+            reset: histories.resets.iter().map(|reset| reset.again.len()).sum(),
+            said: self.evidence.len(),
+            planted: plants::COUNT,
+            missed,
+            tally: self.tally,
+            found,
+        }
+    }
+
+    /// No message may have become a dead letter that does not want to.
+    fn look_at_letters(&mut self, after: &str) {
+        for (stage, letter) in self.letters.new_ones() {
+            let before = self.found.count(Anomaly::WrongOutcome);
+            judge_letter(stage, &letter, &mut self.found);
+            if self.found.count(Anomaly::WrongOutcome) > before {
+                say!(
+                    "{after}: a dead letter of {} that nobody wanted: {letter:?}",
+                    stage.name
+                );
             }
         }
-        tally.round(round.kind);
-        bench.hosts.thaw();
-        std::thread::sleep(round.rest);
-        bench.hosts.thaw();
-        bench.hosts.replace_dead(found);
     }
 
     /// How far each stage is behind, in words.
@@ -197,120 +185,9 @@ impl Run {
             std::thread::sleep(ASK_INTERVAL);
         }
     }
-
-    /// Nothing is broken any more: no host may say that something is.
-    fn all_ready(&mut self) {
-        let deadline = Instant::now() + READY_WITHIN;
-        for admin in self.bench.hosts.admins() {
-            loop {
-                let answer = sick::readiness(&admin);
-                if answer.as_ref().is_some_and(|(status, _)| *status == 200) {
-                    break;
-                }
-                if Instant::now() >= deadline {
-                    let found = &mut self.found;
-                    found.add(Anomaly::Unsaid, || {
-                        format!("all is well, and a host says {answer:?}")
-                    });
-                    break;
-                }
-                std::thread::sleep(ASK_INTERVAL);
-            }
-        }
-    }
-
-    /// Reads all that is there. Answers how many keys of Redis could be judged, and what the second
-    /// stage had to drop.
-    fn judge(&mut self, messages: u64) -> (usize, Repeated) {
-        let (bench, found) = (&self.bench, &mut self.found);
-        let topic = |name| reader::topic(&bench.addresses.brokers, name);
-        let history = |stage: &Stage| StageHistory {
-            stage: stage.name,
-            inputs: topic(stage.input),
-            rows: reader::rows(
-                bench.runtime.handle(),
-                &bench.addresses.postgres,
-                stage.name,
-            ),
-            outputs: stage.output.map(topic).unwrap_or_default(),
-            letters: topic(stage.letters),
-        };
-        let first = history(&FIRST);
-        let loaded = judge::without_repeated(&first.inputs).len() as u64;
-        assert_eq!(
-            loaded, messages,
-            "Kafka has what it acknowledged to the loader"
-        );
-        judge::judge_stage(&first, found);
-        judge::judge_stage(&history(&SECOND), found);
-        judge::judge_cacher(&topic(CACHER.letters), found);
-        let progress = self.lag.progress().expect("Kafka answers");
-        judge::judge_progress(&progress, found);
-        let cache = reader::cache(&bench.addresses.redis);
-        let middle = &first.outputs;
-        let cached_keys = judge::judge_cache(middle, &cache, self.flushed_at, found);
-        (cached_keys, judge::repeated(middle))
-    }
 }
 
 fn behind(progress: &[Progress], group: &str) -> i64 {
     let of_group = progress.iter().filter(|p| p.group == group);
     of_group.map(|p| p.end - p.committed).sum()
-}
-
-fn restart(server: &mut Server, name: &str, round: &Round, tally: &mut Tally) {
-    let how = if round.rough {
-        End::Killed
-    } else {
-        End::Stopped
-    };
-    server.end(how);
-    tally.add(match (name, how) {
-        ("kafka", End::Killed) => "kafka killed",
-        ("kafka", End::Stopped) => "kafka stopped",
-        ("redis", End::Killed) => "redis killed",
-        ("redis", End::Stopped) => "redis stopped",
-        (_, End::Killed) => "postgres killed",
-        (_, End::Stopped) => "postgres stopped",
-    });
-    std::thread::sleep(round.hold);
-    server.start();
-}
-
-fn cut(way: &Proxy, round: &Round, tally: &mut Tally) {
-    let (link, deed) = if round.rough {
-        (Link::Cut, "network cut")
-    } else {
-        (Link::Frozen, "network frozen")
-    };
-    way.set(link);
-    tally.add(deed);
-    std::thread::sleep(round.hold);
-    way.set(Link::Open);
-}
-
-/// A server is sick until a host has said so, and for a while longer.
-fn sick(bench: &Bench, round: &Round, tally: &mut Tally, found: &mut Anomalies) {
-    let (runtime, addresses) = (bench.runtime.handle(), &bench.addresses);
-    let sickness = Sickness::begin(round.kind, round.rough, runtime, addresses);
-    tally.add(sickness.deed());
-    let said = sick::until_said(|| bench.hosts.admins(), sickness.words(), SAID_WITHIN);
-    if let Err(last) = said {
-        let (deed, words) = (sickness.deed(), sickness.words());
-        found.add(Anomaly::Unsaid, || {
-            format!("{deed}: no host says {words:?}, but {last}")
-        });
-    }
-    std::thread::sleep(round.hold);
-    sickness.heal();
-}
-
-/// Takes all that Redis has, and answers when.
-fn flush(redis: &str) -> i64 {
-    let flush = || -> redis::RedisResult<()> {
-        let mut connection = redis::Client::open(redis)?.get_connection()?;
-        redis::cmd("FLUSHALL").query(&mut connection)
-    };
-    flush().expect("Redis is flushed");
-    unix_milliseconds()
 }

@@ -5,12 +5,14 @@ use std::time::{Duration, Instant};
 
 use crate::judge::{Anomalies, Anomaly};
 use crate::process::{Process, tied};
+use crate::said::Speaker;
 
 /// How long a host may take to end after SIGTERM: its own limit is 30 s.
 const STOP_PATIENCE: Duration = Duration::from_secs(45);
 
 /// Hosts, each with a folder of its own, which the next in its place takes over.
 pub(crate) struct Hosts {
+    binary: PathBuf,
     folder: PathBuf,
     logs: PathBuf,
     pipeline: String,
@@ -26,7 +28,9 @@ struct Host {
 
 impl Hosts {
     pub(crate) fn new(folder: &Path, logs: &Path, pipeline: String) -> Self {
+        let own = || PathBuf::from(env!("CARGO_BIN_EXE_host"));
         Self {
+            binary: std::env::var_os("HOST_BINARY").map_or_else(own, PathBuf::from),
             folder: folder.to_owned(),
             logs: logs.to_owned(),
             pipeline,
@@ -39,15 +43,18 @@ impl Hosts {
         self.running.len()
     }
 
-    /// Where those that work tell of themselves, as far as they have said so.
-    pub(crate) fn admins(&self) -> Vec<String> {
-        let working = self
-            .running
-            .iter()
-            .filter(|host| host.frozen_until.is_none());
-        working
-            .filter_map(|host| host.process.said_after("admin listens on http://"))
-            .collect()
+    /// Those that work, as far as they have said where they tell of themselves.
+    pub(crate) fn speakers(&self) -> Vec<Speaker> {
+        let is_working = |host: &&Host| host.frozen_until.is_none();
+        let working = self.running.iter().filter(is_working);
+        let speaker = |host: &Host| {
+            Some(Speaker {
+                name: host.process.name().to_owned(),
+                admin: host.process.said_after("admin listens on http://")?,
+                log: host.process.log().to_owned(),
+            })
+        };
+        working.filter_map(speaker).collect()
     }
 
     /// Starts one; does not wait for it.
@@ -61,7 +68,7 @@ impl Hosts {
         self.started += 1;
         let name = format!("host-{}", self.started);
         let mut command = tied("KILL");
-        command.arg(env!("CARGO_BIN_EXE_host")).arg("run").arg(file);
+        command.arg(&self.binary).arg("run").arg(file);
         command.env_remove("RUST_LOG");
         let log = self.logs.join(format!("{name}.log"));
         self.running.push(Host {

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use crate::load::Message;
+use crate::pipeline::{PASSER, Stage};
 
 /// Examples that are kept of each anomaly.
 const EXAMPLES: usize = 5;
@@ -16,10 +17,19 @@ pub(crate) struct Record {
     /// Milliseconds since the Unix epoch.
     pub(crate) timestamp: i64,
     pub(crate) message: Message,
-    /// The header `stagehost-id`: of records with the same one, the first counts.
+    /// The header `stagehost-id`, where it was sent to this place: of records with the same one, the first counts.
     pub(crate) id: Option<String>,
     /// The header `stagehost-cause`, of a dead letter.
     pub(crate) cause: Option<String>,
+    /// Another program has written it, with headers that it copied from elsewhere.
+    pub(crate) is_copied: bool,
+}
+
+impl Record {
+    /// The generation of the lane that has sent it.
+    fn generation(&self) -> Option<&str> {
+        self.id.as_deref()?.rsplit('/').nth(2)
+    }
 }
 
 /// A row of the table `effects`.
@@ -38,7 +48,12 @@ pub(crate) struct StageHistory {
     pub(crate) rows: Vec<Row>,
     pub(crate) outputs: Vec<Record>,
     pub(crate) letters: Vec<Record>,
+    /// How often messages may have been processed again, since the database was set back to before they were.
+    pub(crate) again: HashMap<MessageId, usize>,
 }
+
+/// What tells a message: key and number.
+pub(crate) type MessageId = (String, i64);
 
 /// How far a group has got on a partition.
 #[derive(Clone, Debug)]
@@ -76,12 +91,16 @@ pub(crate) enum Anomaly {
     HostDied,
     /// The hosts did not get on, though nothing was broken any more.
     Stalled,
-    /// A server was sick, and no host said so on `/readyz`; or one said that it is not ready, though nothing was broken any more.
+    /// A server was sick, or an operator did something, and no host said so on `/readyz`, in its metrics or in its log.
     Unsaid,
+    /// A host says that something is amiss, though nothing is broken any more.
+    NotOver,
+    /// An operator's reset of offsets that had no effect.
+    Unheeded,
 }
 
 impl Anomaly {
-    pub(crate) const ALL: [Self; 13] = [
+    pub(crate) const ALL: [Self; 15] = [
         Self::LostWrite,
         Self::Duplicate,
         Self::Nonmonotonic,
@@ -95,6 +114,8 @@ impl Anomaly {
         Self::HostDied,
         Self::Stalled,
         Self::Unsaid,
+        Self::NotOver,
+        Self::Unheeded,
     ];
 
     /// How it is called in the report.
@@ -113,6 +134,8 @@ impl Anomaly {
             Self::HostDied => "host-died",
             Self::Stalled => "stalled",
             Self::Unsaid => "unsaid",
+            Self::NotOver => "not-over",
+            Self::Unheeded => "unheeded",
         }
     }
 }
@@ -172,8 +195,6 @@ pub(crate) fn repeated(records: &[Record]) -> Repeated {
     repeated
 }
 
-type MessageId = (String, i64);
-
 /// What became of one message at a stage.
 #[derive(Debug, Default)]
 struct Fate<'a> {
@@ -182,6 +203,8 @@ struct Fate<'a> {
     rows: usize,
     outputs: usize,
     letters: Vec<&'a str>,
+    /// How often it may have been processed again.
+    again: usize,
 }
 
 /// Looks at what a stage made of its input.
@@ -191,25 +214,25 @@ pub(crate) fn judge_stage(history: &StageHistory, found: &mut Anomalies) {
     let outputs = without_repeated(&history.outputs);
     let letters = without_repeated(&history.letters);
     let mut fates: BTreeMap<MessageId, Fate<'_>> = BTreeMap::new();
-    let id = |message: &Message| (message.key.clone(), message.seq);
     for input in &inputs {
-        let fate = fates.entry(id(&input.message)).or_default();
+        let fate = fates.entry(input.message.id()).or_default();
         fate.input = Some(&input.message);
         fate.inputs += 1;
     }
     for row in &history.rows {
         fates.entry((row.key.clone(), row.seq)).or_default().rows += 1;
     }
+    let outputs: Vec<_> = outputs.iter().filter(|output| !output.is_copied).collect();
     for output in &outputs {
-        fates.entry(id(&output.message)).or_default().outputs += 1;
+        fates.entry(output.message.id()).or_default().outputs += 1;
     }
     for letter in &letters {
         let cause = letter.cause.as_deref().unwrap_or("none");
-        fates
-            .entry(id(&letter.message))
-            .or_default()
-            .letters
-            .push(cause);
+        let fate = fates.entry(letter.message.id()).or_default();
+        fate.letters.push(cause);
+    }
+    for (id, times) in &history.again {
+        fates.entry(id.clone()).or_default().again = *times;
     }
     for ((key, seq), fate) in &fates {
         for anomaly in judge_fate(stage, fate) {
@@ -225,12 +248,53 @@ pub(crate) fn judge_stage(history: &StageHistory, found: &mut Anomalies) {
             });
         }
     }
-    let rows = history.rows.iter().map(|row| (None, &row.key, row.seq));
-    judge_order(&format!("{stage}: row"), rows, found);
-    let outputs = outputs
-        .iter()
-        .map(|o| (Some(o.partition), &o.message.key, o.message.seq));
+    let of_key = numbers_of_keys(&inputs);
+    judge_rows(stage, &history.rows, &of_key, found);
+    // Where numbers come again in the input, they do in the output.
+    let is_rising = |key: &String| of_key.get(key).is_none_or(|numbers| numbers.is_sorted());
+    let outputs = outputs.iter().filter(|o| is_rising(&o.message.key));
+    let outputs = outputs.map(|o| {
+        // What is processed again has a generation of its own.
+        let place = (o.partition, o.generation());
+        (Some(place), &o.message.key, o.message.seq)
+    });
     judge_order(&format!("{stage}: output"), outputs, found);
+}
+
+/// The numbers of each key, in the order of the input.
+fn numbers_of_keys(inputs: &[Record]) -> HashMap<&String, Vec<i64>> {
+    let mut numbers: HashMap<&String, Vec<i64>> = HashMap::new();
+    for Record { message, .. } in inputs {
+        numbers.entry(&message.key).or_default().push(message.seq);
+    }
+    numbers
+}
+
+/// Rows of a key come in the order of its inputs.
+fn judge_rows(
+    stage: &str,
+    rows: &[Row],
+    of_key: &HashMap<&String, Vec<i64>>,
+    found: &mut Anomalies,
+) {
+    let is_rising = |key: &String| of_key.get(key).is_none_or(|numbers| numbers.is_sorted());
+    let (rising, others): (Vec<_>, Vec<_>) = rows.iter().partition(|row| is_rising(&row.key));
+    let rising = rising.iter().map(|row| (None, &row.key, row.seq));
+    judge_order(&format!("{stage}: row"), rising, found);
+    let mut written: BTreeMap<&String, Vec<i64>> = BTreeMap::new();
+    for row in others {
+        written.entry(&row.key).or_default().push(row.seq);
+    }
+    for (key, seqs) in written {
+        let with_rows = |seq: &i64| seqs.contains(seq);
+        let mut expected = of_key[key].clone();
+        expected.retain(with_rows);
+        if seqs != expected {
+            found.add(Anomaly::Nonmonotonic, || {
+                format!("{stage}: row: {key}: {seqs:?}, and the inputs {expected:?}")
+            });
+        }
+    }
 }
 
 fn judge_fate(stage: &str, fate: &Fate<'_>) -> Vec<Anomaly> {
@@ -239,16 +303,19 @@ fn judge_fate(stage: &str, fate: &Fate<'_>) -> Vec<Anomaly> {
     let Some(input) = fate.input else {
         return vec![Anomaly::Phantom];
     };
+    // What is processed again leaves one row, for the first went with the database; and letters and outputs beside the first.
+    let again = |first: usize| if first > 0 { fate.again } else { 0 };
+    let may_end = fate.inputs + if fate.rows > 0 { 0 } else { fate.again };
     if ends < fate.inputs {
         found.push(Anomaly::LostWrite);
     }
-    if ends > fate.inputs {
+    if ends > may_end {
         found.push(Anomaly::Duplicate);
     }
     if fate.outputs < fate.rows {
         found.push(Anomaly::OutputMissing);
     }
-    if fate.outputs > fate.rows {
+    if fate.outputs > fate.rows + again(fate.rows) {
         let nothing = fate.rows == 0;
         found.push(if nothing {
             Anomaly::Phantom
@@ -267,17 +334,18 @@ fn judge_fate(stage: &str, fate: &Fate<'_>) -> Vec<Anomaly> {
 /// Within a key and partition, numbers must not fall; what is there twice is another anomaly.
 fn judge_order<'a>(
     what: &str,
-    records: impl Iterator<Item = (Option<i32>, &'a String, i64)>,
+    records: impl Iterator<Item = (Option<(i32, Option<&'a str>)>, &'a String, i64)>,
     found: &mut Anomalies,
 ) {
-    let mut newest: HashMap<(Option<i32>, &String), i64> = HashMap::new();
+    type Place<'a> = Option<(i32, Option<&'a str>)>;
+    let mut newest: HashMap<(Place<'a>, &String), i64> = HashMap::new();
     for (partition, key, seq) in records {
         let newest = newest.entry((partition, key)).or_insert(seq);
         if seq < *newest {
             let after = *newest;
             found.add(Anomaly::Nonmonotonic, || {
                 let place = partition
-                    .map(|p| format!(" of partition {p}"))
+                    .map(|(p, _)| format!(" of partition {p}"))
                     .unwrap_or_default();
                 format!("{what}{place}: {key} #{seq} after #{after}")
             });
@@ -320,13 +388,57 @@ pub(crate) fn judge_cache(
     judged
 }
 
-/// The cacher is asked for nothing that could fail for good.
-pub(crate) fn judge_cacher(letters: &[Record], found: &mut Anomalies) {
-    for letter in letters {
+/// A dead letter must be of a message that wants one, by its cause.
+pub(crate) fn judge_letter(stage: &Stage, letter: &Record, found: &mut Anomalies) {
+    let wanted = letter
+        .message
+        .deed_at(stage.name)
+        .and_then(|deed| deed.cause());
+    if wanted.is_none() || letter.cause.as_deref() != wanted {
         found.add(Anomaly::WrongOutcome, || {
             let Message { key, seq, .. } = &letter.message;
-            format!("cacher: {key} #{seq}: dead letter {:?}", letter.cause)
+            let (name, cause) = (stage.name, &letter.cause);
+            format!("{name}: {key} #{seq}: dead letter {cause:?}, wanted {wanted:?}")
         });
+    }
+}
+
+/// An operator's reset of a group's offsets: what is to be read again, and where its outputs begin, by partition.
+#[derive(Clone, Debug)]
+pub(crate) struct Reset {
+    pub(crate) again: Vec<MessageId>,
+    pub(crate) outputs_from: HashMap<i32, i64>,
+}
+
+/// What a stage that is delivered to at least once has passed on: all, of what was committed alone, and what was reset again.
+pub(crate) fn judge_passed(
+    inputs: &[Message],
+    outputs: &[Record],
+    resets: &[Reset],
+    found: &mut Anomalies,
+) {
+    let inputs: HashSet<MessageId> = inputs.iter().map(Message::id).collect();
+    let passed: HashSet<MessageId> = outputs.iter().map(|o| o.message.id()).collect();
+    let stage = PASSER.name;
+    for (key, seq) in inputs.difference(&passed) {
+        found.add(Anomaly::LostWrite, || format!("{stage}: {key} #{seq}"));
+    }
+    for (key, seq) in passed.difference(&inputs) {
+        found.add(Anomaly::Phantom, || format!("{stage}: {key} #{seq}"));
+    }
+    for reset in resets {
+        let since = |output: &&Record| {
+            let from = reset.outputs_from.get(&output.partition);
+            from.is_none_or(|from| output.offset >= *from)
+        };
+        let since: HashSet<_> = (outputs.iter().filter(since))
+            .map(|o| o.message.id())
+            .collect();
+        for (key, seq) in reset.again.iter().filter(|id| !since.contains(*id)) {
+            found.add(Anomaly::Unheeded, || {
+                format!("{stage}: {key} #{seq} did not come again after a reset")
+            });
+        }
     }
 }
 

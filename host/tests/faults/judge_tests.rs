@@ -3,10 +3,11 @@
 use std::collections::HashMap;
 
 use crate::judge::{
-    Anomalies, Anomaly, Progress, Record, Repeated, Row, StageHistory, judge_cache, judge_cacher,
-    judge_progress, judge_stage, repeated, without_repeated,
+    Anomalies, Anomaly, Progress, Record, Repeated, Reset, Row, StageHistory, judge_cache,
+    judge_letter, judge_passed, judge_progress, judge_stage, repeated, without_repeated,
 };
 use crate::load::{Deed, Message};
+use crate::pipeline::{CACHER, FIRST};
 
 /// Record `offset` of partition 0: key `k`, number and header `stagehost-id` as told.
 fn record(offset: i64, seq: i64, id: &str) -> Record {
@@ -22,6 +23,7 @@ fn record(offset: i64, seq: i64, id: &str) -> Record {
         },
         id: (!id.is_empty()).then(|| id.to_owned()),
         cause: None,
+        is_copied: false,
     }
 }
 
@@ -51,6 +53,7 @@ fn good() -> StageHistory {
         // The second output was produced again after a crash.
         outputs: vec![record(0, 0, "a"), record(1, 1, "b"), record(2, 1, "b")],
         letters: vec![letter(2, "c", "reject"), letter(2, "c", "reject")],
+        again: HashMap::new(),
     }
 }
 
@@ -216,9 +219,130 @@ fn another_end_than_the_message_wants_is_a_wrong_outcome() {
         },
         &[(Anomaly::WrongOutcome, 1)],
     );
-    let mut found = Anomalies::default();
-    judge_cacher(&[letter(0, "", "retries-exhausted")], &mut found);
-    assert_eq!(counts(&found), [(Anomaly::WrongOutcome, 1)]);
+}
+
+#[test]
+fn a_letter_that_nobody_wanted_is_a_wrong_outcome() {
+    let mut wanted = letter(0, "", "reject");
+    (wanted.message.deed, wanted.message.at) = (Some(Deed::Reject), Some("first".to_owned()));
+    let mut another = wanted.clone();
+    another.cause = Some("denied".to_owned());
+    for (stage, letter, expected) in [
+        (&FIRST, &wanted, 0),
+        (&CACHER, &wanted, 1),
+        (&FIRST, &another, 1),
+        (&FIRST, &letter(0, "", "reject"), 1),
+    ] {
+        let mut found = Anomalies::default();
+        judge_letter(stage, letter, &mut found);
+        assert_eq!(found.count(Anomaly::WrongOutcome), expected, "{letter:?}");
+    }
+}
+
+/// What went into the stage a second time, as a dead letter that is sent back does: its row is the last.
+#[test]
+fn what_comes_again_in_the_input_is_written_in_its_order() {
+    let again = |h: &mut StageHistory| {
+        h.inputs.push(record(3, 0, ""));
+        h.rows.push(row(0));
+        h.outputs.push(record(3, 0, "d"));
+    };
+    check(again, &[]);
+    check(
+        |h| {
+            again(h);
+            h.rows.swap(1, 2);
+        },
+        &[(Anomaly::Nonmonotonic, 1)],
+    );
+    check(
+        |h| {
+            again(h);
+            h.outputs.pop();
+        },
+        &[(Anomaly::OutputMissing, 1)],
+    );
+}
+
+#[test]
+fn an_output_of_another_program_is_none_of_the_stage() {
+    let copied = |seq| Record {
+        is_copied: true,
+        ..record(3, seq, "")
+    };
+    check(|h| h.outputs.push(copied(1)), &[]);
+    check(
+        |h| {
+            h.outputs.remove(0);
+            h.outputs.push(copied(0));
+        },
+        &[(Anomaly::OutputMissing, 1)],
+    );
+}
+
+/// The database went back: what was processed since has one row still, and may have outputs and letters twice.
+#[test]
+fn what_is_processed_again_leaves_one_row() {
+    let again = |h: &mut StageHistory| {
+        h.again = (0..3).map(|seq| (("k".to_owned(), seq), 1)).collect();
+        let id = |generation: i64, seq: i64| format!("@c/out/0/g/in/0/{generation}/{seq}/0");
+        h.outputs = (0..4).map(|n| record(n, n % 2, &id(n / 2, n))).collect();
+        h.letters = vec![letter(2, "c", "reject"), letter(2, "d", "reject")];
+    };
+    check(again, &[]);
+    type Spoil = fn(&mut StageHistory);
+    let spoils: [(Spoil, Vec<(Anomaly, usize)>); 6] = [
+        (
+            |h| drop(h.rows.pop()),
+            // Nobody knows any more of what its outputs are.
+            vec![(Anomaly::LostWrite, 1), (Anomaly::Phantom, 1)],
+        ),
+        (|h| h.rows.push(row(1)), vec![(Anomaly::Duplicate, 1)]),
+        (
+            |h| h.outputs.push(record(4, 1, "e")),
+            vec![(Anomaly::OutputDuplicate, 1)],
+        ),
+        (
+            |h| h.letters.push(letter(2, "e", "reject")),
+            vec![(Anomaly::Duplicate, 1)],
+        ),
+        (|h| h.letters.clear(), vec![(Anomaly::LostWrite, 1)]),
+        (|h| h.outputs.swap(0, 1), vec![(Anomaly::Nonmonotonic, 1)]),
+    ];
+    for (spoil, expected) in spoils {
+        check(
+            |h| {
+                again(h);
+                spoil(h);
+            },
+            &expected,
+        );
+    }
+}
+
+#[test]
+fn what_is_passed_on_is_all_that_was_committed_and_what_was_reset_again() {
+    let inputs: Vec<_> = (0..3).map(|n| record(n, n, "").message).collect();
+    let reset = Reset {
+        again: vec![("k".to_owned(), 1), ("k".to_owned(), 2)],
+        outputs_from: HashMap::from([(0, 3)]),
+    };
+    let good = [0, 1, 2, 1, 2];
+    for (seqs, expected) in [
+        (&good[..], vec![]),
+        (&[1, 2, 1, 1, 2], vec![(Anomaly::LostWrite, 1)]),
+        (&[0, 1, 2, 9, 1, 2], vec![(Anomaly::Phantom, 1)]),
+        (&[0, 1, 2, 2], vec![(Anomaly::Unheeded, 1)]),
+        (&[0, 1, 2], vec![(Anomaly::Unheeded, 2)]),
+    ] {
+        let outputs: Vec<_> = (0..)
+            .zip(seqs)
+            .map(|(n, seq)| record(n, *seq, ""))
+            .collect();
+        let mut found = Anomalies::default();
+        judge_passed(&inputs, &outputs, std::slice::from_ref(&reset), &mut found);
+        assert_eq!(counts(&found), expected, "{seqs:?}");
+    }
 }
 
 #[test]

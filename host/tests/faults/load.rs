@@ -14,6 +14,7 @@ use rdkafka::error::KafkaError;
 use rdkafka::producer::{BaseRecord, DeliveryResult, Producer, ProducerContext, ThreadedProducer};
 use serde::{Deserialize, Serialize};
 
+use crate::judge::MessageId;
 use crate::pipeline::{FIRST, INPUT, SECOND};
 
 /// Messages a second: 100,000 in twenty cycles.
@@ -45,7 +46,7 @@ pub(crate) enum Deed {
 }
 
 impl Deed {
-    const ALL: [Self; 5] = [
+    pub(crate) const ALL: [Self; 5] = [
         Self::Reject,
         Self::Retry,
         Self::Trap,
@@ -91,6 +92,11 @@ impl Message {
             deed,
             at: bad.map(|bad| stage[(bad / all % 2) as usize].name.to_owned()),
         }
+    }
+
+    /// What tells it from others.
+    pub(crate) fn id(&self) -> MessageId {
+        (self.key.clone(), self.seq)
     }
 
     /// What the stage is to do with it.

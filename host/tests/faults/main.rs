@@ -3,20 +3,28 @@
 //!
 //! `make test` runs the short form, `make test-faults MINUTES=20` the long one. `FAULTS_MINUTES` is
 //! the number of cycles, of about a minute each, and `FAULTS_SEED` repeats the schedule of a run
-//! (but not the threads of its processes). The servers are the suite's own: `KAFKA_JARS` is what
+//! (but not the threads of its processes). `HOST_BINARY` is another host than the one that was built for the tests. The servers are the suite's own: `KAFKA_JARS` is what
 //! `scripts/kafka-jars` prints.
 
 mod bench;
+mod books;
 mod conductor;
+mod history;
 mod hosts;
 mod judge;
 mod judge_tests;
 mod load;
+mod offsets;
+mod others;
 mod pipeline;
+mod plants;
 mod process;
 mod proxy;
 mod reader;
 mod report;
+mod restore;
+mod rounds;
+mod said;
 mod schedule;
 mod servers;
 mod sick;

@@ -1,8 +1,11 @@
-//! What the hosts run: two transactional stages in a chain, and a cache beside the second.
+//! What the hosts run: two transactional stages in a chain, and a cache beside the second; and two stages, one of each
+//! delivery, behind a topic that another program writes in transactions.
 //!
 //! ```text
 //! input → first → middle → second → out
 //!                      ↘ cacher → Redis
+//! books → booked → booked-out
+//!      ↘ passer → passed
 //! ```
 
 use std::path::Path;
@@ -10,6 +13,13 @@ use std::path::Path;
 pub(crate) const INPUT: &str = "faults.input";
 pub(crate) const MIDDLE: &str = "faults.middle";
 pub(crate) const OUT: &str = "faults.out";
+/// What Kafka transactions are written to, and retention empties.
+pub(crate) const BOOKS: &str = "faults.books";
+pub(crate) const BOOKED_OUT: &str = "faults.booked-out";
+pub(crate) const PASSED: &str = "faults.passed";
+/// Of the topics of the chain, and of those around the books.
+const PARTITIONS: usize = 8;
+const BOOKS_PARTITIONS: usize = 4;
 
 /// What every key in Redis begins with.
 pub(crate) const CACHE_PREFIX: &str = "cache:";
@@ -46,8 +56,29 @@ pub(crate) const CACHER: Stage = Stage {
     letters: "faults.cacher.dlq",
     output: None,
 };
-pub(crate) const STAGES: [&Stage; 3] = [&FIRST, &SECOND, &CACHER];
+pub(crate) const BOOKED: Stage = Stage {
+    name: "booked",
+    input: BOOKS,
+    group: "faults.booked",
+    letters: "faults.booked.dlq",
+    output: Some(BOOKED_OUT),
+};
+/// Delivered to at least once: for it, an operator's reset of its offsets counts.
+pub(crate) const PASSER: Stage = Stage {
+    name: "passer",
+    input: BOOKS,
+    group: "faults.passer",
+    letters: "faults.passer.dlq",
+    output: Some(PASSED),
+};
+pub(crate) const STAGES: [&Stage; 5] = [&FIRST, &SECOND, &CACHER, &BOOKED, &PASSER];
+/// Those with a row a lane in the database.
+pub(crate) const TRANSACTIONAL: [&Stage; 3] = [&FIRST, &SECOND, &BOOKED];
+/// Partitions of the input topics of all stages.
+pub(crate) const INPUT_PARTITIONS: usize = 3 * PARTITIONS + 2 * BOOKS_PARTITIONS;
 
+/// The database of the stages, which may be set back to an older copy.
+pub(crate) const DATABASE: &str = "faults";
 /// The tables that the stages write. `effects` has no constraint that would hide a duplicate;
 /// `taken` has a row that is in the way of `fail-caught`.
 pub(crate) const TABLES: &str = "
@@ -61,8 +92,11 @@ pub(crate) const TABLES: &str = "
     GRANT ALL ON ALL TABLES IN SCHEMA public TO stagehost;
     GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO stagehost;
 ";
-/// Who the hosts are there.
+/// Who the hosts are there, and in Kafka.
 pub(crate) const ROLE: &str = "stagehost";
+/// What only the hosts' stores are called: what they say of one names it.
+pub(crate) const EFFECTS: &str = "effects";
+pub(crate) const CACHE: &str = "cache";
 
 /// The ports of the proxies that the hosts use.
 pub(crate) struct Ways {
@@ -87,6 +121,8 @@ pub(crate) fn text(ways: &Ways, stages: &Path) -> String {
             "test-cacher",
             "redis = { cache = { prefix = \"cache:\" } }",
         ),
+        stage(&BOOKED, stages, "test-writer", WRITER),
+        stage(&PASSER, stages, "test-identity", ""),
     ]
     .concat();
     // The broker's time on what it appends tells what was cached before a flush.
@@ -98,17 +134,27 @@ brokers = "127.0.0.1:{kafka}"
 [kafka.properties]
 "session.timeout.ms" = "6000"
 "reconnect.backoff.max.ms" = "1000"
+"security.protocol" = "sasl_plaintext"
+"sasl.mechanism" = "PLAIN"
+"sasl.username" = "{ROLE}"
+"sasl.password" = "{ROLE}"
 [topics."{INPUT}"]
-partitions = 8
+partitions = {PARTITIONS}
 [topics."{MIDDLE}"]
-partitions = 8
+partitions = {PARTITIONS}
 config = {{ "message.timestamp.type" = "LogAppendTime" }}
 [topics."{OUT}"]
-partitions = 8
-[sql.effects]
-url = "postgres://{ROLE}@127.0.0.1:{postgres}/postgres"
+partitions = {PARTITIONS}
+[topics."{BOOKS}"]
+partitions = {BOOKS_PARTITIONS}
+[topics."{BOOKED_OUT}"]
+partitions = {BOOKS_PARTITIONS}
+[topics."{PASSED}"]
+partitions = {BOOKS_PARTITIONS}
+[sql.{EFFECTS}]
+url = "postgres://{ROLE}@127.0.0.1:{postgres}/{DATABASE}"
 max-connections = 20
-[redis.cache]
+[redis.{CACHE}]
 url = "redis://127.0.0.1:{redis}"
 [admin]
 listen = "127.0.0.1:0"
@@ -129,7 +175,9 @@ fn stage(stage: &Stage, components: &Path, component: &str, settings: &str) -> S
     } = stage;
     let component = components.join(format!("{component}.wasm"));
     let passes_on = output.map_or_else(String::new, |to| {
-        format!("output = [\"{to}\"]\nconfig = {{ lane = \"{name}\", to = \"{to}\" }}\n")
+        // The writer's settings, and the passer's.
+        let config = format!("{{ lane = \"{name}\", to = \"{to}\", output = \"{to}\" }}");
+        format!("output = [\"{to}\"]\nconfig = {config}\n")
     });
     format!(
         r#"

@@ -50,6 +50,11 @@ impl Process {
         &self.name
     }
 
+    /// Where it writes.
+    pub(crate) fn log(&self) -> &Path {
+        &self.log
+    }
+
     /// The word that stands behind these in its log, the first time.
     pub(crate) fn said_after(&self, words: &str) -> Option<String> {
         let log = std::fs::read(&self.log).unwrap_or_default();

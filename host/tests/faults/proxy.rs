@@ -13,6 +13,8 @@ use tokio::sync::watch;
 const LISTEN_PATIENCE: Duration = Duration::from_secs(20);
 const ASK_INTERVAL: Duration = Duration::from_millis(10);
 const CHUNK: usize = 16 << 10;
+/// How long a slow network takes, one way.
+const DELAY: Duration = Duration::from_millis(150);
 
 /// What the network does with what it is given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,8 +24,16 @@ pub(crate) enum Link {
     /// It keeps it, as a network that loses packets for a while does: connections are there, and
     /// nothing arrives before it is open again.
     Frozen,
+    /// It passes on what comes after a while, each time.
+    Slow,
     /// Connections break, on both sides, and new ones are refused.
     Cut,
+}
+
+impl Link {
+    fn passes(self) -> bool {
+        matches!(self, Self::Open | Self::Slow)
+    }
 }
 
 /// A way to a server.
@@ -92,7 +102,7 @@ async fn carry(client: TcpStream, to: u16, mut link: watch::Receiver<Link>) {
 }
 
 async fn pass_on(client: TcpStream, to: u16, mut link: watch::Receiver<Link>) {
-    let _ = link.wait_for(|l| *l == Link::Open).await;
+    let _ = link.wait_for(|l| l.passes()).await;
     let Ok(server) = TcpStream::connect((Ipv4Addr::LOCALHOST, to)).await else {
         return;
     };
@@ -108,8 +118,13 @@ async fn pass_on(client: TcpStream, to: u16, mut link: watch::Receiver<Link>) {
 async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut link: watch::Receiver<Link>) {
     let mut bytes = vec![0; CHUNK];
     while let Ok(n @ 1..) = from.read(&mut bytes).await {
-        let open = link.wait_for(|l| *l == Link::Open).await.is_ok();
-        if !open || to.write_all(&bytes[..n]).await.is_err() {
+        let Ok(passed) = link.wait_for(|l| l.passes()).await.map(|l| *l) else {
+            return;
+        };
+        if passed == Link::Slow {
+            tokio::time::sleep(DELAY).await;
+        }
+        if to.write_all(&bytes[..n]).await.is_err() {
             return;
         }
     }
@@ -166,6 +181,11 @@ mod tests {
         proxy.set(Link::Open);
         assert_eq!(ask(&mut stream, LONG).expect("an answer"), b'2');
         assert_eq!(ask(&mut second, LONG).expect("an answer"), b'3');
+        proxy.set(Link::Slow);
+        let asked = Instant::now();
+        stream.write_all(b"5").expect("sent");
+        assert_eq!(ask(&mut stream, LONG).expect("an answer"), b'5');
+        assert!(asked.elapsed() >= 2 * DELAY);
         proxy.set(Link::Cut);
         assert!(ask(&mut stream, LONG).is_err(), "the connection broke");
         assert_eq!(

@@ -5,6 +5,7 @@ use std::fmt::{self, Display, Formatter};
 use std::time::Duration;
 
 use crate::judge::{Anomalies, Anomaly, Repeated};
+use crate::others::Others;
 use crate::schedule::Kind;
 
 /// What was done, counted.
@@ -40,6 +41,21 @@ pub(crate) struct Report {
     pub(crate) repeated: Repeated,
     /// Rounds of each kind that were planned.
     pub(crate) planned: usize,
+    /// What other programs have written with copied headers.
+    pub(crate) others: Others,
+    /// Messages of Kafka transactions.
+    pub(crate) committed: usize,
+    pub(crate) aborted: usize,
+    /// Offsets of theirs that were removed, once processed.
+    pub(crate) removed: i64,
+    /// Messages that a database which went back, or an operator, had processed again.
+    pub(crate) again: usize,
+    pub(crate) reset: usize,
+    /// Sicknesses that had to be said.
+    pub(crate) said: usize,
+    /// Bugs that were planted in what the run has left, and those of them that the judge missed.
+    pub(crate) planted: usize,
+    pub(crate) missed: Vec<&'static str>,
     pub(crate) tally: Tally,
     pub(crate) found: Anomalies,
 }
@@ -56,6 +72,8 @@ impl Report {
         if self.cached_keys == 0 {
             complaints.push("no key of Redis could be judged".to_owned());
         }
+        let missed = self.missed.iter();
+        complaints.extend(missed.map(|what| format!("the judge misses {what}")));
         if !self.found.is_empty() {
             complaints.push("there are anomalies".to_owned());
         }
@@ -68,6 +86,20 @@ impl Report {
         rows.push(("keys judged in Redis".to_owned(), self.cached_keys));
         rows.push(("outputs that came twice".to_owned(), self.repeated.all));
         rows.push(("and after newer ones".to_owned(), self.repeated.late));
+        let removed = usize::try_from(self.removed).unwrap_or_default();
+        let counts = [
+            ("committed in transactions", self.committed),
+            ("aborted in transactions", self.aborted),
+            ("offsets of them removed", removed),
+            ("messages with copied headers", self.others.copies),
+            ("dead letters sent back", self.others.letters()),
+            ("processed again: database", self.again),
+            ("processed again: offsets", self.reset),
+            ("sicknesses said in 3 places", self.said),
+            ("planted bugs", self.planted),
+            ("planted bugs found", self.planted - self.missed.len()),
+        ];
+        rows.extend(counts.map(|(what, count)| (what.to_owned(), count)));
         let rounds =
             Kind::ALL.map(|kind| (format!("round: {}", kind.name()), self.tally.rounds(kind)));
         rows.extend(rounds);
@@ -94,10 +126,10 @@ impl Display for Report {
             "# Faults, seed {}, {minutes} min {seconds} s: {verdict}\n",
             self.seed
         )?;
-        writeln!(f, "| {:<28} | {:>8} |", "what", "count")?;
-        writeln!(f, "|:{:-<28}-|-{:->8}:|", "", "")?;
+        writeln!(f, "| {:<30} | {:>8} |", "what", "count")?;
+        writeln!(f, "|:{:-<30}-|-{:->8}:|", "", "")?;
         for (what, count) in self.rows() {
-            writeln!(f, "| {what:<28} | {count:>8} |")?;
+            writeln!(f, "| {what:<30} | {count:>8} |")?;
         }
         for anomaly in Anomaly::ALL {
             for example in self.found.examples(anomaly) {
@@ -124,6 +156,15 @@ mod tests {
             cached_keys,
             repeated: Repeated::default(),
             planned: 2,
+            others: Others::default(),
+            committed: 7,
+            aborted: 3,
+            removed: 5,
+            again: 2,
+            reset: 1,
+            said: 6,
+            planted: 13,
+            missed: Vec::new(),
             tally,
             found: Anomalies::default(),
         }
@@ -137,13 +178,16 @@ mod tests {
             report(2, 0).complaints(),
             ["no key of Redis could be judged"]
         );
+        let mut missed = report(2, 1);
+        missed.missed.push("a lost row");
+        assert_eq!(missed.complaints(), ["the judge misses a lost row"]);
         let mut found = report(2, 1);
         found.found.add(Anomaly::Duplicate, || "k #1".to_owned());
         assert_eq!(found.complaints(), ["there are anomalies"]);
         let text = found.to_string();
         for words in [
             "seed 1, 1 min 1 s",
-            "| anomaly: duplicate           |        1 |",
+            "| anomaly: duplicate             |        1 |",
             "duplicate: k #1",
         ] {
             assert!(text.contains(words), "{words:?} is in {text}");

@@ -31,16 +31,30 @@ pub(crate) enum Kind {
     CutRedis,
     /// PostgreSQL is read-only, or somebody locks the lanes' rows.
     SickPostgres,
-    /// PostgreSQL lets the hosts' role in no more.
+    /// PostgreSQL lets the hosts' role in no more, or has no connections for it.
     RefusePostgres,
     /// Redis is full, or answers nothing.
     SickRedis,
-    /// Redis asks for a password that the hosts do not have.
+    /// Redis asks for a password that the hosts do not have, or has no connections for them.
     RefuseRedis,
+    /// Kafka is there, and answers nothing: its process is stopped for a while, or the network keeps all.
+    SickKafka,
+    /// Kafka's authorizer forbids an output, or a group.
+    RefuseKafka,
+    /// Every answer of the stores, or of Kafka, takes its time.
+    SlowServers,
+    /// What was processed of a topic of transactions is removed, markers included.
+    Retention,
+    /// Another program copies headers, and somebody sends dead letters back.
+    CopyHeaders,
+    /// The stages' database goes back to an older copy.
+    RestorePostgres,
+    /// An operator resets the offsets of groups.
+    ResetOffsets,
 }
 
 impl Kind {
-    pub(crate) const ALL: [Self; 14] = [
+    pub(crate) const ALL: [Self; 21] = [
         Self::KillHost,
         Self::FreezeHost,
         Self::StopHost,
@@ -55,6 +69,13 @@ impl Kind {
         Self::RefusePostgres,
         Self::SickRedis,
         Self::RefuseRedis,
+        Self::SickKafka,
+        Self::RefuseKafka,
+        Self::SlowServers,
+        Self::Retention,
+        Self::CopyHeaders,
+        Self::RestorePostgres,
+        Self::ResetOffsets,
     ];
 
     /// How it is called in the report.
@@ -74,6 +95,13 @@ impl Kind {
             Self::RefusePostgres => "refuse-postgres",
             Self::SickRedis => "sick-redis",
             Self::RefuseRedis => "refuse-redis",
+            Self::SickKafka => "sick-kafka",
+            Self::RefuseKafka => "refuse-kafka",
+            Self::SlowServers => "slow-servers",
+            Self::Retention => "retention",
+            Self::CopyHeaders => "copy-headers",
+            Self::RestorePostgres => "restore-postgres",
+            Self::ResetOffsets => "reset-offsets",
         }
     }
 }
@@ -88,7 +116,7 @@ pub(crate) struct Round {
     pub(crate) victim: usize,
     /// How long it lasts.
     pub(crate) hold: Duration,
-    /// How long it is left alone after it.
+    /// How long it is left alone after it, before all hosts must say that all is well.
     pub(crate) rest: Duration,
 }
 
@@ -115,7 +143,7 @@ pub(crate) fn schedule(seed: u64, cycles: usize) -> Vec<Round> {
                 rough: (cycle + kind as usize).is_multiple_of(2),
                 victim: rng.random_range(0..1_000),
                 hold: Duration::from_millis(rng.random_range(milliseconds)),
-                rest: Duration::from_millis(rng.random_range(1_000..3_500)),
+                rest: Duration::from_millis(rng.random_range(200..1_500)),
             });
         }
     }

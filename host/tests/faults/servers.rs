@@ -12,6 +12,7 @@ use rand::Rng;
 use rdkafka::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 
+use crate::pipeline::ROLE;
 use crate::process::{Process, tied};
 
 /// How long a server may take until it answers.
@@ -84,6 +85,12 @@ impl Server {
         self.process = Some(process);
     }
 
+    /// Stops its process for a while, or has it go on.
+    pub(crate) fn signal(&mut self, signal: i32) {
+        let process = self.process.as_mut().expect("a server that runs");
+        process.signal(signal);
+    }
+
     /// Ends it.
     pub(crate) fn end(&mut self, how: End) {
         let mut process = self.process.take().expect("a server that runs");
@@ -127,14 +134,6 @@ pub(crate) fn kafka(
     ports: &mut Ports,
     listeners: &Listeners,
 ) -> Server {
-    let mut classes = std::env::var_os("KAFKA_JARS")
-        .expect("KAFKA_JARS is not set: run `make test` or `make test-faults`, which fetch Kafka");
-    classes.push("/*");
-    let java = move || {
-        let mut command = tied("KILL");
-        command.arg("java").args(JAVA).arg("-cp").arg(&classes);
-        command
-    };
     let properties = folder.join("kafka.properties");
     let text = kafka_properties(&folder.join("kafka"), ports.free(), listeners);
     std::fs::write(&properties, text).expect("Kafka's properties");
@@ -163,6 +162,27 @@ pub(crate) fn kafka(
     }
 }
 
+fn java() -> Command {
+    let mut classes = std::env::var_os("KAFKA_JARS")
+        .expect("KAFKA_JARS is not set: run `make test` or `make test-faults`, which fetch Kafka");
+    classes.push("/*");
+    let mut command = tied("KILL");
+    command.arg("java").args(JAVA).arg("-cp").arg(&classes);
+    command
+}
+
+/// Changes what Kafka's authorizer lets the hosts do, as Kafka's own tool does.
+pub(crate) fn acl(brokers: &str, arguments: &[&str]) {
+    let mut tool = java();
+    tool.arg("org.apache.kafka.tools.AclCommand");
+    tool.args(["--bootstrap-server", brokers])
+        .args(arguments)
+        .args(["--deny-principal", &format!("User:{ROLE}")]);
+    let done = tool.stdin(Stdio::null()).output().expect("java");
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.success(), "{arguments:?}: {said}");
+}
+
 fn kafka_properties(data: &Path, controller: u16, listeners: &Listeners) -> String {
     let Listeners {
         behind,
@@ -178,8 +198,13 @@ controller.quorum.voters=1@127.0.0.1:{controller}
 controller.listener.names=CONTROLLER
 listeners=HOSTS://127.0.0.1:{behind},DIRECT://127.0.0.1:{direct},CONTROLLER://127.0.0.1:{controller}
 advertised.listeners=HOSTS://127.0.0.1:{proxy},DIRECT://127.0.0.1:{direct}
-listener.security.protocol.map=CONTROLLER:PLAINTEXT,HOSTS:PLAINTEXT,DIRECT:PLAINTEXT
+listener.security.protocol.map=CONTROLLER:PLAINTEXT,HOSTS:SASL_PLAINTEXT,DIRECT:PLAINTEXT
 inter.broker.listener.name=DIRECT
+listener.name.hosts.sasl.enabled.mechanisms=PLAIN
+listener.name.hosts.plain.sasl.jaas.config=org.apache.kafka.common.security.plain.PlainLoginModule required user_{ROLE}=\"{ROLE}\";
+authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
+allow.everyone.if.no.acl.found=true
+super.users=User:ANONYMOUS
 log.dirs={}
 offsets.topic.replication.factor=1
 offsets.topic.num.partitions=4

@@ -1,82 +1,90 @@
-//! Servers that are there, and sick: they answer, and do not do what they are asked for. And what the hosts say of it.
-
-use std::io::{Read, Write};
-use std::net::TcpStream;
-use std::time::{Duration, Instant};
+//! Servers that are there, and sick: they answer, and do not do what they are asked for. And the words that hosts say it with.
 
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
-use tokio::runtime::Handle;
 
-use crate::bench::Addresses;
-use crate::pipeline::ROLE;
+use crate::bench::Bench;
+use crate::pipeline::{OUT, PASSER, ROLE};
+use crate::proxy::Link;
+use crate::said::Words;
 use crate::schedule::Kind;
+use crate::servers::acl;
 
-/// How long a sickness may last before it is said.
-pub(crate) const SAID_WITHIN: Duration = Duration::from_secs(25);
-const ASK: Duration = Duration::from_secs(2);
-const ASK_INTERVAL: Duration = Duration::from_millis(200);
+/// Clients that Redis has places for, the suite's own and one of the hosts'. What is not there yet gets none.
+const FEW_CLIENTS: &str = "CONFIG SET maxclients 1";
+const MANY_CLIENTS: &str = "CONFIG SET maxclients 1000";
+/// The hosts' connections end: those that are logged in would stay so.
+const END_CLIENTS: &str = "CLIENT KILL TYPE normal SKIPME yes";
 /// What Redis asks for while its password is changed.
 const PASSWORD: &str = "changed";
 
 /// A server that is made sick, until this is told to heal it.
-pub(crate) struct Sickness<'a> {
+pub(crate) struct Sickness {
     kind: Kind,
     rough: bool,
-    runtime: &'a Handle,
-    addresses: &'a Addresses,
     redis: Option<redis::Connection>,
     postgres: Option<PgConnection>,
 }
 
-impl<'a> Sickness<'a> {
+impl Sickness {
     /// Makes the server sick. What is to be healed by the same connection keeps it.
-    pub(crate) fn begin(
-        kind: Kind,
-        rough: bool,
-        runtime: &'a Handle,
-        addresses: &'a Addresses,
-    ) -> Self {
+    pub(crate) fn begin(kind: Kind, rough: bool, bench: &mut Bench) -> Self {
         let mut sickness = Self {
             kind,
             rough,
-            runtime,
-            addresses,
             redis: None,
             postgres: None,
         };
-        match kind {
-            Kind::SickRedis if rough => sickness.redis(&["CONFIG SET maxmemory 1"]),
-            Kind::SickRedis => sickness.redis(&["CLIENT PAUSE 60000 ALL"]),
-            Kind::RefuseRedis => {
+        match (kind, rough) {
+            (Kind::SickRedis, true) => sickness.redis(bench, &["CONFIG SET maxmemory 1"]),
+            // Its own pause ends with its time only: who is to end it would be paused too.
+            (Kind::SickRedis, false) => bench.redis.signal(libc::SIGSTOP),
+            (Kind::RefuseRedis, true) => {
                 let requires = format!("CONFIG SET requirepass {PASSWORD}");
-                // Those that are logged in would stay so.
-                sickness.redis(&[&requires, "CLIENT KILL TYPE normal SKIPME yes"]);
+                sickness.redis(bench, &[&requires, END_CLIENTS]);
             }
-            Kind::SickPostgres if rough => sickness.postgres(&[
-                "ALTER SYSTEM SET default_transaction_read_only = on",
-                "SELECT pg_reload_conf()",
-            ]),
-            Kind::SickPostgres => sickness.postgres(&[
-                "BEGIN",
-                "LOCK TABLE stagehost_progress IN ACCESS EXCLUSIVE MODE",
-            ]),
-            Kind::RefusePostgres => {
-                let refuses = format!("ALTER ROLE {ROLE} NOLOGIN");
+            (Kind::RefuseRedis, false) => sickness.redis(bench, &[FEW_CLIENTS, END_CLIENTS]),
+            (Kind::SickPostgres, true) => sickness.postgres(
+                bench,
+                &[
+                    "ALTER SYSTEM SET default_transaction_read_only = on",
+                    "SELECT pg_reload_conf()",
+                ],
+            ),
+            (Kind::SickPostgres, false) => sickness.postgres(
+                bench,
+                &[
+                    "BEGIN",
+                    "LOCK TABLE stagehost_progress IN ACCESS EXCLUSIVE MODE",
+                ],
+            ),
+            (Kind::RefusePostgres, is_login) => {
+                let what = if is_login {
+                    "NOLOGIN"
+                } else {
+                    "CONNECTION LIMIT 0"
+                };
+                let refuses = format!("ALTER ROLE {ROLE} {what}");
                 let ends = format!(
                     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{ROLE}'"
                 );
-                sickness.postgres(&[&refuses, &ends]);
+                sickness.postgres(bench, &[&refuses, &ends]);
             }
+            (Kind::SickKafka, true) => bench.kafka.signal(libc::SIGSTOP),
+            (Kind::SickKafka, false) => bench.to_kafka.set(Link::Frozen),
+            (Kind::RefuseKafka, _) => acl(&bench.addresses.brokers, &sickness.denied("--add")),
             _ => panic!("{kind:?} is no sickness"),
         }
         sickness
     }
 
     /// What the hosts are to say of it.
-    pub(crate) fn words(&self) -> &'static str {
-        match self.kind {
-            Kind::SickRedis | Kind::RefuseRedis => "cache",
-            _ => "effects",
+    pub(crate) fn words(&self) -> Words {
+        match (self.kind, self.rough) {
+            (Kind::SickRedis | Kind::RefuseRedis, _) => Words::CACHE,
+            (Kind::SickKafka, _) => Words::LOG,
+            (Kind::RefuseKafka, true) => Words::RIGHTS,
+            (Kind::RefuseKafka, false) => Words::GROUP,
+            _ => Words::EFFECTS,
         }
     }
 
@@ -85,34 +93,59 @@ impl<'a> Sickness<'a> {
         match (self.kind, self.rough) {
             (Kind::SickRedis, true) => "redis full",
             (Kind::SickRedis, false) => "redis paused",
-            (Kind::RefuseRedis, _) => "redis's password changed",
+            (Kind::RefuseRedis, true) => "redis's password changed",
+            (Kind::RefuseRedis, false) => "redis's places taken",
             (Kind::SickPostgres, true) => "postgres read-only",
             (Kind::SickPostgres, false) => "progress locked in postgres",
-            _ => "postgres refused logins",
+            (Kind::RefusePostgres, true) => "postgres refused logins",
+            (Kind::RefusePostgres, false) => "postgres's places taken",
+            (Kind::SickKafka, true) => "kafka paused",
+            (Kind::SickKafka, false) => "kafka silent",
+            (_, true) => "an output forbidden",
+            (_, false) => "a group forbidden",
         }
     }
 
-    pub(crate) fn heal(mut self) {
-        match self.kind {
-            Kind::SickRedis if self.rough => self.redis(&["CONFIG SET maxmemory 0"]),
-            Kind::SickRedis => self.redis(&["CLIENT UNPAUSE"]),
-            Kind::RefuseRedis => self.redis(&["CONFIG SET requirepass NONE"]),
-            Kind::SickPostgres if self.rough => self.postgres(&[
-                "SET default_transaction_read_only = off",
-                "ALTER SYSTEM RESET default_transaction_read_only",
-                "SELECT pg_reload_conf()",
-            ]),
-            Kind::SickPostgres => self.postgres(&["ROLLBACK"]),
-            Kind::RefusePostgres => {
-                let allows = format!("ALTER ROLE {ROLE} LOGIN");
-                self.postgres(&[&allows]);
+    /// An output of a transactional stage, or the group of one that is delivered to at least once.
+    fn denied(&self, change: &'static str) -> Vec<&'static str> {
+        let what = match self.rough {
+            true => ["--topic", OUT, "--operation", "Write"],
+            false => ["--group", PASSER.group, "--operation", "Read"],
+        };
+        [&[change][..], &what].concat()
+    }
+
+    pub(crate) fn heal(mut self, bench: &mut Bench) {
+        match (self.kind, self.rough) {
+            (Kind::SickRedis, true) => self.redis(bench, &["CONFIG SET maxmemory 0"]),
+            (Kind::SickRedis, false) => bench.redis.signal(libc::SIGCONT),
+            (Kind::RefuseRedis, true) => self.redis(bench, &["CONFIG SET requirepass NONE"]),
+            (Kind::RefuseRedis, false) => self.redis(bench, &[MANY_CLIENTS]),
+            (Kind::SickPostgres, true) => self.postgres(
+                bench,
+                &[
+                    "SET default_transaction_read_only = off",
+                    "ALTER SYSTEM RESET default_transaction_read_only",
+                    "SELECT pg_reload_conf()",
+                ],
+            ),
+            (Kind::SickPostgres, false) => self.postgres(bench, &["ROLLBACK"]),
+            (Kind::RefusePostgres, _) => {
+                let allows = format!("ALTER ROLE {ROLE} LOGIN CONNECTION LIMIT -1");
+                self.postgres(bench, &[&allows]);
             }
-            _ => {}
+            (Kind::SickKafka, true) => bench.kafka.signal(libc::SIGCONT),
+            (Kind::SickKafka, false) => bench.to_kafka.set(Link::Open),
+            _ => {
+                let mut allowed = self.denied("--remove");
+                allowed.push("--force");
+                acl(&bench.addresses.brokers, &allowed);
+            }
         }
     }
 
-    fn redis(&mut self, commands: &[&str]) {
-        let client = redis::Client::open(&*self.addresses.redis).expect("a URL");
+    fn redis(&mut self, bench: &Bench, commands: &[&str]) {
+        let client = redis::Client::open(&*bench.addresses.redis).expect("a URL");
         let connect = || client.get_connection().expect("Redis");
         let connection = self.redis.get_or_insert_with(connect);
         for command in commands {
@@ -126,9 +159,9 @@ impl<'a> Sickness<'a> {
         }
     }
 
-    fn postgres(&mut self, statements: &[&str]) {
-        let (url, kept) = (&self.addresses.postgres, &mut self.postgres);
-        let done = self.runtime.block_on(async {
+    fn postgres(&mut self, bench: &Bench, statements: &[&str]) {
+        let (url, kept) = (&bench.addresses.effects, &mut self.postgres);
+        let done = bench.runtime.block_on(async {
             let connection = match kept {
                 Some(connection) => connection,
                 None => kept.insert(PgConnection::connect(url).await?),
@@ -141,45 +174,4 @@ impl<'a> Sickness<'a> {
         });
         done.unwrap_or_else(|error| panic!("{statements:?}: {error}"));
     }
-}
-
-/// Asks hosts for their readiness until one says this, or for too long; answers what they said last.
-pub(crate) fn until_said(
-    admins: impl Fn() -> Vec<String>,
-    words: &str,
-    within: Duration,
-) -> Result<(), String> {
-    let deadline = Instant::now() + within;
-    loop {
-        let said: Vec<_> = admins()
-            .iter()
-            .filter_map(|admin| readiness(admin))
-            .collect();
-        if said
-            .iter()
-            .any(|(status, text)| *status == 503 && text.contains(words))
-        {
-            return Ok(());
-        }
-        if Instant::now() >= deadline {
-            return Err(format!("{said:?}"));
-        }
-        std::thread::sleep(ASK_INTERVAL);
-    }
-}
-
-/// Status and text of `/readyz`; nothing of a host that does not answer.
-pub(crate) fn readiness(admin: &str) -> Option<(u16, String)> {
-    let mut stream = TcpStream::connect(admin).ok()?;
-    stream.set_read_timeout(Some(ASK)).ok()?;
-    write!(
-        stream,
-        "GET /readyz HTTP/1.1\r\nhost: {admin}\r\nconnection: close\r\n\r\n"
-    )
-    .ok()?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).ok()?;
-    let status = answer.split(' ').nth(1)?.parse().ok()?;
-    let (_, text) = answer.split_once("\r\n\r\n")?;
-    Some((status, text.to_owned()))
 }

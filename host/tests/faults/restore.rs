@@ -1,0 +1,108 @@
+//! The stages' database goes back to an older copy of itself, as after a restore, or a failover to a replica that was late.
+
+use std::collections::{BTreeMap, HashMap};
+
+use sqlx::{Connection, PgConnection};
+
+use crate::bench::Bench;
+use crate::judge::{MessageId, Record};
+use crate::pipeline::{DATABASE, ROLE, Stage, TRANSACTIONAL};
+use crate::proxy::Link;
+use crate::reader;
+
+const COPY: &str = "older";
+
+/// Where each lane is to go on, by its group and partition.
+pub(crate) type Offsets = BTreeMap<(String, i32), i64>;
+
+/// A copy of the database as it was at one moment.
+pub(crate) struct Copy {
+    offsets: Offsets,
+}
+
+/// How often messages of each stage may be processed again, by its name.
+pub(crate) type Again = HashMap<&'static str, HashMap<MessageId, usize>>;
+
+impl Copy {
+    /// Copies it. PostgreSQL lets nobody in meanwhile, so the hosts are cut off for a moment.
+    pub(crate) fn take(bench: &Bench) -> Self {
+        alone(bench, || {
+            let offsets = offsets(bench);
+            let statement = format!("CREATE DATABASE {COPY} TEMPLATE {DATABASE}");
+            bench.sql(&bench.addresses.postgres, &statement);
+            Self { offsets }
+        })
+    }
+
+    /// How many records all lanes have gone on since.
+    pub(crate) fn behind(&self, bench: &Bench) -> i64 {
+        let now = offsets(bench);
+        let since = |(lane, now): (_, &i64)| now - self.offsets.get(lane).unwrap_or(&0);
+        now.iter().map(since).sum()
+    }
+
+    /// Puts the copy in the place of the database. Answers which messages had been processed since, and how far the lanes had
+    /// got.
+    pub(crate) fn restore(self, bench: &Bench) -> (Again, Offsets) {
+        let now = alone(bench, || {
+            let now = offsets(bench);
+            let url = &bench.addresses.postgres;
+            bench.sql(url, &format!("DROP DATABASE {DATABASE} WITH (FORCE)"));
+            bench.sql(url, &format!("ALTER DATABASE {COPY} RENAME TO {DATABASE}"));
+            now
+        });
+        let of_stage = |stage: &&'static Stage| (stage.name, self.since(bench, stage, &now));
+        (TRANSACTIONAL.iter().map(of_stage).collect(), now)
+    }
+
+    fn since(&self, bench: &Bench, stage: &Stage, now: &Offsets) -> HashMap<MessageId, usize> {
+        let mut again = HashMap::new();
+        for Record {
+            partition,
+            offset,
+            message,
+            ..
+        } in reader::topic(&bench.addresses.brokers, stage.input)
+        {
+            let lane = (stage.group.to_owned(), partition);
+            let at = |offsets: &Offsets| offsets.get(&lane).copied().unwrap_or(0);
+            if (at(&self.offsets)..at(now)).contains(&offset) {
+                *again.entry(message.id()).or_default() += 1;
+            }
+        }
+        again
+    }
+}
+
+/// Whether all lanes have got there, but for a marker that may be last: an idle lane writes it into its row later.
+pub(crate) fn have_got_to(bench: &Bench, offsets: &Offsets) -> bool {
+    let now = self::offsets(bench);
+    let has = |(lane, offset): (_, &i64)| now.get(lane).is_some_and(|now| *now >= offset - 1);
+    offsets.iter().all(has)
+}
+
+/// Does something while nobody uses the database.
+fn alone<T>(bench: &Bench, work: impl FnOnce() -> T) -> T {
+    bench.to_postgres.set(Link::Cut);
+    let end =
+        format!("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{ROLE}'");
+    bench.sql(&bench.addresses.postgres, &end);
+    let done = work();
+    bench.to_postgres.set(Link::Open);
+    done
+}
+
+/// Where the lanes' rows say to go on.
+pub(crate) fn offsets(bench: &Bench) -> Offsets {
+    let select =
+        "SELECT consumer_group, partition, coalesce(next_offset, 0) FROM stagehost_progress";
+    let rows: Result<Vec<(String, i32, i64)>, sqlx::Error> = bench.runtime.block_on(async {
+        let mut connection = PgConnection::connect(&bench.addresses.effects).await?;
+        let rows = sqlx::query_as(select).fetch_all(&mut connection).await?;
+        connection.close().await?;
+        Ok(rows)
+    });
+    let rows = rows.expect("the lanes' rows are read").into_iter();
+    rows.map(|(group, partition, offset)| ((group, partition), offset))
+        .collect()
+}
