@@ -23,6 +23,7 @@ use tracing::{debug, warn};
 
 use super::super::{Gap, LogError};
 use super::gaps::{self, Passed};
+use super::leaders::Leaders;
 use super::membership::{Context, State, list_of};
 use super::message::owned;
 use super::partition::{Bell, Partition, PartitionSource, Position, Pushed};
@@ -46,6 +47,8 @@ const COMMIT_INTERVAL: Duration = Duration::from_millis(250);
 const COMMIT_AGAIN_INTERVAL: Duration = Duration::from_secs(5);
 /// How often librdkafka reports how far the partitions reach, in milliseconds.
 const STATISTICS_MS: &str = "2000";
+/// How long a fetch may wait for records.
+const FETCH_WAIT: &str = "fetch.wait.max.ms";
 /// What is said before why partitions are not read.
 const NOT_READ: &str = "partitions are not read yet: ";
 /// The same error is reported once in this time.
@@ -115,7 +118,7 @@ impl GroupConsumer {
             // A broker answers one fetch at a time. One that asks only for partitions that have nothing new, since the
             // others' queues were full, would keep those waiting for half a second by default. The price: an idle
             // stage asks 20 times a second.
-            ("fetch.wait.max.ms", "50"),
+            (FETCH_WAIT, "50"),
             // Of each partition.
             ("queued.max.messages.kbytes", "2048"),
             ("queued.min.messages", "10000"),
@@ -161,7 +164,9 @@ impl GroupConsumer {
             group: subscription.group.clone(),
             budget: subscription.revoke_budget,
         };
-        let context = Context::new(state, bell.clone());
+        let fetch_wait = config.get(FETCH_WAIT).and_then(|ms| ms.parse().ok());
+        let fetch_wait = Duration::from_millis(fetch_wait.unwrap_or_default());
+        let context = Context::new(state, Leaders::new(fetch_wait), bell.clone());
         let refuse = |error| LogError::Refused(format!("cannot make a consumer: {error}"));
         let mut consumer =
             BaseConsumer::from_config_and_context(&config, context).map_err(refuse)?;

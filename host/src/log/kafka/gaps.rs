@@ -151,6 +151,43 @@ fn known_bounds(consumer: &BaseConsumer<Context>, partition: &Partition) -> Opti
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::log::committed::Committed;
+    use crate::log::kafka::topic_id::TopicId;
+
+    /// One that is read from offset 5 on, whose topic's id was not told, behind a commit with these words.
+    fn untold(words: Option<&str>) -> Arc<Partition> {
+        let partition = Partition::new("t", 0, Arc::default());
+        partition.set_position(Position::Wanted(None));
+        partition.begin(None, 5, words.map(|words| Committed::read(5, words)));
+        partition
+    }
+
+    #[test]
+    fn an_id_that_comes_to_be_known_later_is_taken_up_and_compared() {
+        let gaps = |partition: &Arc<Partition>, ids: &TopicIds| {
+            take_up_ids(std::slice::from_ref(partition), ids).len()
+        };
+        let told = |id: TopicId| TopicIds::from([("t".to_owned(), id)]);
+        let (one, another) = (
+            told(TopicId::Is("one".into())),
+            told(TopicId::Is("another".into())),
+        );
+        let partition = untold(None);
+        for ids in [told(TopicId::Untold), told(TopicId::Missing)] {
+            assert_eq!(gaps(&partition, &ids), 0);
+            assert_eq!(partition.topic_id(), None);
+        }
+        assert_eq!(gaps(&partition, &one), 0);
+        assert_eq!(partition.topic_id().as_deref(), Some("one"));
+        assert_eq!(gaps(&partition, &one), 0);
+        assert_eq!(gaps(&partition, &another), 1);
+        // What the group has committed says which topic it was.
+        let partition = untold(Some("stagehost:1 offset=5 topic=one"));
+        assert_eq!(gaps(&partition, &another), 1);
+        assert_eq!(partition.topic_id(), None);
+        assert_eq!(gaps(&partition, &one), 0);
+        assert_eq!(partition.topic_id().as_deref(), Some("one"));
+    }
 
     #[test]
     fn another_topic_of_the_same_name_is_told_where_both_ids_are_known() {

@@ -8,26 +8,84 @@ use rdkafka::statistics::Broker;
 
 use super::partition::Partition;
 
-/// A broker answers a fetch within 50 ms. One that has answered nothing for so long hangs.
+/// A broker that has answered nothing for so long, and the time that a fetch may wait for records on top, hangs.
 const SILENT: Duration = Duration::from_secs(2);
 /// Of how many brokers it is remembered why connections to them failed.
 const MAX_FAILURES: usize = 1_000;
 /// What librdkafka calls a connection that failed, and an error that it hands on.
 const FAILED: [&str; 2] = ["FAIL", "ERROR"];
 
-/// Why connections failed last, by what librdkafka calls their brokers.
-#[derive(Default)]
-pub(super) struct Failures(BTreeMap<String, String>);
+/// What is known of brokers.
+pub(super) struct Leaders {
+    /// Why connections failed last, by what librdkafka calls their brokers.
+    failures: BTreeMap<String, String>,
+    /// How long one may be silent that was asked.
+    silent: Duration,
+}
 
-impl Failures {
+impl Leaders {
+    /// A fetch may wait for records for so long.
+    pub(super) fn new(fetch_wait: Duration) -> Self {
+        Self {
+            failures: BTreeMap::new(),
+            silent: SILENT + fetch_wait,
+        }
+    }
+
     /// What librdkafka logs.
     pub(super) fn hear(&mut self, facility: &str, message: &str) {
         if FAILED.contains(&facility)
             && let Some((broker, why)) = failure(message)
-            && (self.0.len() < MAX_FAILURES || self.0.contains_key(broker))
+            && (self.failures.len() < MAX_FAILURES || self.failures.contains_key(broker))
         {
-            self.0.insert(broker.to_owned(), why.to_owned());
+            self.failures.insert(broker.to_owned(), why.to_owned());
         }
+    }
+
+    /// Why a partition that waits for records gets none of its leader, and for how long it has been so at least.
+    pub(super) fn trouble(
+        &self,
+        statistics: &Statistics,
+        partition: &Partition,
+    ) -> Option<(Duration, String)> {
+        if !partition.is_drained() {
+            return None;
+        }
+        let topic = statistics.topics.get(&**partition.topic())?;
+        let figures = topic.partitions.get(&partition.number())?;
+        if figures.leader < 0 {
+            let why = "it has no leader: none of its replicas is there".to_owned();
+            return Some((Duration::ZERO, why));
+        }
+        // The group's coordinator is there a second time, as a logical broker.
+        let with_id = |id: i32| {
+            let mut brokers = statistics.brokers.values();
+            brokers.find(|broker| broker.nodeid == id && broker.source != "logical")
+        };
+        // With `client.rack`, a follower may be read.
+        let fetched_from = figures.broker;
+        if fetched_from >= 0 && fetched_from != figures.leader {
+            return self.trouble_of("its nearest replica", with_id(fetched_from)?);
+        }
+        self.trouble_of("its leader", with_id(figures.leader)?)
+    }
+
+    fn trouble_of(&self, role: &str, broker: &Broker) -> Option<(Duration, String)> {
+        let Broker {
+            nodeid, nodename, ..
+        } = broker;
+        if matches!(broker.state.as_str(), "UP" | "UPDATE") {
+            // Neither has it answered for so long, nor was it asked a moment ago.
+            let silent = broker.rxidle.min(broker.txidle);
+            let silent = Duration::from_micros(u64::try_from(silent).unwrap_or_default());
+            let hangs = broker.waitresp_cnt > 0 && silent >= self.silent;
+            let why = format!("{role}, broker {nodeid} at {nodename}, does not answer");
+            return hangs.then_some((silent, why));
+        }
+        let why = self.failures.get(&broker.name);
+        let why = why.map_or_else(String::new, |why| format!(": {why}"));
+        let why = format!("{role}, broker {nodeid} at {nodename}, can't be reached{why}");
+        Some((Duration::ZERO, why))
     }
 }
 
@@ -40,44 +98,6 @@ fn failure(message: &str) -> Option<(&str, &str)> {
         .is_some_and(|(_, id)| id.parse::<i32>().is_ok());
     let why = why.split_once(" (after ").map_or(why, |(why, _)| why);
     is_broker.then_some((broker, why))
-}
-
-/// Why a partition that waits for records gets none of its leader, and for how long it has been so at least.
-pub(super) fn trouble(
-    statistics: &Statistics,
-    partition: &Partition,
-    failures: &Failures,
-) -> Option<(Duration, String)> {
-    if !partition.is_drained() {
-        return None;
-    }
-    let topic = statistics.topics.get(&**partition.topic())?;
-    let leader = topic.partitions.get(&partition.number())?.leader;
-    if leader < 0 {
-        let why = "it has no leader: none of its replicas is there".to_owned();
-        return Some((Duration::ZERO, why));
-    }
-    // The group's coordinator is there a second time, as a logical broker.
-    let is_leader = |broker: &&Broker| broker.nodeid == leader && broker.source != "logical";
-    trouble_of(statistics.brokers.values().find(is_leader)?, failures)
-}
-
-fn trouble_of(broker: &Broker, failures: &Failures) -> Option<(Duration, String)> {
-    let Broker {
-        nodeid, nodename, ..
-    } = broker;
-    if matches!(broker.state.as_str(), "UP" | "UPDATE") {
-        // Neither has it answered for so long, nor was it asked a moment ago.
-        let silent = broker.rxidle.min(broker.txidle);
-        let silent = Duration::from_micros(u64::try_from(silent).unwrap_or_default());
-        let hangs = broker.waitresp_cnt > 0 && silent >= SILENT;
-        let why = format!("its leader, broker {nodeid} at {nodename}, does not answer");
-        return hangs.then_some((silent, why));
-    }
-    let why = failures.0.get(&broker.name);
-    let why = why.map_or_else(String::new, |why| format!(": {why}"));
-    let why = format!("its leader, broker {nodeid} at {nodename}, can't be reached{why}");
-    Some((Duration::ZERO, why))
 }
 
 #[cfg(test)]
@@ -100,11 +120,15 @@ mod tests {
 
     #[test]
     fn a_broker_that_hangs_or_refuses_is_told_from_one_that_is_not_asked() {
-        let mut failures = Failures::default();
+        let mut leaders = Leaders::new(Duration::from_millis(50));
         let refused = "[thrd:10.0.0.2:9092/2]: 10.0.0.2:9092/2: Connect to ipv4#10.0.0.2:9092 failed: Connection refused \
                        (after 0ms in state CONNECT, 5 identical error(s) suppressed)";
-        failures.hear("FAIL", refused);
-        let said = |broker| trouble_of(&broker, &failures).map(|(_, why)| why);
+        leaders.hear("FAIL", refused);
+        let said = |broker| {
+            leaders
+                .trouble_of("its leader", &broker)
+                .map(|(_, why)| why)
+        };
         assert_eq!(said(broker("UP", 0, 60_000_000)), None);
         assert_eq!(said(broker("UP", 1, 40_000)), None);
         let hangs = "its leader, broker 2 at 10.0.0.2:9092, does not answer";

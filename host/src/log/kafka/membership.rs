@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
-use super::leaders::{self, Failures};
+use super::leaders::Leaders;
 use super::log_line;
 use super::partition::{Bell, Commit, Partition, PartitionSource};
 use crate::metrics::Metrics;
@@ -26,8 +26,7 @@ const ABANDON_WAIT: Duration = Duration::from_secs(5);
 /// What librdkafka's callbacks work on; all run on the poller's thread.
 pub(super) struct Context {
     state: Mutex<State>,
-    /// Why connections failed.
-    failures: Mutex<Failures>,
+    leaders: Mutex<Leaders>,
     /// A poll ends with the first callback, and there may be more to be called: each rings.
     bell: Arc<Bell>,
 }
@@ -51,12 +50,12 @@ impl State {
 }
 
 impl Context {
-    pub(super) fn new(state: State, bell: Arc<Bell>) -> Self {
+    pub(super) fn new(state: State, leaders: Leaders, bell: Arc<Bell>) -> Self {
         let state = Mutex::new(state);
-        let failures = Mutex::default();
+        let leaders = Mutex::new(leaders);
         Self {
             state,
-            failures,
+            leaders,
             bell,
         }
     }
@@ -204,7 +203,7 @@ fn commit_again(partitions: &[Arc<Partition>]) {
 impl ClientContext for Context {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
         self.bell.ring();
-        lock(&self.failures).hear(facility, message);
+        lock(&self.leaders).hear(facility, message);
         log_line(level, facility, message);
     }
 
@@ -216,9 +215,9 @@ impl ClientContext for Context {
     fn stats(&self, statistics: Statistics) {
         self.bell.ring();
         let state = self.lock();
-        let failures = lock(&self.failures);
+        let leaders = lock(&self.leaders);
         for partition in state.partitions.values() {
-            let trouble = leaders::trouble(&statistics, partition, &failures);
+            let trouble = leaders.trouble(&statistics, partition);
             partition.unread().set_leader(trouble);
             let figures = statistics
                 .topics

@@ -15,6 +15,8 @@ use super::trace::Subject;
 
 /// Records that are at hand at a time, at most.
 const AT_HAND: usize = 12;
+/// Of one in so many beginnings, the topic's id is not known.
+const UNTOLD: i64 = 4;
 
 /// What a process and the lane on one of its partitions share.
 pub(crate) struct Slot {
@@ -157,7 +159,9 @@ impl Source for PartitionSource {
             known => self.position = Some(known.unwrap_or(first)),
         }
         self.process.point("started").await;
-        let topic = Some(self.broker.topic_id(&self.topic));
+        // Of some, the log tells it only when they are read.
+        let is_told = known.unwrap_or_default() % UNTOLD != 1;
+        let topic = is_told.then(|| self.broker.topic_id(&self.topic));
         Ok(Some(Started { committed, topic }))
     }
 
@@ -202,6 +206,10 @@ impl Source for PartitionSource {
         let (_, end) = self.broker.range(&self.topic, self.partition());
         let records = self.broker.end_of_records(&self.topic, self.partition());
         self.position.filter(|at| *at >= records).map(|_| end)
+    }
+
+    fn topic_id(&self) -> Option<String> {
+        Some(self.broker.topic_id(&self.topic))
     }
 
     fn stopping(&self) -> CancellationToken {
