@@ -5,10 +5,10 @@ use std::collections::{BTreeMap, HashMap};
 use sqlx::{Connection, PgConnection};
 
 use crate::bench::Bench;
-use crate::judge::{MessageId, Record};
-use crate::pipeline::{DATABASE, ROLE, Stage, TRANSACTIONAL};
+use crate::judge::{MessageId, Progress, Record};
+use crate::pipeline::{DATABASE, FIRST, ROLE, SECOND, Stage, TRANSACTIONAL};
 use crate::proxy::Link;
-use crate::reader;
+use crate::reader::{self, Lag};
 
 const COPY: &str = "older";
 
@@ -39,6 +39,17 @@ impl Copy {
         let now = offsets(bench);
         let since = |(lane, now): (_, &i64)| now - self.offsets.get(lane).unwrap_or(&0);
         now.iter().map(since).sum()
+    }
+
+    /// Whether a group has committed beyond it: from then on, a host that starts can know that the copy is older. A host that
+    /// was killed, or stopped in the middle of a rebalance, has not.
+    pub(crate) fn is_known_as_older(&self, lag: &Lag) -> bool {
+        let of_chain = [FIRST.group, SECOND.group];
+        let is_beyond = |p: &Progress| {
+            let copied = self.offsets.get(&(p.group.to_owned(), p.partition));
+            of_chain.contains(&p.group) && copied.is_some_and(|copied| p.committed > *copied)
+        };
+        lag.progress().is_ok_and(|all| all.iter().any(is_beyond))
     }
 
     /// Puts the copy in the place of the database. Answers which messages had been processed since, and how far the lanes had

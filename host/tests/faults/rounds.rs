@@ -210,20 +210,28 @@ impl Run {
         }
         let is_running = round.rough && RESTORE_RUNNING;
         let listening = Listening::begin(&self.bench.hosts.speakers());
-        let (again, before) = if is_running {
+        let hosts = self.bench.hosts.count();
+        if is_running {
             self.tally.add("database set back, hosts running");
-            copy.restore(&self.bench)
         } else {
             self.tally.add("database set back, hosts stopped");
-            self.while_stopped(|bench| copy.restore(bench))
-        };
+            self.bench.hosts.stop_all(&mut self.found);
+        }
+        let is_known = is_running || copy.is_known_as_older(&self.lag);
+        let (again, before) = copy.restore(&self.bench);
+        if !is_running {
+            (0..hosts).for_each(|_| self.bench.hosts.add());
+        }
         for (stage, messages) in again {
             let again = self.again.entry(stage).or_default();
             for (message, times) in messages {
                 *again.entry(message).or_default() += times;
             }
         }
-        self.must_log(&listening, "a database set back", &["is an older copy"]);
+        if is_known {
+            self.must_log(&listening, "a database set back", &["is an older copy"]);
+            self.tally.add("and known to be older");
+        }
         let deadline = Instant::now() + GETS_ON;
         while !restore::have_got_to(&self.bench, &before) {
             if Instant::now() >= deadline {

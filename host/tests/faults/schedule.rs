@@ -143,7 +143,7 @@ pub(crate) fn schedule(seed: u64, cycles: usize) -> Vec<Round> {
                 rough: (cycle + kind as usize).is_multiple_of(2),
                 victim: rng.random_range(0..1_000),
                 hold: Duration::from_millis(rng.random_range(milliseconds)),
-                rest: Duration::from_millis(rng.random_range(200..1_500)),
+                rest: Duration::from_millis(rng.random_range(100..800)),
             });
         }
     }
