@@ -36,7 +36,8 @@ pub(super) struct Spoken {
     pub(super) code: String,
     pub(super) message: String,
     constraint: Option<String>,
-    routine: Option<String>,
+    /// A prepared statement's plan is what is wrong.
+    is_of_plan: bool,
     /// It is of the server's work on its files.
     is_of_files: bool,
 }
@@ -54,7 +55,7 @@ impl Spoken {
                 b'C' => spoken.code = text,
                 b'M' => spoken.message = text,
                 b'n' => spoken.constraint = Some(text),
-                b'R' => spoken.routine = Some(text),
+                b'R' => spoken.is_of_plan = is_of_plan(&text),
                 b'F' => spoken.is_of_files = is_of_files(&text),
                 _ => {}
             }
@@ -69,14 +70,14 @@ impl Spoken {
             code: error.code().to_owned(),
             message: error.message().to_owned(),
             constraint: error.constraint().map(str::to_owned),
-            routine: error.routine().map(str::to_owned),
+            is_of_plan: error.routine().is_some_and(is_of_plan),
             is_of_files: error.file().is_some_and(is_of_files),
         }
     }
 
     /// In the terms of the interface.
     pub(super) fn error(self) -> Error {
-        if self.routine.as_deref() == Some("RevalidateCachedQuery") {
+        if self.is_of_plan {
             return Error::Unavailable(STALE_PLAN.to_owned());
         }
         match self.code.as_str() {
@@ -148,6 +149,11 @@ impl Spoken {
             (false, error) => Failure::Statement(error),
         }
     }
+}
+
+/// Whether this routine of the server's looks whether plans still hold.
+fn is_of_plan(routine: &str) -> bool {
+    routine == "RevalidateCachedQuery"
 }
 
 /// Whether the server's work on its files is in this file of its source.
