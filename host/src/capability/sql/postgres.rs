@@ -1,6 +1,7 @@
 //! The `sql` capability on PostgreSQL.
 
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -234,8 +235,10 @@ impl Postgres {
         let mut call = Call::new(self, access, text, work).map_err(judge)?;
         let mut lease = self.take(access).await.map_err(judge)?;
         let watched = Watched::of(&lease);
-        let run = call.run_alone(&mut lease);
-        let (answer, ended) = self.watched(watched, sight, run).await;
+        let (answer, ended) = {
+            let run = pin!(call.run_alone(&mut lease));
+            self.watched(watched, sight, run).await
+        };
         if access == SqlAccess::ReadOnly {
             // It was the host that said so.
             lease.is_spent = false;

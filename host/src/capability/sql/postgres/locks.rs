@@ -1,6 +1,7 @@
 //! Locks that statements wait for: looked at while they wait, for what ends them, the server's limits or the call's deadline,
 //! tells neither whose they are nor that there are any.
 
+use std::pin::Pin;
 use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
@@ -160,10 +161,9 @@ impl Postgres {
         &self,
         Watched { process, limits }: Watched,
         sight: &Sight,
-        statement: impl Future<Output = T>,
+        mut statement: Pin<&mut impl Future<Output = T>>,
     ) -> (T, Ended) {
         let (since, wait) = (Instant::now(), sight.begin(process));
-        tokio::pin!(statement);
         let mut pause = limits.first_look();
         let answer = loop {
             if let Ok(answer) = tokio::time::timeout(pause, &mut statement).await {

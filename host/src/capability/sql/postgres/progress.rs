@@ -1,5 +1,6 @@
 //! The table of the lanes' progress on PostgreSQL.
 
+use std::pin::pin;
 use std::time::Duration;
 
 use postgres_types::Type;
@@ -156,8 +157,10 @@ impl Postgres {
         let begun = in_time(client.command(&begin)).await;
         begun.map_err(Failure::into_error)?;
         let (watched, sight) = (Watched::of(client), Sight::default());
-        let claiming = in_time(client.ask(text, parameters));
-        let (claimed, waited) = self.watched(watched, &sight, claiming).await;
+        let (claimed, waited) = {
+            let claiming = pin!(in_time(client.ask(text, parameters)));
+            self.watched(watched, &sight, claiming).await
+        };
         let end = match claimed {
             Ok(_) => "COMMIT",
             Err(_) => "ROLLBACK",

@@ -1,5 +1,7 @@
 //! A connection with an open transaction.
 
+use std::pin::pin;
+
 use super::super::transaction::{Fate, Outcome, unanswered};
 use super::super::{Done, Error, Failure, STATEMENT_SAVEPOINT, Sight, SqlAccess, Work};
 use super::call::{Call, command, forget_plans};
@@ -107,8 +109,10 @@ impl Session {
             Err(error) => return Outcome::untouched(error),
         };
         let (database, watched) = (self.database.clone(), Watched::of(&self.lease));
-        let run = self.begin_and_run(mode, &mut call);
-        let (outcome, ended) = database.watched(watched, sight, run).await;
+        let (outcome, ended) = {
+            let run = pin!(self.begin_and_run(mode, &mut call));
+            database.watched(watched, sight, run).await
+        };
         if self.access == SqlAccess::ReadOnly {
             // It was the host that said so.
             self.lease.is_spent = false;
