@@ -25,8 +25,6 @@ const GETS_ON: Duration = Duration::from_secs(60);
 /// What is processed between a copy of the database and its return, at least.
 const SINCE_COPY: i64 = 100;
 const ASK_INTERVAL: Duration = Duration::from_millis(200);
-/// Whether the database goes back under hosts that run, in every other round.
-const RESTORE_RUNNING: bool = false;
 
 impl Run {
     pub(crate) fn round(&mut self, round: &Round) {
@@ -208,7 +206,7 @@ impl Run {
         while copy.behind(&self.bench) < SINCE_COPY && Instant::now() < deadline {
             std::thread::sleep(ASK_INTERVAL);
         }
-        let is_running = round.rough && RESTORE_RUNNING;
+        let is_running = round.rough;
         let listening = Listening::begin(&self.bench.hosts.speakers());
         let hosts = self.bench.hosts.count();
         if is_running {
