@@ -2,9 +2,9 @@
 //! every message must have its effect exactly once.
 //!
 //! `make test` runs the short form, `make test-faults MINUTES=20` the long one. `FAULTS_MINUTES` is
-//! the number of cycles, of about a minute each, and `FAULTS_SEED` repeats the schedule of a run
-//! (but not the threads of its processes). `HOST_BINARY` is another host than the one that was built for the tests. The servers are the suite's own: `KAFKA_JARS` is what
-//! `scripts/kafka-jars` prints.
+//! about how long it breaks things, and `FAULTS_SEED` repeats the schedule of a run (but not the
+//! threads of its processes). `HOST_BINARY` is another host than the one that was built for the
+//! tests. The servers are the suite's own: `KAFKA_JARS` is what `scripts/kafka-jars` prints.
 
 mod bench;
 mod books;
@@ -34,7 +34,9 @@ use std::path::Path;
 use std::str::FromStr;
 
 /// Enough for both ways of every kind of fault.
-const SHORT_MINUTES: usize = 2;
+const SHORT_CYCLES: usize = 2;
+/// How long one round of every kind takes, about, on two cores.
+const CYCLE_SECONDS: usize = 140;
 
 /// Prints a line at once: a run takes its time, and the harness keeps what is printed otherwise.
 macro_rules! say {
@@ -49,8 +51,9 @@ pub(crate) use say;
 fn every_message_has_its_effect_once_whatever_breaks() {
     let minutes: Option<usize> = variable("FAULTS_MINUTES");
     let seed: u64 = variable("FAULTS_SEED").unwrap_or_else(rand::random);
-    let cycles = minutes.unwrap_or(SHORT_MINUTES).max(1);
-    say!("FAULTS_SEED={seed} FAULTS_MINUTES={cycles}");
+    let long = minutes.map(|minutes| (minutes * 60).div_ceil(CYCLE_SECONDS).max(1));
+    let cycles = long.unwrap_or(SHORT_CYCLES);
+    say!("FAULTS_SEED={seed}, {cycles} rounds of every kind");
     let target = Path::new(env!("CARGO_TARGET_TMPDIR"));
     let logs = target.join("faults");
     let _ = std::fs::remove_dir_all(&logs);
