@@ -1,29 +1,26 @@
 //! What the log says of partitions' offsets: where they begin and end, and what a group has committed.
 
-use std::ffi::{CStr, CString};
+use std::ffi::CString;
 use std::ptr;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::thread::{Builder, JoinHandle};
 use std::time::Instant;
 
 use rdkafka::bindings::{
-    RD_KAFKA_EVENT_LISTCONSUMERGROUPOFFSETS_RESULT, RD_KAFKA_EVENT_LISTOFFSETS_RESULT,
-    rd_kafka_AdminOptions_set_isolation_level, rd_kafka_AdminOptions_set_require_stable_offsets,
-    rd_kafka_IsolationLevel_t, rd_kafka_ListConsumerGroupOffsets,
-    rd_kafka_ListConsumerGroupOffsets_destroy, rd_kafka_ListConsumerGroupOffsets_new,
-    rd_kafka_ListConsumerGroupOffsets_result_groups, rd_kafka_ListOffsets,
-    rd_kafka_ListOffsets_result_infos, rd_kafka_ListOffsetsResultInfo_topic_partition,
-    rd_kafka_OffsetSpec_t, rd_kafka_admin_op_t, rd_kafka_event_ListConsumerGroupOffsets_result,
-    rd_kafka_event_ListOffsets_result, rd_kafka_group_result_error,
-    rd_kafka_group_result_partitions, rd_kafka_topic_partition_list_add,
+    RD_KAFKA_EVENT_LISTOFFSETS_RESULT, rd_kafka_AdminOptions_set_isolation_level,
+    rd_kafka_IsolationLevel_t, rd_kafka_ListOffsets, rd_kafka_ListOffsets_result_infos,
+    rd_kafka_ListOffsetsResultInfo_topic_partition, rd_kafka_OffsetSpec_t, rd_kafka_admin_op_t,
+    rd_kafka_event_ListOffsets_result, rd_kafka_topic_partition_list_add,
     rd_kafka_topic_partition_list_destroy, rd_kafka_topic_partition_list_new,
-    rd_kafka_topic_partition_list_t, rd_kafka_topic_partition_t,
 };
-use rdkafka::consumer::BaseConsumer;
+use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::{IsError, RDKafkaErrorCode};
+use rdkafka::topic_partition_list::TopicPartitionListElem;
+use rdkafka::{Offset, TopicPartitionList};
 
 use super::super::committed::Committed;
 use super::membership::Context;
-use super::question::{Event, Failure, Question};
+use super::question::{ASK, Event, Failure, Question};
 
 /// A topic and the number of a partition.
 pub(super) type Place = (String, i32);
@@ -128,100 +125,86 @@ fn offset(event: &Event) -> Answer {
 /// What a group has committed in a partition: nothing, or an offset; or why the log does not say.
 pub(super) type GroupOffset = Result<Option<Committed>, RDKafkaErrorCode>;
 
-/// Asks what a group has committed in these partitions, of which there is one at least.
-#[allow(unsafe_code, reason = "as `ask_offset`")]
-pub(super) fn ask_committed(
-    consumer: &Arc<BaseConsumer<Context>>,
-    group: &str,
-    places: &[Place],
-) -> Question<Vec<(Place, GroupOffset)>> {
-    // Neither groups nor topics have names with zeros.
-    let group = CString::new(group).unwrap_or_default();
-    let operation = rd_kafka_admin_op_t::RD_KAFKA_ADMIN_OP_LISTCONSUMERGROUPOFFSETS;
-    Question::ask(consumer, operation, committed, |client, options, queue| {
-        let count = i32::try_from(places.len()).unwrap_or_default();
-        // SAFETY: client, options and queue are there. List and request are made and destroyed here: librdkafka copies both,
-        // and what is in them. What is answered for the option is no error, for it is one of this operation's.
-        unsafe {
-            rd_kafka_AdminOptions_set_require_stable_offsets(options, 1);
-            let list = rd_kafka_topic_partition_list_new(count);
-            for (topic, number) in places {
-                let topic = CString::new(topic.as_str()).unwrap_or_default();
-                rd_kafka_topic_partition_list_add(list, topic.as_ptr(), *number);
-            }
-            let mut request = rd_kafka_ListConsumerGroupOffsets_new(group.as_ptr(), list);
-            let requests = ptr::from_mut(&mut request);
-            rd_kafka_ListConsumerGroupOffsets(client, requests, 1, options, queue);
-            rd_kafka_ListConsumerGroupOffsets_destroy(request);
-            rd_kafka_topic_partition_list_destroy(list);
-        }
-    })
+/// What a group has committed in some partitions, of which there is one at least. A thread asks: librdkafka's question that does
+/// not wait goes on asking a coordinator that is the group's no more, as long as that one is up.
+pub(super) struct GroupOffsets {
+    asked: Instant,
+    answer: mpsc::Receiver<Result<Vec<(Place, GroupOffset)>, Failure>>,
+    thread: Option<JoinHandle<()>>,
 }
 
-#[allow(unsafe_code, reason = "as `ask_offset`")]
-fn committed(event: &Event) -> Vec<(Place, GroupOffset)> {
-    let Some(native) = event.of_kind(RD_KAFKA_EVENT_LISTCONSUMERGROUPOFFSETS_RESULT) else {
-        return Vec::new();
-    };
-    // SAFETY: what is read out of the result lives as long as the event does; librdkafka answers as many pointers as it says.
-    unsafe {
-        let result = rd_kafka_event_ListConsumerGroupOffsets_result(native);
-        let mut count = 0;
-        let groups =
-            rd_kafka_ListConsumerGroupOffsets_result_groups(result, ptr::from_mut(&mut count));
-        if groups.is_null() || count == 0 {
-            return Vec::new();
+impl GroupOffsets {
+    pub(super) fn ask(consumer: &Arc<BaseConsumer<Context>>, places: &[Place]) -> Self {
+        let (tell, answer) = mpsc::channel();
+        let mut list = TopicPartitionList::new();
+        for (topic, number) in places {
+            list.add_partition(topic, *number);
         }
-        if !rd_kafka_group_result_error(*groups).is_null() {
-            return Vec::new();
-        }
-        let list = rd_kafka_group_result_partitions(*groups);
-        elements(list)
-            .iter()
-            .map(|element| group_offset(element))
-            .collect()
-    }
-}
-
-/// # Safety
-///
-/// The list is one of librdkafka's that lives as long as what is answered is used, or null.
-#[allow(unsafe_code, reason = "as `ask_offset`")]
-unsafe fn elements<'a>(
-    list: *const rd_kafka_topic_partition_list_t,
-) -> &'a [rd_kafka_topic_partition_t] {
-    // SAFETY: as the caller says; it has as many elements as it says.
-    unsafe {
-        if list.is_null() || (*list).elems.is_null() {
-            return &[];
-        }
-        let count = usize::try_from((*list).cnt).unwrap_or_default();
-        std::slice::from_raw_parts((*list).elems, count)
-    }
-}
-
-/// # Safety
-///
-/// The element is one of a list of librdkafka's.
-#[allow(unsafe_code, reason = "as `ask_offset`")]
-unsafe fn group_offset(element: &rd_kafka_topic_partition_t) -> (Place, GroupOffset) {
-    // SAFETY: as the caller says. The name ends with a zero, and the metadata has as many bytes as it says; both are copied.
-    let (topic, words) = unsafe {
-        let topic = CStr::from_ptr(element.topic).to_string_lossy().into_owned();
-        let words = if element.metadata.is_null() {
-            String::new()
-        } else {
-            let bytes =
-                std::slice::from_raw_parts(element.metadata.cast::<u8>(), element.metadata_size);
-            // What is not UTF-8 is nobody's of ours.
-            String::from_utf8_lossy(bytes).into_owned()
+        let consumer = consumer.clone();
+        let ask = move || {
+            let answer = committed(&consumer, list);
+            // Whoever waits for the answer must not find the consumer in use when it has come.
+            drop(consumer);
+            let _ = tell.send(answer);
         };
-        (topic, words)
+        let thread = Builder::new().name("committed".into()).spawn(ask);
+        Self {
+            asked: Instant::now(),
+            answer,
+            thread: thread.ok(),
+        }
+    }
+
+    pub(super) fn asked(&self) -> Instant {
+        self.asked
+    }
+
+    /// The answer, once it has come. It comes once.
+    pub(super) fn answer(&self) -> Option<Result<Vec<(Place, GroupOffset)>, Failure>> {
+        match self.answer.try_recv() {
+            Ok(answer) => Some(answer),
+            Err(mpsc::TryRecvError::Empty) => None,
+            Err(mpsc::TryRecvError::Disconnected) => Some(Err(Failure {
+                code: RDKafkaErrorCode::Fail,
+                why: "no thread could ask".to_owned(),
+            })),
+        }
+    }
+}
+
+impl Drop for GroupOffsets {
+    /// Waits for the thread, [`ASK`] at most: the consumer is not to outlive whoever ends it.
+    fn drop(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn committed(
+    consumer: &BaseConsumer<Context>,
+    list: TopicPartitionList,
+) -> Result<Vec<(Place, GroupOffset)>, Failure> {
+    let list = consumer.committed_offsets(list, ASK);
+    let list = list.map_err(|error| Failure {
+        code: error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Fail),
+        why: error.to_string(),
+    })?;
+    let found = |element: &TopicPartitionListElem<'_>| match (element.error(), element.offset()) {
+        (Err(error), _) => Err(error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Fail)),
+        (Ok(()), Offset::Offset(offset)) => Ok(Some(Committed::read(offset, &words(element)))),
+        (Ok(()), _) => Ok(None),
     };
-    let found = if element.err.is_error() {
-        Err(element.err.into())
-    } else {
-        Ok((element.offset >= 0).then(|| Committed::read(element.offset, &words)))
+    let elements = list.elements();
+    let of = |element: &TopicPartitionListElem<'_>| {
+        let place = (element.topic().to_owned(), element.partition());
+        (place, found(element))
     };
-    ((topic, element.partition), found)
+    Ok(elements.iter().map(of).collect())
+}
+
+/// What stands beside an offset. librdkafka's wrapper panics on what is not UTF-8; that is nobody's of ours.
+fn words(element: &TopicPartitionListElem<'_>) -> String {
+    let read = || element.metadata().to_owned();
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(read)).unwrap_or_default()
 }

@@ -19,7 +19,7 @@ use rdkafka::error::{IsError, RDKafkaErrorCode};
 use super::membership::Context;
 
 /// How long the log may take to answer; after that the answer is that it did not.
-const ASK: Duration = Duration::from_secs(3);
+pub(super) const ASK: Duration = Duration::from_secs(3);
 
 /// Why there is no answer.
 #[derive(Debug)]

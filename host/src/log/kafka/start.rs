@@ -16,7 +16,7 @@ use super::super::Gap;
 use super::super::committed::Committed;
 use super::gaps::{outside, replaced};
 use super::membership::{Context, list_of};
-use super::offsets::{Bounds, GroupOffset, Place, ask_committed};
+use super::offsets::{Bounds, GroupOffsets, Place};
 use super::partition::{Partition, Position};
 use super::question::{Failure, Question};
 use super::topic_id::{self, TopicId, TopicIds};
@@ -24,6 +24,8 @@ use super::topic_id::{self, TopicId, TopicIds};
 /// How long until the log is asked again what it did not answer, and how long in the end, after pauses that double.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// How old an answer may be when the last one comes that is needed beside it.
+const LONGEST_AGE: Duration = Duration::from_secs(5);
 /// How many partitions' leaders are asked at one time. Those that hang make room after each try.
 const ASKED_AT_ONCE: usize = 256;
 /// How often it is looked for answers while they may come any moment, and when they have not come for long.
@@ -41,17 +43,14 @@ pub(super) struct Starts {
     group: String,
     starts: BTreeMap<Place, Start>,
     /// Of which partitions.
-    committed: Asked<Vec<(Place, GroupOffset)>, Place>,
+    committed: Option<(GroupOffsets, BTreeSet<Place>)>,
     /// Of which topics.
-    topics: Asked<TopicIds, String>,
+    topics: Option<(Question<TopicIds>, BTreeSet<String>)>,
     /// It is not looked again before.
     next_look: Instant,
     /// Why the log does not say what the group has committed.
     troubles: Vec<Trouble>,
 }
-
-/// A question, if there is one, and what it is about.
-type Asked<T, About> = Option<(Question<T>, BTreeSet<About>)>;
 
 /// Why partitions are not read yet, to be said.
 pub(super) enum Trouble {
@@ -73,6 +72,8 @@ struct Start {
 /// What has to be known before a partition is read.
 struct Need<T> {
     answer: Option<T>,
+    /// When it came.
+    answered: Option<Instant>,
     tries: u32,
     /// Not to be asked for again before.
     not_before: Option<Instant>,
@@ -84,6 +85,7 @@ impl<T> Default for Need<T> {
     fn default() -> Self {
         Self {
             answer: None,
+            answered: None,
             tries: 0,
             not_before: None,
             why: None,
@@ -92,6 +94,19 @@ impl<T> Default for Need<T> {
 }
 
 impl<T> Need<T> {
+    fn is(&mut self, answer: T, now: Instant) {
+        self.answer = Some(answer);
+        self.answered = Some(now);
+    }
+
+    /// What has come long ago, while other answers were waited for, is asked for anew.
+    fn outdate(&mut self, now: Instant) {
+        let is_old = |at: Instant| now.duration_since(at) > LONGEST_AGE;
+        if self.answered.is_some_and(is_old) {
+            *self = Self::default();
+        }
+    }
+
     fn is_due(&self, now: Instant) -> bool {
         self.answer.is_none() && self.not_before.is_none_or(|at| at <= now)
     }
@@ -136,6 +151,13 @@ impl Start {
             replaced(expected, before, topic).or_else(|| outside(expected, first, end))
         });
         Some(gap.map_or(Ok(known.unwrap_or(first)), Err))
+    }
+
+    /// Answers count together: the topic may be another by now, or have lost its first records.
+    fn outdate(&mut self, now: Instant) {
+        self.committed.outdate(now);
+        self.topic.outdate(now);
+        self.bounds.outdate(now);
     }
 
     /// Says why it is not read yet, where the log was asked and has not answered.
@@ -186,7 +208,10 @@ impl Starts {
         self.hear_committed(now);
         self.hear_topics(now);
         self.hear_bounds(now);
-        self.starts.values().for_each(Start::say_why);
+        for start in self.starts.values_mut() {
+            start.outdate(now);
+            start.say_why();
+        }
         self.next_look = now + LOOK_LATER;
         let all_sought = self.begin(split)?;
         self.ask(now);
@@ -240,7 +265,11 @@ impl Starts {
     }
 
     fn hear_committed(&mut self, now: Instant) {
-        let Some((answer, asked)) = heard(&mut self.committed) else {
+        let heard = self.committed.as_ref();
+        let Some(answer) = heard.and_then(|(question, _)| question.answer()) else {
+            return;
+        };
+        let Some((_, asked)) = self.committed.take() else {
             return;
         };
         let answer = match answer {
@@ -259,7 +288,7 @@ impl Starts {
                 continue;
             };
             match found {
-                Ok(committed) => start.committed.answer = Some(committed),
+                Ok(committed) => start.committed.is(committed, now),
                 // Not the same as nothing.
                 Err(error) => {
                     let (topic, number) = &place;
@@ -283,7 +312,11 @@ impl Starts {
     }
 
     fn hear_topics(&mut self, now: Instant) {
-        let Some((answer, asked)) = heard(&mut self.topics) else {
+        let heard = self.topics.as_ref();
+        let Some(answer) = heard.and_then(|(question, _)| question.answer()) else {
+            return;
+        };
+        let Some((_, asked)) = self.topics.take() else {
             return;
         };
         let is_never_told = |code| {
@@ -308,9 +341,9 @@ impl Starts {
                 continue;
             }
             match said.and_then(|topics| topics.get(&**start.partition.topic())) {
-                Some(TopicId::Is(id)) => start.topic.answer = Some(Some(id.clone())),
-                Some(TopicId::Untold) => start.topic.answer = Some(None),
-                _ if is_untold => start.topic.answer = Some(None),
+                Some(TopicId::Is(id)) => start.topic.is(Some(id.clone()), now),
+                Some(TopicId::Untold) => start.topic.is(None, now),
+                _ if is_untold => start.topic.is(None, now),
                 // Without its id, a topic that was made anew would be read from the old one's offset.
                 Some(TopicId::Missing) => {
                     let why = "the log says that there is no such topic";
@@ -327,7 +360,7 @@ impl Starts {
     fn hear_bounds(&mut self, now: Instant) {
         for start in self.starts.values_mut() {
             match start.asked.as_mut().and_then(Bounds::answer) {
-                Some(Ok(bounds)) => start.bounds.answer = Some(bounds),
+                Some(Ok(bounds)) => start.bounds.is(bounds, now),
                 Some(Err(Failure { why, .. })) => {
                     let why = format!("its leader does not say where it begins and ends: {why}");
                     start.bounds.failed(now, why);
@@ -346,7 +379,7 @@ impl Starts {
             };
             let places: Vec<_> = self.starts.iter().filter_map(due).collect();
             if !places.is_empty() {
-                let question = ask_committed(&self.consumer, &self.group, &places);
+                let question = GroupOffsets::ask(&self.consumer, &places);
                 self.committed = Some((question, places.into_iter().collect()));
             }
         }
@@ -414,13 +447,6 @@ impl Starts {
         say_where(&self.group, begun);
         Ok(all_sought)
     }
-}
-
-/// The answer to a question, if it has come, and what it was about.
-fn heard<T, About>(asked: &mut Asked<T, About>) -> Option<(Result<T, Failure>, BTreeSet<About>)> {
-    let answer = asked.as_ref()?.0.answer()?;
-    let (_, about) = asked.take()?;
-    Some((answer, about))
 }
 
 fn place(partition: &Partition) -> Place {
