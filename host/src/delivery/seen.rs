@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::dead_letter;
 use super::progress::LaneId;
-use crate::record::{Outgoing, Record};
+use crate::record::{Header, Outgoing, Record};
 
 /// The header that carries an output's id. Others rely on the name.
 pub const HEADER: &str = "stagehost-id";
@@ -101,14 +101,24 @@ impl Ids {
 
 /// Has an output that has an id be one of this generation.
 pub fn raise(output: &mut Outgoing, generation: i64) {
-    let ids = output.headers.iter_mut().rev();
-    for header in ids.filter(|header| header.name == HEADER).take(1) {
-        let text = std::str::from_utf8(header.value.as_deref().unwrap_or_default());
-        if let Some(mut id) = text.ok().and_then(|text| text.parse::<OutputId>().ok()) {
-            id.place.generation = generation;
-            header.value = Some(id.to_string().into_bytes());
-        }
+    let last = output.headers.iter_mut().rfind(|h| h.name == HEADER);
+    if let Some(header) = last
+        && let Some(mut id) = id_of(header)
+    {
+        id.place.generation = generation;
+        header.value = Some(id.to_string().into_bytes());
     }
+}
+
+/// The generation of an output that has an id.
+pub fn generation(output: &Outgoing) -> Option<i64> {
+    let last = output.headers.iter().rfind(|h| h.name == HEADER)?;
+    Some(id_of(last)?.place.generation)
+}
+
+fn id_of(header: &Header) -> Option<OutputId> {
+    let text = std::str::from_utf8(header.value.as_deref()?).ok()?;
+    text.parse().ok()
 }
 
 /// An id as it stands in a record.

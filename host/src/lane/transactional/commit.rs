@@ -134,9 +134,14 @@ where
                 return Ok(Self::refused(batch, Fault::new(Cause::Reject, why)));
             }
             Err(CommitError::TooLong(why)) => {
-                tenure.seen = seen;
                 let why = format!("{}: {why}", self.store);
-                return Ok(Self::refused(batch, Fault::new(Cause::Slow, why)));
+                // The server may have ended the session when the commit was done.
+                let is_done = self.find_out(tenure, why.clone()).await?;
+                if !is_done {
+                    tenure.seen = seen;
+                    return Ok(Self::refused(batch, Fault::new(Cause::Slow, why)));
+                }
+                is_done
             }
         };
         if !committed {

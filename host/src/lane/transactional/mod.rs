@@ -199,7 +199,9 @@ where
             match ending {
                 Ending::Stopped => return,
                 Ending::Fenced => {
-                    let (patience, why) = self.fate_of_row().await;
+                    let Some((patience, why)) = self.fate_of_row().await else {
+                        return;
+                    };
                     if self.trouble(patience, &why).await.is_err() {
                         return;
                     }
@@ -213,36 +215,40 @@ where
     }
 
     /// What has become of the row that is not as the lane has left it, and how to wait before it is claimed again. Where the
-    /// database is another one, nobody else is there to be waited for.
-    async fn fate_of_row(&self) -> (&'static Retry, String) {
-        let found = match self.answer(self.ledger.look(&self.id)).await {
-            Ok(found) => found.as_ref().map(Row::of),
+    /// database is another one, nobody else is there to be waited for. `None` if the lane is to stop.
+    async fn fate_of_row(&self) -> Option<(&'static Retry, String)> {
+        let found = match self.look().await? {
+            Ok(found) => found,
             Err(error) => {
                 let why = format!("its row in stagehost_progress can't be looked at: {error}");
-                return (&LOG_PATIENCE, why);
+                return Some((&LOG_PATIENCE, why));
             }
         };
         let left = self.left.or(found);
-        match left.map_or(Fate::Changed, |left| Fate::of(left, found)) {
-            Fate::Taken => {
-                let why = "another host has taken the partition over";
-                (&FENCED_PATIENCE, why.to_owned())
-            }
-            Fate::Kept => {
-                let why = "its row in stagehost_progress is as it was, and does not take a commit";
-                (&FENCED_PATIENCE, why.to_owned())
-            }
-            Fate::Changed => {
-                let words = |row: Option<Row>| row.map_or("none".to_owned(), |row| row.to_string());
-                let why = format!(
-                    "{}: its row in stagehost_progress is another one than it has left: {}, and was {}",
-                    self.store,
-                    words(found),
-                    words(left)
-                );
-                (&LOG_PATIENCE, why)
-            }
-        }
+        Some(
+            match left.map_or(Fate::Changed, |left| Fate::of(left, found)) {
+                Fate::Taken => {
+                    let why = "another host has taken the partition over";
+                    (&FENCED_PATIENCE, why.to_owned())
+                }
+                Fate::Kept => {
+                    let why =
+                        "its row in stagehost_progress is as it was, and does not take a commit";
+                    (&FENCED_PATIENCE, why.to_owned())
+                }
+                Fate::Changed => {
+                    let words =
+                        |row: Option<Row>| row.map_or("none".to_owned(), |row| row.to_string());
+                    let why = format!(
+                        "{}: its row in stagehost_progress is another one than it has left: {}, and was {}",
+                        self.store,
+                        words(found),
+                        words(left)
+                    );
+                    (&LOG_PATIENCE, why)
+                }
+            },
+        )
     }
 
     /// The lane could not keep its row: waits before the next try, longer each time in a row, and says why.
@@ -373,9 +379,12 @@ where
         verdict: Verdict,
     ) -> Result<Option<Halt>, Ending> {
         let said = self.said(row, verdict);
+        // They may have been written anew, as of a generation that a stop then kept from the row.
+        let written = tenure.claimed.iter().filter_map(seen::generation).max();
+        let written = written.unwrap_or(tenure.generation);
         if let Some(before) = verdict.before() {
             self.common.metrics().row_lost();
-            let highest = before.generation.max(tenure.generation);
+            let highest = before.generation.max(tenure.generation).max(written);
             let Some(above) = highest.checked_add(1) else {
                 return Ok(Some(Halt(format!(
                     "{said}; no generation is above {highest}"
@@ -393,11 +402,14 @@ where
                 let (delivery, next_offset) = (self.delivery(), tenure.next_offset);
                 tenure.outbox.launch(delivery, hidden, next_offset);
             }
+        } else if written > tenure.generation {
+            self.raise_generation(tenure, written).await?;
         }
         tenure.claimed = Vec::new();
         let (stage, topic, partition) = (self.common.stage(), &*self.id.topic, self.id.partition);
         match verdict {
-            Verdict::Agree => {}
+            // Another host may have caught up since.
+            Verdict::Agree => self.caught_up(tenure.next_offset),
             Verdict::Begins { .. } => info!(stage, topic, partition, "{said}"),
             Verdict::Unset { .. } | Verdict::Set { .. } => {
                 warn!(stage, topic, partition, "{said}");
@@ -650,15 +662,25 @@ where
     /// Whether the row is as the lane has left it, where no commit tells for long. One that another host has taken is its
     /// affair until there is something to commit; and so is a database that does not answer.
     async fn look_at_row(&mut self, left: Row) -> Result<(), Ending> {
-        let Ok(found) = self.answer(self.ledger.look(&self.id)).await else {
+        let Some(Ok(found)) = self.look().await else {
             return Ok(());
         };
-        match Fate::of(left, found.as_ref().map(Row::of)) {
+        match Fate::of(left, found) {
             Fate::Kept => self.row_kept(),
             Fate::Taken => {}
             Fate::Changed => return Err(Ending::Fenced),
         }
         Ok(())
+    }
+
+    /// The row as it is; `None` if the lane is to stop meanwhile. Cancel-safe: a look that is given up changes nothing.
+    async fn look(&self) -> Option<Result<Option<Row>, StoreError>> {
+        let look = self.answer(self.ledger.look(&self.id));
+        tokio::select! {
+            biased;
+            found = look => Some(found.map(|found| found.as_ref().map(Row::of))),
+            () = self.common.stopping.cancelled() => None,
+        }
     }
 
     /// So that nothing is produced again after a stop: waits for what is on its way and takes it out of the row.
