@@ -120,6 +120,7 @@ impl Refusal {
     pub(super) fn of_server(error: &ServerError) -> Self {
         let code = error.code();
         let detail = error.details().unwrap_or_default().trim_end();
+        let (code, detail) = of_script(code, detail).unwrap_or((code, detail));
         if code == TOO_LARGE {
             return Self {
                 concern: Concern::Message,
@@ -149,6 +150,16 @@ impl Refusal {
             error,
         }
     }
+}
+
+/// What a command was answered that a script had called: before version 7 a server hands it on inside of words of its own, as
+/// `ERR Error running script (call to f_…): @user_script:4: @user_script: 4: -READONLY You can't write …`.
+fn of_script<'a>(code: &str, detail: &'a str) -> Option<(&'a str, &'a str)> {
+    if code != "ERR" || !detail.starts_with("Error running script") {
+        return None;
+    }
+    let (_, answer) = detail.split_once(": -")?;
+    Some(answer.split_once(' ').unwrap_or((answer, "")))
 }
 
 /// What to do about one.
@@ -226,6 +237,21 @@ mod tests {
                 false,
             ),
             ("TOOLARGE the answer", Message, false),
+            (
+                "ERR Error running script (call to f_6b): @user_script:4: @user_script: 4: -OOM command not allowed",
+                Store,
+                false,
+            ),
+            (
+                "ERR Error running script (call to f_6b): @user_script:4: -READONLY You can't write",
+                Store,
+                true,
+            ),
+            (
+                "ERR Error running script (call to f_6b): @user_script:4: Script attempted to access a missing field",
+                Message,
+                false,
+            ),
         ] {
             let refusal = refusal(line);
             assert_eq!(refusal.concern, expected, "{line}");

@@ -9,7 +9,7 @@ use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, Client, ConnectionAddr, RedisError, Value, cmd, pipe};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tracing::debug;
+use tracing::{debug, warn};
 
 use super::answers::{CLUSTER, Refusal};
 use super::{Concern, Error};
@@ -108,6 +108,26 @@ impl Connection {
                     .to_owned(),
             )),
             _ => Ok(()),
+        }
+    }
+
+    /// Says so where no script may be run, which sets and deletes are. Routes that only read need none.
+    pub(super) async fn look_for_scripts(&self, place: &str) {
+        let none = "0".repeat(40);
+        let run = self.ask(async |connection| {
+            let run = cmd("EVALSHA").arg(&none).arg(0).to_owned();
+            run.exec_async(connection).await
+        });
+        if let Err(Refusal {
+            concern: Concern::Standing,
+            error,
+            ..
+        }) = run.await
+        {
+            warn!(
+                "{place}: its user may run no scripts, so sets and deletes of stages will be denied: give it EVALSHA, EVAL and \
+                 SCRIPT LOAD ({error})"
+            );
         }
     }
 

@@ -65,6 +65,7 @@ pub(super) async fn open(url: &str) -> Result<Remote, StoreError> {
         });
     }
     store.connection.check().await.map_err(at)?;
+    store.connection.look_for_scripts(&place).await;
     Ok(store)
 }
 

@@ -49,7 +49,7 @@ const DEPARTURE_CHECK: Duration = Duration::from_secs(1);
 const PAUSE_MARGIN: Duration = Duration::from_secs(10);
 /// Connections of the host's own, where stages log in as another role: for claims, and what is saved without effects.
 const OWN_CONNECTIONS: u32 = 4;
-/// And one where statements wait for others' locks, to see whose: made once one waits.
+/// And one where statements wait for others' locks, to see whose: made while one waits.
 const LOOK_CONNECTIONS: u32 = 1;
 
 /// A PostgreSQL database.
@@ -299,7 +299,9 @@ impl Settings {
         let ask = Limits::ASK;
         let settings = format!("SET standard_conforming_strings = on; {settings}; {ask}");
         let limits = in_time(client.look(&settings)).await?;
-        client.limits = Limits::read(limits.as_deref().unwrap_or_default());
+        let (limits, process) = Limits::read(limits.as_deref().unwrap_or_default());
+        client.limits = limits;
+        client.process = process.unwrap_or(client.process);
         let notice = limit("client_connection_check_interval", DEPARTURE_CHECK);
         match call::command(client, &notice).await {
             // There are systems on which PostgreSQL can't see it, before version 14 everywhere.

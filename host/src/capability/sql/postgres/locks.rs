@@ -102,24 +102,27 @@ pub(super) struct Limits {
 }
 
 impl Limits {
-    /// Has a session answer its own, a number of milliseconds each.
+    /// Has a session answer its own, a number of milliseconds each, and the process that serves it: a pooler in between has
+    /// said another one at the login.
     pub(super) const ASK: &str = "SELECT pg_catalog.concat_ws(',', \
         (1000 * extract(epoch FROM current_setting('statement_timeout')::interval))::bigint, \
         (1000 * extract(epoch FROM current_setting('lock_timeout')::interval))::bigint, \
-        (1000 * extract(epoch FROM current_setting('idle_in_transaction_session_timeout')::interval))::bigint)";
+        (1000 * extract(epoch FROM current_setting('idle_in_transaction_session_timeout')::interval))::bigint, \
+        pg_catalog.pg_backend_pid())";
 
-    /// From the answer to [`Limits::ASK`].
-    pub(super) fn read(answer: &str) -> Self {
-        let mut limits = answer.split(',').map(|limit| {
-            let milliseconds = limit.parse().unwrap_or_default();
-            Duration::from_millis(milliseconds)
-        });
-        let mut next = || limits.next().unwrap_or_default();
-        Self {
+    /// From the answer to [`Limits::ASK`], with the process.
+    pub(super) fn read(answer: &str) -> (Self, Option<i32>) {
+        let mut numbers = answer.split(',');
+        let mut next = || {
+            let milliseconds = numbers.next().and_then(|limit| limit.parse().ok());
+            Duration::from_millis(milliseconds.unwrap_or_default())
+        };
+        let limits = Self {
             statement: next(),
             lock: next(),
             idle: next(),
-        }
+        };
+        (limits, numbers.next().and_then(|pid| pid.parse().ok()))
     }
 
     fn first_look(self) -> Duration {
@@ -226,10 +229,12 @@ impl Postgres {
         Ok(held)
     }
 
-    /// Asks on a connection that is kept for it: those of the pool may all wait for the same.
+    /// Asks on a connection made for it, since those of the pool may all wait for the same; it is closed at once, for the role
+    /// may have as many as the pool has.
     async fn look(&self, text: &str, parameters: &Parameters) -> Result<Vec<Vec<Value>>, Error> {
         let mut lease = self.looks.take().await?;
         let rows = in_time(lease.ask(text, parameters)).await;
+        lease.is_spent = true;
         rows.map_err(Failure::into_error)
     }
 }
@@ -249,8 +254,9 @@ mod tests {
             ("0,1,0", SHORTEST_LOOK),
             ("", FIRST_LOOK),
         ] {
-            assert_eq!(Limits::read(answer).first_look(), expected, "{answer}");
+            assert_eq!(Limits::read(answer).0.first_look(), expected, "{answer}");
         }
-        assert_eq!(Limits::read("1,2,3").idle, milliseconds(3));
+        let (limits, process) = Limits::read("1,2,3,4");
+        assert_eq!((limits.idle, process), (milliseconds(3), Some(4)));
     }
 }

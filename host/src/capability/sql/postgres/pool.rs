@@ -139,7 +139,7 @@ impl Pool {
             return;
         }
         warn!(
-            "{}: idle_in_transaction_session_timeout is {}, and a stage may take {} between two statements: set it higher              for the role or the database, or the stage's `limits.deadline` lower",
+            "{}: idle_in_transaction_session_timeout is {}, and a stage may take {} between two statements: set it higher for the role or the database, or the stage's `limits.deadline` lower",
             self.0.server.place(),
             humantime::format_duration(idle),
             humantime::format_duration(pause),

@@ -5,6 +5,9 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+/// Logs of writes that are kept of databases that were replaced.
+const MAX_LOGS_KEPT: usize = 100;
+
 /// A file, whatever name it has or had.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct FileId {
@@ -26,7 +29,7 @@ impl FileId {
     }
 }
 
-/// The name of a database's log of writes.
+/// The name of a database's log of writes. SQLite has it beside the file itself, not beside a link to it.
 pub(super) fn log_of(file: &Path) -> PathBuf {
     beside(file, "-wal")
 }
@@ -36,7 +39,7 @@ pub(super) fn log_of(file: &Path) -> PathBuf {
 pub(super) fn put_log_aside(file: &Path, log: Option<FileId>) -> io::Result<()> {
     let name = log_of(file);
     if log.is_some() && FileId::at(&name)? == log {
-        std::fs::rename(&name, beside(file, "-wal.before"))?;
+        std::fs::rename(&name, free_name(&beside(file, "-wal.before"))?)?;
         match std::fs::remove_file(beside(file, "-shm")) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
@@ -45,8 +48,24 @@ pub(super) fn put_log_aside(file: &Path, log: Option<FileId>) -> io::Result<()> 
     Ok(())
 }
 
+/// This name, or the first of those numbered after it that nothing has.
+fn free_name(name: &Path) -> io::Result<PathBuf> {
+    let numbered = (2..MAX_LOGS_KEPT).map(|n| {
+        let mut numbered = name.as_os_str().to_owned();
+        numbered.push(format!(".{n}"));
+        PathBuf::from(numbered)
+    });
+    let mut names = std::iter::once(name.to_owned()).chain(numbered);
+    let free = names.find(|name| !name.exists());
+    free.ok_or_else(|| {
+        let all = format!("{} and those numbered after it", name.display());
+        io::Error::other(format!("{all} are there: move them away"))
+    })
+}
+
 fn beside(file: &Path, ending: &str) -> PathBuf {
-    let mut name = file.as_os_str().to_owned();
+    let file = file.canonicalize().unwrap_or_else(|_| file.to_owned());
+    let mut name = file.into_os_string();
     name.push(ending);
     name.into()
 }
@@ -70,6 +89,17 @@ mod tests {
         assert!(log.exists() && index.exists());
         put_log_aside(&file, id).unwrap();
         assert!(!log.exists() && !index.exists() && before.exists());
+        // Reached by a link, and with one kept already.
+        for name in [log, index] {
+            std::fs::write(name, "old").unwrap();
+        }
+        let (other, link) = (tempfile::tempdir().unwrap(), "link");
+        let link = other.path().join(link);
+        std::fs::write(&file, "").unwrap();
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        put_log_aside(&link, FileId::at(&log_of(&link)).unwrap()).unwrap();
+        assert!(!log.exists() && folder.path().join("db-wal.before.2").exists());
+        std::fs::remove_file(&file).unwrap();
         // One that came with the copy.
         std::fs::write(log, "new").unwrap();
         put_log_aside(&file, id).unwrap();

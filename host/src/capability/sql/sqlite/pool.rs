@@ -167,7 +167,8 @@ impl Pool {
         if worker.file != idle.file {
             return;
         }
-        if idle.log.is_none() {
+        // It may have been made anew while nobody had it open.
+        if idle.log.is_none() || idle.workers.is_empty() {
             idle.log = FileId::at(&log_of(&self.file)).ok().flatten();
         }
         idle.workers.push(worker);
