@@ -257,7 +257,7 @@ async fn a_host_that_hangs_loses_its_lane() {
     assert_eq!(claim.epoch, epoch + 1);
     let state = checkpoint(1);
     let late = transaction.commit(commit(&lane, epoch, 1, &state)).await;
-    assert!(matches!(late, Err(CommitError::Unanswered(_))), "{late:?}");
+    assert!(matches!(late, Err(CommitError::TooLong(_))), "{late:?}");
     let lost = hanging.reclaim(&lane, epoch).await.expect("an answer");
     assert_eq!(lost, None);
     hanging.close().await;
