@@ -301,7 +301,7 @@ async fn a_host_that_hangs_loses_its_lane() {
     assert_eq!(claim.epoch, own.epoch + 1);
     let state = checkpoint(1);
     let late = transaction.commit(commit(&lane, &own, 1, &state)).await;
-    assert!(matches!(late, Err(CommitError::Unanswered(_))), "{late:?}");
+    assert!(matches!(late, Err(CommitError::TooLong(_))), "{late:?}");
     let lost = hanging.reclaim(&lane, own.epoch).await.expect("an answer");
     assert_eq!(lost, None);
     hanging.close().await;
