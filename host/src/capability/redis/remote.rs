@@ -197,6 +197,16 @@ impl Remote {
                 call.arg(value.as_slice()).arg(version);
                 call
             }
+            _ if set.is_plain() => {
+                let mut call = SET_PLAIN.prepare_invoke();
+                for (key, value) in &set.entries {
+                    call.key(key.as_slice()).arg(value.as_slice());
+                }
+                for (key, _) in &set.entries {
+                    call.key(version_key(key));
+                }
+                call
+            }
             _ => general_set(&set),
         };
         let written = self.attempt(kind, async |c| call.invoke_async(c).await);
@@ -314,6 +324,28 @@ impl Remote {
 fn was_done(why: &str) -> Error {
     Error::Unavailable(format!("{WAS_DONE}{why}"))
 }
+
+/// Sets the first half of the keys, and deletes the other, which are of their versions. Each call out of a script costs as much
+/// as a command, so there are two for so many keys as fit on Lua's stack.
+static SET_PLAIN: LazyLock<Script> = LazyLock::new(|| {
+    Script::new(
+        r"
+        local count, written = #KEYS / 2, {}
+        for from = 1, count, 1000 do
+            local sets, versions = {}, {}
+            for i = from, math.min(from + 999, count) do
+                sets[#sets + 1] = KEYS[i]
+                sets[#sets + 1] = ARGV[i]
+                versions[#versions + 1] = KEYS[count + i]
+                written[i] = 1
+            end
+            redis.call('MSET', unpack(sets))
+            redis.call('DEL', unpack(versions))
+        end
+        return written
+        ",
+    )
+});
 
 /// What a stage sets most: one key, if the version is newer. The general script has more to do for each message.
 static SET_IF_NEWER: LazyLock<Script> = LazyLock::new(|| {

@@ -100,7 +100,12 @@ impl Kind {
             Self::Get => vec![words(&[b"GETRANGE", key, b"0", b"0"])],
             Self::GetNothing => vec![script, words(&[b"GET", key])],
             Self::GetMany => vec![script, words(&[b"MGET", key])],
-            Self::Set => vec![versioned, set(key), words(&[b"DEL", &versions])],
+            Self::Set => vec![
+                versioned,
+                set(key),
+                words(&[b"MSET", key, &value]),
+                words(&[b"DEL", &versions]),
+            ],
             Self::SetNewer => vec![
                 versioned,
                 words(&[b"GET", &versions]),
