@@ -253,13 +253,6 @@ pub struct Set {
     pub version: Option<u64>,
 }
 
-impl Set {
-    /// Whether it is whatever is there, for as long as nobody deletes it.
-    fn is_plain(&self) -> bool {
-        self.ttl.is_none() && self.condition.is_none() && self.version.is_none()
-    }
-}
-
 impl From<Error> for StoreError {
     fn from(error: Error) -> Self {
         match error {

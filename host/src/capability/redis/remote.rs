@@ -197,7 +197,7 @@ impl Remote {
                 call.arg(value.as_slice()).arg(version);
                 call
             }
-            _ if set.is_plain() => {
+            (Kind::Set, _) => {
                 let mut call = SET_PLAIN.prepare_invoke();
                 for (key, value) in &set.entries {
                     call.key(key.as_slice()).arg(value.as_slice());
