@@ -265,11 +265,7 @@ impl Starts {
     }
 
     fn hear_committed(&mut self, now: Instant) {
-        let heard = self.committed.as_ref();
-        let Some(answer) = heard.and_then(|(question, _)| question.answer()) else {
-            return;
-        };
-        let Some((_, asked)) = self.committed.take() else {
+        let Some((answer, asked)) = heard(&mut self.committed, GroupOffsets::answer) else {
             return;
         };
         let answer = match answer {
@@ -312,11 +308,7 @@ impl Starts {
     }
 
     fn hear_topics(&mut self, now: Instant) {
-        let heard = self.topics.as_ref();
-        let Some(answer) = heard.and_then(|(question, _)| question.answer()) else {
-            return;
-        };
-        let Some((_, asked)) = self.topics.take() else {
+        let Some((answer, asked)) = heard(&mut self.topics, Question::answer) else {
             return;
         };
         let is_never_told = |code| {
@@ -447,6 +439,16 @@ impl Starts {
         say_where(&self.group, begun);
         Ok(all_sought)
     }
+}
+
+/// The answer to a question, if it has come, and what it was about.
+fn heard<Q, A, About>(
+    asked: &mut Option<(Q, BTreeSet<About>)>,
+    answer: fn(&Q) -> Option<A>,
+) -> Option<(A, BTreeSet<About>)> {
+    let answer = answer(&asked.as_ref()?.0)?;
+    let (_, about) = asked.take()?;
+    Some((answer, about))
 }
 
 fn place(partition: &Partition) -> Place {
