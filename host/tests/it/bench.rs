@@ -98,6 +98,16 @@ impl Bench {
         (self.log.read(&self.output), dead)
     }
 
+    /// Waits until readiness says no, with these words; answers all that it says.
+    pub(crate) fn not_ready(&self, words: &[&str]) -> String {
+        let admin = self.host.address("admin");
+        let what = format!("readiness to say {words:?}");
+        self.host.wait_for(&what, || {
+            let (status, said) = get(&admin, "/readyz");
+            (status == 503 && words.iter().all(|word| said.contains(word))).then_some(said)
+        })
+    }
+
     pub(crate) fn metric(&self, line: &str) -> Option<String> {
         let metrics = get(&self.host.address("admin"), "/metrics").1;
         let found = metrics.lines().find_map(|l| l.strip_prefix(line));

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection};
 
 use crate::bench::Bench;
-use crate::support::{Seen, get, server, unique, until};
+use crate::support::{Seen, server, unique, until};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 const DELIVERIES: [&str; 2] = ["transactional", "at-least-once"];
@@ -154,16 +154,6 @@ fn stop(bench: &mut Bench) {
     bench.host.wait_for_end();
 }
 
-fn not_ready(bench: &Bench, words: &[&str]) -> String {
-    let admin = bench.host.address("admin");
-    bench
-        .host
-        .wait_for(&format!("readiness to say {words:?}"), || {
-            let (status, said) = get(&admin, "/readyz");
-            (status == 503 && words.iter().all(|word| said.contains(word))).then_some(said)
-        })
-}
-
 /// Waits until what a host of this bench is to be is ready, and its log has these words.
 fn says(bench: &Bench, words: &[&str]) {
     bench.host.ready();
@@ -247,10 +237,7 @@ async fn records_of_transactions_that_nobody_saw_before_they_were_removed_are_a_
         transactions(&bench.input, &[(&more, true)]);
         remove_below(&bench.input, 10).await;
         bench.restart();
-        not_ready(
-            &bench,
-            &["were removed before they were processed", "on-gap"],
-        );
+        bench.not_ready(&["were removed before they were processed", "on-gap"]);
     }
 }
 
@@ -265,7 +252,7 @@ async fn a_topic_made_anew_that_is_longer_than_what_was_read_is_noticed() {
     bench.send(&emits(&bench, 100..120)).await;
     for _ in 0..2 {
         bench.restart();
-        not_ready(&bench, &["deleted and made anew", "stagehost_progress"]);
+        bench.not_ready(&["deleted and made anew", "stagehost_progress"]);
     }
     assert_eq!(numbers(&bench), (0..5).collect::<Vec<_>>());
     // The mend that it says.
@@ -284,7 +271,7 @@ async fn a_topic_made_anew_while_its_host_runs_is_noticed() {
     bench.deliver(&emits(&bench, 0..5)).await;
     make_anew(&bench.input).await;
     bench.send(&emits(&bench, 100..120)).await;
-    not_ready(&bench, &["deleted and made anew", "stagehost_progress"]);
+    bench.not_ready(&["deleted and made anew", "stagehost_progress"]);
 }
 
 /// No row says otherwise, and the group's offset went with the topic that it was of.
@@ -307,10 +294,7 @@ async fn a_topic_made_anew_is_read_from_its_first_record_at_least_once() {
     bench.send(&emits(&bench, 200..240)).await;
     commit(&group.0, &group.1, 20, &words);
     bench.restart();
-    not_ready(
-        &bench,
-        &["deleted and made anew", "offset 20 is to be read next"],
-    );
+    bench.not_ready(&["deleted and made anew", "offset 20 is to be read next"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -324,7 +308,7 @@ async fn an_emptied_database_stops_its_lanes_until_somebody_says_where_to_go_on(
     for _ in 0..2 {
         bench.restart();
         let words = ["emptied", "committed offset 6", "--reset-offsets"];
-        not_ready(&bench, &words);
+        bench.not_ready(&words);
         assert_eq!(numbers(&bench), (0..6).collect::<Vec<_>>());
     }
     stop(&mut bench);

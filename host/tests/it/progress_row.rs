@@ -5,7 +5,7 @@ use host::record::Outgoing;
 use sqlx::{Connection, PgConnection};
 
 use crate::bench::Bench;
-use crate::support::{get, server, unique, until};
+use crate::support::{server, unique};
 
 /// A database of its own, for what is done to the table in it is done to all lanes.
 pub(crate) async fn database() -> String {
@@ -36,14 +36,6 @@ pub(crate) async fn lock_rows(url: &str) -> PgConnection {
     connection
 }
 
-fn not_ready(bench: &Bench, words: &str) -> String {
-    let admin = bench.host.address("admin");
-    until(&format!("readiness to say {words:?}"), || {
-        let (status, said) = get(&admin, "/readyz");
-        (status == 503 && said.contains(words)).then_some(said)
-    })
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn outputs_that_are_not_granted_stay_in_the_row_and_readiness_says_so() {
     let url = database().await;
@@ -68,7 +60,7 @@ async fn outputs_that_are_not_granted_stay_in_the_row_and_readiness_says_so() {
     assert_eq!(execute(&url, row, Some(pending)).await, 1);
 
     bench.restart();
-    let said = not_ready(&bench, &foreign);
+    let said = bench.not_ready(&[&foreign]);
     assert!(said.contains("does not grant"), "{said}");
     let stopped = bench.metric("stagehost_lanes_stopped{stage=\"probe\"}");
     assert_eq!(stopped.as_deref(), Some("1"));
@@ -110,7 +102,7 @@ async fn a_lane_that_cannot_keep_its_row_is_not_ready() {
     execute(&url, trigger, None).await;
     let emit = serde_json::json!({ "do": "emit", "topic": bench.output, "value": 1 });
     bench.send(std::slice::from_ref(&emit)).await;
-    let said = not_ready(&bench, "can't be kept");
+    let said = bench.not_ready(&["can't be kept"]);
     assert!(said.contains("times in a row"), "{said}");
     let stopped = bench.metric("stagehost_lanes_stopped{stage=\"probe\"}");
     assert_eq!(stopped.as_deref(), Some("1"));

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, Connection, PgConnection, Row, SqliteConnection};
 
 use crate::bench::Bench;
-use crate::support::{Seen, get, server, unique, until};
+use crate::support::{Seen, server, unique, until};
 
 /// The database of a bench, as its administrator has it.
 enum Admin {
@@ -170,16 +170,6 @@ fn outputs(bench: &Bench) -> Vec<i64> {
     all.filter_map(&mut number).collect()
 }
 
-fn not_ready(bench: &Bench, words: &[&str]) -> String {
-    let admin = bench.host.address("admin");
-    bench
-        .host
-        .wait_for(&format!("readiness to say {words:?}"), || {
-            let (status, said) = get(&admin, "/readyz");
-            (status == 503 && words.iter().all(|word| said.contains(word))).then_some(said)
-        })
-}
-
 fn says(bench: &Bench, words: &[&str]) {
     bench
         .host
@@ -216,7 +206,7 @@ async fn a_database_that_goes_back_under_a_running_host_has_all_again() {
         bench.log.wait_committed(&bench.group, &bench.input);
         admin.go_back("before").await;
         send(&bench, 20..30).await;
-        not_ready(&bench, &["went back to another copy", "offset 10 up to 20"]);
+        bench.not_ready(&["went back to another copy", "offset 10 up to 20"]);
         let waiting = "stagehost_lanes_waiting{stage=\"probe\",for=\"row\"}";
         assert_eq!(bench.metric(waiting).as_deref(), Some("1"));
         until_numbers(&admin, 0..30).await;
@@ -342,7 +332,7 @@ async fn a_table_that_is_emptied_under_a_running_host_stops_its_lanes() {
                 send(&bench, 6..9).await;
             }
             let words = ["emptied", "committed offset 6", "--reset-offsets"];
-            not_ready(&bench, &words);
+            bench.not_ready(&words);
             assert_eq!(fresh.numbers().await, (0..6).collect::<Vec<_>>());
             assert_eq!(lost_rows(&bench).as_deref(), Some("1"));
             let stopped = bench.metric("stagehost_lanes_stopped{stage=\"probe\"}");
@@ -378,7 +368,7 @@ async fn a_sqlite_file_that_is_replaced_under_a_running_host_is_noticed() {
     let away = folder.path().join("away");
     std::fs::rename(&file, &away).expect("it is away");
     send(&bench, 30..31).await;
-    not_ready(&bench, &["is gone", "bring it back"]);
+    bench.not_ready(&["is gone", "bring it back"]);
     std::fs::rename(&away, &file).expect("it is back");
     until_numbers(&admin, 0..31).await;
     bench.host.ready();
@@ -393,13 +383,13 @@ async fn a_table_of_progress_that_is_dropped_is_waited_for_and_named() {
         admin.keep("before").await;
         admin.run("DROP TABLE stagehost_progress").await;
         send(&bench, 6..9).await;
-        not_ready(&bench, &["stagehost_progress"]);
+        bench.not_ready(&["stagehost_progress"]);
         assert_eq!(admin.numbers().await, (0..6).collect::<Vec<_>>());
         // A start makes it anew, and it is empty.
         bench.host.signal(libc::SIGTERM);
         bench.host.wait_for_end();
         bench.restart();
-        not_ready(&bench, &["emptied", "committed offset 6"]);
+        bench.not_ready(&["emptied", "committed offset 6"]);
         bench.host.signal(libc::SIGTERM);
         bench.host.wait_for_end();
         admin.go_back("before").await;

@@ -5,15 +5,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::bench::{Bench, Proxy};
-use crate::support::{acl, get, server, unique, until};
-
-fn not_ready(bench: &Bench, words: &[&str]) -> String {
-    let admin = bench.host.address("admin");
-    until(&format!("readiness to say {words:?}"), || {
-        let (status, said) = get(&admin, "/readyz");
-        (status == 503 && words.iter().all(|word| said.contains(word))).then_some(said)
-    })
-}
+use crate::support::{acl, server, unique};
 
 fn waiting(bench: &Bench, what: &str) -> bool {
     let line = format!("stagehost_lanes_waiting{{stage=\"probe\",for=\"{what}\"}}");
@@ -32,7 +24,7 @@ async fn a_row_that_somebody_else_has_locked_is_named() {
     bench.deliver(std::slice::from_ref(&emit)).await;
     let lock = crate::progress_row::lock_rows(&url).await;
     bench.send(std::slice::from_ref(&emit)).await;
-    not_ready(&bench, &["SQL store `db`", "stage probe"]);
+    bench.not_ready(&["SQL store `db`", "stage probe"]);
     drop(lock);
     bench.log.wait_committed(&bench.group, &bench.input);
     bench.host.ready();
@@ -60,7 +52,7 @@ async fn a_store_that_does_not_answer_a_call_is_named() {
     proxy.stall(true);
     let set = json!({ "do": "redis", "store": "cache", "call": "set", "key": format!("p:{}", unique("k")), "value": "v" });
     bench.send(&[set]).await;
-    not_ready(&bench, &["store cache", "no answer"]);
+    bench.not_ready(&["store cache", "no answer"]);
     assert!(waiting(&bench, "store"));
     proxy.stall(false);
     bench.log.wait_committed(&bench.group, &bench.input);
@@ -115,7 +107,7 @@ async fn check_revoked(delivery: &str, kind: &str, operation: &str, words: &str)
     ];
     acl(&[&["--add"][..], &deny].concat());
     bench.send(std::slice::from_ref(&emit)).await;
-    let said = not_ready(bench, &["Kafka user lacks", words]);
+    let said = bench.not_ready(&["Kafka user lacks", words]);
     said_in_log(bench, words);
     assert!(operation != "Write" || waiting(bench, "log"));
     assert!(said.contains(&name) || operation != "Write", "{said}");
