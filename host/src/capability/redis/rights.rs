@@ -26,7 +26,7 @@ pub(super) enum Kind {
     /// What `get` asks further where there is no value.
     GetNothing,
     GetMany,
-    /// Whatever is there, for as long as nobody deletes it.
+    /// Whatever is there.
     Set,
     /// One key, with a version.
     SetNewer,
@@ -43,7 +43,7 @@ impl Kind {
     /// How these are set.
     pub(super) fn of_set(set: &Set) -> Self {
         match (set.entries.as_slice(), set.condition, set.version, set.ttl) {
-            (_, None, None, None) => Self::Set,
+            (_, None, None, _) => Self::Set,
             ([_], None, Some(_), None) => Self::SetNewer,
             (_, condition, version, _) => Self::SetAll {
                 condition: condition.is_some(),
@@ -58,7 +58,7 @@ impl Kind {
         match name {
             GET => vec![Self::Get, Self::GetNothing],
             GET_MANY | "MGET" => vec![Self::GetMany],
-            SET => vec![Self::Set, all(false, false)],
+            SET => vec![Self::Set],
             SET_IF => vec![
                 Self::SetNewer,
                 all(true, false),
@@ -100,11 +100,7 @@ impl Kind {
             Self::Get => vec![words(&[b"GETRANGE", key, b"0", b"0"])],
             Self::GetNothing => vec![script, words(&[b"GET", key])],
             Self::GetMany => vec![script, words(&[b"MGET", key])],
-            Self::Set => vec![
-                versioned,
-                words(&[b"MSET", key, &value]),
-                words(&[b"DEL", &versions]),
-            ],
+            Self::Set => vec![versioned, set(key), words(&[b"DEL", &versions])],
             Self::SetNewer => vec![
                 versioned,
                 words(&[b"GET", &versions]),
@@ -207,12 +203,7 @@ mod tests {
             commands.iter().map(name).collect()
         };
         assert_eq!(names(Kind::Get), ["GETRANGE"]);
-        assert_eq!(names(Kind::Set), ["EVALSHA", "MSET", "DEL"]);
-        let for_a_while = Kind::SetAll {
-            condition: false,
-            version: false,
-        };
-        assert_eq!(names(for_a_while), ["EVALSHA", "SET", "DEL"]);
+        assert_eq!(names(Kind::Set), ["EVALSHA", "SET", "DEL"]);
         assert_eq!(names(Kind::Delete), ["EVALSHA", "DEL", "DEL"]);
         assert_eq!(names(Kind::SetNewer), ["EVALSHA", "GET", "MSET"]);
         let absent = Kind::SetAll {
