@@ -90,8 +90,14 @@ pub(crate) struct Problems(RefCell<Vec<Problem>>);
 
 impl Problems {
     pub(crate) fn report(&self, problem: Problem) {
-        if !self.are_enough() {
-            self.0.borrow_mut().push(problem);
+        let mut kept = self.0.borrow_mut();
+        if kept.len() < MAX_KEPT {
+            kept.push(problem);
+        } else if !problem.is_warning
+            && let Some(warning) = kept.iter().rposition(|kept| kept.is_warning)
+        {
+            // Whether a pipeline may run rests on its errors.
+            kept[warning] = problem;
         }
     }
 

@@ -19,4 +19,5 @@ pub mod pipeline;
 pub mod readiness;
 pub mod record;
 pub mod run;
+mod slice;
 mod sync;

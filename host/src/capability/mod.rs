@@ -14,6 +14,9 @@ use self::logging::{LogCtx, Place};
 use crate::pipeline;
 use crate::sync::lock;
 
+/// For so long a store answers nobody before a call's time is up, or for half of that, and the call is not to blame.
+const SILENCE: Duration = Duration::from_millis(250);
+
 /// Why a store did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
@@ -91,15 +94,27 @@ pub struct Away {
     pub action: Action,
     /// In its own words, as far as it had any.
     pub why: String,
+    /// Nobody is known to have had an answer from it meanwhile.
+    pub was_gone: bool,
 }
 
 impl Away {
-    /// One that did not answer.
+    /// One that did not answer, and nobody.
     pub fn silent(store: StoreName) -> Self {
         Self {
             store,
             action: Action::Answer,
             why: "it did not answer".to_owned(),
+            was_gone: true,
+        }
+    }
+
+    /// Whether there is reason to doubt that the message is to blame, though the store would do it now.
+    pub fn is_doubtful(&self) -> bool {
+        match &self.action {
+            Action::Answer => self.was_gone,
+            Action::Read | Action::Write | Action::Statement(..) | Action::Command(_) => true,
+            Action::Lock(wait) => self.was_gone || wait.was_seen(),
         }
     }
 }
@@ -130,15 +145,6 @@ impl Action {
     /// Whether that it is not done says nothing of what others ask for: nobody else is to wait for it.
     pub fn is_ones_own(&self) -> bool {
         self.had_been_done() || matches!(self, Self::Lock(_))
-    }
-
-    /// Whether there is reason to doubt that the message is to blame, though the store would do it now.
-    pub fn is_doubtful(&self) -> bool {
-        match self {
-            Self::Answer => false,
-            Self::Read | Self::Write | Self::Statement(..) | Self::Command(_) => true,
-            Self::Lock(wait) => wait.was_seen(),
-        }
     }
 
     /// How much it takes: a store that does what has a higher rank does what has a lower one, too.
@@ -185,17 +191,22 @@ impl Pending {
         answer
     }
 
-    /// The store that was waited for since this was last asked, and what is known of why it did not answer.
-    pub fn take(&self) -> Option<Away> {
-        let (store, _) = self.replace(None)?;
-        let silent = Away::silent(store);
-        let Some(wait) = self.sight.take() else {
+    /// The store that was waited for since this was last asked, and what is known of why it did not answer a call that had so
+    /// much time.
+    pub fn take(&self, time: Duration) -> Option<Away> {
+        let (store, since) = self.replace(None)?;
+        let (wait, silence) = self.sight.take(since);
+        let silent = Away {
+            was_gone: silence >= SILENCE.min(time / 2),
+            ..Away::silent(store)
+        };
+        let Some(wait) = wait else {
             return Some(silent);
         };
         Some(Away {
             why: wait.words().unwrap_or(silent.why),
             action: Action::Lock(wait),
-            store: silent.store,
+            ..silent
         })
     }
 
@@ -292,6 +303,7 @@ impl Stores {
 #[cfg(test)]
 mod tests {
     use std::future::{pending, ready};
+    use std::time::Duration;
 
     use futures::FutureExt;
 
@@ -303,11 +315,14 @@ mod tests {
         let waiting = Unanswered::default().pending(&LogCtx::new("stage".into()));
         let posts = || StoreName::Sql("posts".into());
         assert_eq!(waiting.during(posts(), ready(1)).await, 1);
-        assert!(waiting.take().is_none());
+        assert!(waiting.take(Duration::ZERO).is_none());
         let given_up = waiting.during(posts(), pending::<()>());
         assert_eq!(given_up.now_or_never(), None);
-        assert_eq!(waiting.take().map(|away| away.store), Some(posts()));
-        assert!(waiting.take().is_none());
+        assert_eq!(
+            waiting.take(Duration::ZERO).map(|away| away.store),
+            Some(posts())
+        );
+        assert!(waiting.take(Duration::ZERO).is_none());
     }
 
     #[tokio::test]

@@ -12,7 +12,7 @@ const MAX_HELD_RECORDS: usize = 100_000;
 /// What names of headers begin with that are the host's.
 const HOSTS: &str = "stagehost-";
 /// Bytes that one invocation may emit.
-const MAX_HELD_BYTES: usize = 64 << 20;
+pub(crate) const MAX_HELD_BYTES: usize = 64 << 20;
 
 mod bindings {
     wasmtime::component::bindgen!({

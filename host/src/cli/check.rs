@@ -18,7 +18,7 @@ pub struct CheckArgs {
 
 /// Prints the pipeline's problems to stderr, or what it is to stdout, and what may be a slip to stderr.
 pub async fn run(args: &CheckArgs) -> anyhow::Result<()> {
-    let env = |name: &str| std::env::var(name).ok();
+    let env = super::variable;
     let probe = Probe {
         ports: !args.skip_ports,
         embedded: !args.skip_ports,

@@ -46,11 +46,7 @@ impl LogArgs {
                 broker: None,
             });
         }
-        let pipeline = Pipeline::load(
-            &self.pipeline,
-            &|name| std::env::var(name).ok(),
-            Probe::NONE,
-        )?;
+        let pipeline = Pipeline::load(&self.pipeline, &super::variable, Probe::NONE)?;
         let (brokers, broker) = match pipeline.kafka.brokers {
             Brokers::Remote(brokers) => (brokers, None),
             Brokers::Embedded { listen } => {

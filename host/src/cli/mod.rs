@@ -17,6 +17,7 @@ use crate::diagnostics::Diagnostics;
 use crate::log::kafka::producer;
 use crate::log_output::{LogFormat, LogOutput};
 use crate::metrics::Metrics;
+use crate::slice;
 
 /// The command failed while it ran.
 const FAILED: u8 = 1;
@@ -60,7 +61,7 @@ pub fn main() -> ExitCode {
             return ExitCode::from(FAILED);
         }
     };
-    let runtime = match tokio::runtime::Runtime::new() {
+    let runtime = match runtime() {
         Ok(runtime) => runtime,
         Err(error) => {
             eprintln!("error: cannot start the async runtime: {error}");
@@ -79,6 +80,17 @@ pub fn main() -> ExitCode {
     runtime.shutdown_timeout(BLOCKED_TIME);
     producer::until_closed(BLOCKED_TIME);
     code
+}
+
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    builder.enable_all().on_thread_start(slice::shed).build()
+}
+
+/// A variable of the environment. What of it is not UTF-8 is replaced, for the pipeline's file to say so: it is set all the same.
+fn variable(name: &str) -> Option<String> {
+    let value = std::env::var_os(name)?;
+    Some(value.to_string_lossy().into_owned())
 }
 
 /// Commands that end by themselves may wait for who reads what they print.

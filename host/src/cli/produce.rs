@@ -12,7 +12,6 @@ use tracing::warn;
 
 use super::log_args::{LogArgs, OpenLog};
 use super::record_line;
-use crate::log::kafka::ClientSettings;
 use crate::log::kafka::producer::{Patience, Producer, RawOutgoing};
 use crate::log::kafka::topics::Admin;
 use crate::record::{Header, Outgoing};
@@ -21,8 +20,6 @@ use crate::record::{Header, Outgoing};
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Bytes of a record's value that are read at most; Kafka's own limit is 1 MiB unless it is raised.
 const MAX_VALUE: u64 = 256 << 20;
-/// librdkafka's most for `message.max.bytes`.
-const MAX_RECORD: &str = "1000000000";
 /// Bytes of a line at most: a value's, as base64, and as much for the rest.
 const MAX_LINE: u64 = 2 * MAX_VALUE;
 /// Records and bytes of lines that are under way at once.
@@ -88,7 +85,7 @@ enum Acknowledged<'a> {
 async fn produce<'a>(args: &'a ProduceArgs, log: &mut OpenLog) -> anyhow::Result<Acknowledged<'a>> {
     let topic = args.topic.as_str();
     find_topic(topic, log).await?;
-    let producer = Producer::new(&settings(log), Patience::Bounded(PATIENCE))?;
+    let producer = Producer::new(&log.settings, Patience::Bounded(PATIENCE))?;
     let template = Outgoing {
         topic: topic.into(),
         partition: None,
@@ -135,14 +132,6 @@ fn raw(mut record: Outgoing) -> RawOutgoing {
         headers: headers.collect(),
         record,
     }
-}
-
-/// How large a record may be is the topic's to say, unless the pipeline does.
-fn settings(log: &OpenLog) -> ClientSettings {
-    let mut settings = log.settings.clone();
-    let limit = settings.properties.entry("message.max.bytes".to_owned());
-    limit.or_insert_with(|| MAX_RECORD.to_owned());
-    settings
 }
 
 /// Creates the topic if the pipeline declares it and it is missing; any other must be there, since a

@@ -30,7 +30,7 @@ pub struct RunArgs {
 
 /// Checks the pipeline, runs it, and drains it at the first signal; a second one ends the process at once.
 pub async fn run(args: RunArgs, metrics: Arc<Metrics>, log: &LogOutput) -> ExitCode {
-    let env = |name: &str| std::env::var(name).ok();
+    let env = super::variable;
     let pipeline = match Pipeline::load(&args.pipeline, &env, Probe::ALL) {
         Ok(pipeline) => pipeline,
         Err(problems) => {

@@ -239,7 +239,7 @@ impl StageComponent {
         let called = self.share.within(self.deadline, call).await;
         let invocation = called.unwrap_or_else(|| {
             // A store that does not answer is no fault of the guest's, and may answer the next time.
-            failed(match state.away() {
+            failed(match state.away(self.deadline) {
                 Some(away) => {
                     let because = match &away.action {
                         Action::Lock(wait) => wait.words(),
@@ -411,9 +411,9 @@ impl CallState {
         *self.pending.lock().unwrap_or_else(PoisonError::into_inner) = Some(pending);
     }
 
-    fn away(&self) -> Option<Away> {
+    fn away(&self, time: Duration) -> Option<Away> {
         let pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
-        pending.as_ref()?.take()
+        pending.as_ref()?.take(time)
     }
 }
 

@@ -178,7 +178,7 @@ impl Breaker {
     async fn wait_though_it_does(&self, said: &mut Said<'_>, losses: u32) -> bool {
         let away = said.away;
         // It does so for the host, and yet it said of itself that it can't. A store at its limit does now and then.
-        let is_its_own = away.action.is_doubtful() && (1..MAX_LOSSES).contains(&losses);
+        let is_its_own = away.is_doubtful() && (1..MAX_LOSSES).contains(&losses);
         if is_its_own {
             let wait = self.wait(losses);
             // One message alone may be why, so the store is not called sick at once.
@@ -319,7 +319,11 @@ mod tests {
     fn breaker(readiness: &Arc<Readiness>) -> (Breaker, Away) {
         let store = StoreName::Sql(Arc::from("posts"));
         let breaker = Breaker::new([store.clone()], readiness.clone(), Arc::default(), 1);
-        (breaker, Away::silent(store))
+        let away = Away {
+            was_gone: false,
+            ..Away::silent(store)
+        };
+        (breaker, away)
     }
 
     #[tokio::test(start_paused = true)]
@@ -429,9 +433,15 @@ mod tests {
         assert!(!breaker.until_there(&away, MAX_LOSSES, probe).await);
         let no_message = breaker.until_there(&away, 0, probe).await;
         assert!(!no_message, "nobody waits where no message is to blame");
-        away.action = Action::Command("SET");
-        assert!(breaker.until_there(&away, 1, probe).await);
-        assert!(!breaker.until_there(&away, MAX_LOSSES, probe).await);
+        let command = Away {
+            action: Action::Command("SET"),
+            ..away.clone()
+        };
+        let silent = Away::silent(away.store);
+        for doubtful in [command, silent] {
+            assert!(breaker.until_there(&doubtful, 1, probe).await);
+            assert!(!breaker.until_there(&doubtful, MAX_LOSSES, probe).await);
+        }
     }
 
     /// What one stage had done before, and may not do any more, holds nobody else.

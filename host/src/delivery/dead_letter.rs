@@ -161,12 +161,18 @@ pub fn mend(letter: &mut Outgoing, error: &LogError) -> Option<&'static str> {
             Some("its time is in a header")
         }
         // A compacted topic takes nothing without a key.
-        LogError::Refused(_) if letter.key.is_none() => {
+        LogError::Invalid(_) if letter.key.is_none() => {
             letter.key = Some(place(letter).into_bytes());
             say_cut(letter, "key", "none, where the topic takes none without");
             Some("its place is its key")
         }
-        LogError::Refused(_) | LogError::Unavailable(_) => None,
+        // Where another partition is, its id does not count.
+        LogError::NoPartition(_) => {
+            letter.partition.take()?;
+            letter.headers.retain(|header| header.name != seen::HEADER);
+            Some("its partition is chosen anew")
+        }
+        LogError::Invalid(_) | LogError::Refused(_) | LogError::Unavailable(_) => None,
     }
 }
 

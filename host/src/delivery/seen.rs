@@ -342,24 +342,33 @@ impl Seen {
             .any(|record| record.headers.iter().any(|h| h.name == HEADER))
     }
 
-    /// The id of the topic that all of it was read from, if it is known.
+    /// The id of the topic that all of it was read from, if it is known. Versions up to November 2026 took an id with a slash for a
+    /// lane, and wrote another beside it: of two nobody knows which it is.
     pub fn topic(&self) -> Option<&str> {
-        let from = self.0.range(TOPIC.to_owned()..);
-        let mut names = from.map_while(|(name, _)| name.strip_prefix(TOPIC));
-        // A lane's name has slashes, whatever it begins with.
-        names.find(|name| !name.contains('/'))
+        let mut topics = self.topics().filter_map(|name| name.strip_prefix(TOPIC));
+        let topic = topics.next()?;
+        topics.next().is_none().then_some(topic)
     }
 
     /// Remembers the id of the topic that all of it was read from.
     pub fn set_topic(&mut self, id: &str) {
-        if let Some(before) = self.topic().map(|before| format!("{TOPIC}{before}")) {
-            self.0.remove(&before);
+        let before: Vec<_> = self.topics().cloned().collect();
+        for name in before {
+            self.0.remove(&name);
         }
         let mark = Mark {
             place: Place::default(),
             at: i64::MAX,
         };
         self.0.insert(format!("{TOPIC}{id}"), mark);
+    }
+
+    /// What ids of topics stand for. The name of a lane ends with its partition, whatever it begins with; an id, 16 bytes in
+    /// base64, may have slashes but never ends with a digit.
+    fn topics(&self) -> impl Iterator<Item = &String> {
+        let from = self.0.range(TOPIC.to_owned()..).map(|(name, _)| name);
+        from.take_while(|name| name.starts_with(TOPIC))
+            .filter(|name| !name.ends_with(|last: char| last.is_ascii_digit()))
     }
 
     fn forget_one(&mut self) {
@@ -507,6 +516,13 @@ mod tests {
         assert_eq!(OutputId::of(&letter, HERE), None, "it was sent back");
     }
 
+    /// As librdkafka writes them.
+    const IDS: [&str; 3] = [
+        "TWDVuPDvRV2bWgSZ8+rn5Q",
+        "XKAv8eVsRkWXognH7/6K8w",
+        "62drJNYKT/iUeGS32T/0/w",
+    ];
+
     #[test]
     fn remembers_its_topic_beside_its_lanes() {
         let mut seen = Seen::default();
@@ -515,10 +531,16 @@ mod tests {
             is_new(&mut seen, &record(&format!("{lane}/1/2/3"), 0));
             assert_eq!(seen.topic(), None, "{lane}");
         }
-        for id in ["one", "another"] {
+        for id in IDS {
             seen.set_topic(id);
             assert_eq!(seen.topic(), Some(id));
         }
+        // As an earlier version left it.
+        let mark = seen.0[&format!("{TOPIC}{}", IDS[2])].clone();
+        seen.0.insert(format!("{TOPIC}{}", IDS[0]), mark);
+        assert_eq!(seen.topic(), None);
+        seen.set_topic(IDS[1]);
+        assert_eq!(seen.topic(), Some(IDS[1]));
     }
 
     #[test]

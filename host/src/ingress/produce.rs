@@ -138,7 +138,10 @@ pub(super) fn log_refusal(unsent: &[Unsent], topic: &str) -> Answer {
             StatusCode::PAYLOAD_TOO_LARGE,
             "the record is larger than the log takes",
         ),
-        LogError::Refused(_) | LogError::InvalidTime(_) => text(
+        LogError::Refused(_)
+        | LogError::Invalid(_)
+        | LogError::NoPartition(_)
+        | LogError::InvalidTime(_) => text(
             StatusCode::INTERNAL_SERVER_ERROR,
             "the log refused the record",
         ),

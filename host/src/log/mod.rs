@@ -34,6 +34,12 @@ pub enum LogError {
     /// The log refused the record or the request, and would refuse it again.
     #[error("the log refused: {0}")]
     Refused(String),
+    /// The log says that the record is none for its topic. One that is compacted says so of a record without a key.
+    #[error("the log does not take the record: {0}")]
+    Invalid(String),
+    /// The record's topic does not have its partition: it was made anew with fewer.
+    #[error("the topic does not have the record's partition: {0}")]
+    NoPartition(String),
     /// The record's timestamp is further from now than its topic takes.
     #[error("the log does not take the record's timestamp: {0}")]
     InvalidTime(String),

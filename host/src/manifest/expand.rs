@@ -3,11 +3,16 @@
 /// Where variables come from: the process's environment, or a test's.
 pub(crate) type Env<'a> = dyn Fn(&str) -> Option<String> + 'a;
 
+/// What stands in a value for bytes that are not UTF-8.
+const NO_TEXT: char = char::REPLACEMENT_CHARACTER;
+
 /// What is wrong with a `${…}`.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum ExpandError {
     /// The variable is not set, and there is no default.
     Unset(String),
+    /// Its value is no text: [`NO_TEXT`] stands where it isn't UTF-8.
+    NotText(String),
     /// There is no `}`.
     Unclosed,
     /// What stands between the braces is not a name; nesting is not supported.
@@ -62,6 +67,7 @@ fn variable(inside: &str, env: &Env<'_>) -> Result<String, ExpandError> {
         return Err(ExpandError::BadName(inside.to_owned()));
     }
     match (env(name), default) {
+        (Some(value), _) if value.contains(NO_TEXT) => Err(ExpandError::NotText(name.to_owned())),
         (Some(value), None) => Ok(value),
         (Some(value), Some(_)) if !value.is_empty() => Ok(value),
         (_, Some(default)) => Ok(default.to_owned()),
@@ -77,6 +83,7 @@ mod tests {
         let env = |name: &str| match name {
             "SET" => Some("value".to_owned()),
             "EMPTY" => Some(String::new()),
+            "LATIN" => Some("caf\u{fffd}".to_owned()),
             _ => None,
         };
         assert_eq!(
@@ -88,7 +95,8 @@ mod tests {
 
     #[test]
     fn puts_values_in_and_finds_every_error() {
-        use ExpandError::{BadName, Unclosed, Unset};
+        use ExpandError::{BadName, NotText, Unclosed, Unset};
+        check("${LATIN:-other}", Err(vec![NotText("LATIN".into())]));
         check("plain $ {text}", Ok(None));
         check("${SET}", Ok(Some("value")));
         check("a-${SET}-b-${SET}", Ok(Some("a-value-b-value")));

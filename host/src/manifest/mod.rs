@@ -30,6 +30,8 @@ const DAY: Duration = Duration::from_hours(24);
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
+/// What one invocation may emit in all.
+const MAX_OUTPUT: u64 = crate::capability::producer::MAX_HELD_BYTES as u64;
 
 /// The file. A field is `None` (or shorter) where its key is missing, or wrong and reported.
 pub(crate) struct Manifest {
@@ -458,7 +460,7 @@ fn limits(mut t: Table<'_>) -> LimitsSection {
     let section = LimitsSection {
         memory: t.size("memory", MIB..=4 * GIB),
         deadline: t.duration("deadline", MILLISECOND..=HOUR),
-        max_output: t.size("max-output", KIB..=GIB),
+        max_output: t.size("max-output", KIB..=MAX_OUTPUT),
     };
     t.finish();
     section

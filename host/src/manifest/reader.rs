@@ -514,6 +514,11 @@ impl<'a> Table<'a> {
 
 fn expand_problem(span: &Span, error: ExpandError) -> Problem {
     match error {
+        ExpandError::NotText(name) => Problem::at(
+            span,
+            format!("the environment variable {name} is not UTF-8"),
+        )
+        .help("write it in UTF-8; in a URL, percent-encode what is no ASCII"),
         ExpandError::Unset(name) => Problem::at(
             span,
             format!("the environment variable `{name}` is not set"),

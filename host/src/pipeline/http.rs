@@ -307,7 +307,26 @@ fn check_fields(checks: &Checks<'_>, produce: &ProduceSection) -> bool {
         );
         good = false;
     }
-    // They become header names: `stagehost-uid`.
+    // They become header names, `stagehost-uid`, which have no upper case.
+    for (at, name) in produce.generate.iter().enumerate() {
+        let is_same = |other: &&Text| {
+            other.value != name.value && other.value.eq_ignore_ascii_case(&name.value)
+        };
+        if let Some(first) = produce.generate[..at].iter().find(is_same) {
+            checks.report(
+                Problem::at(
+                    &name.span,
+                    format!(
+                        "`{}` is generated under a name that differs in case only",
+                        name.shown()
+                    ),
+                )
+                .also(&first.span, "the other one")
+                .help("the answer carries both as one header: rename one of them"),
+            );
+            good = false;
+        }
+    }
     let bad = produce
         .generate
         .iter()

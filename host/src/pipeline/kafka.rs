@@ -76,6 +76,18 @@ const RESERVED: &[(&str, &str)] = &[
         "a record that gave up while a later one got through would be lost, or out of order",
     ),
     (
+        "retries",
+        "a record that gave up while a later one got through would be lost, or out of order",
+    ),
+    (
+        "message.send.max.retries",
+        "a record that gave up while a later one got through would be lost, or out of order",
+    ),
+    (
+        "delivery.report.only.error",
+        "an output counts as sent once the log says so",
+    ),
+    (
         "transactional.id",
         "the host does not use Kafka's transactions",
     ),

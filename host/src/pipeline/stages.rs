@@ -11,6 +11,7 @@ use crate::manifest::{
     SqlGrantSection, StageSection, Text,
 };
 
+const MAX_GROUP_BYTES: usize = 255;
 const DEFAULT_MAX_ATTEMPTS: u32 = 5;
 const DEFAULT_RETRY_INITIAL: Duration = Duration::from_millis(100);
 const DEFAULT_RETRY_MAX: Duration = Duration::from_secs(30);
@@ -154,6 +155,18 @@ fn group(checks: &Checks<'_>, section: &StageSection) -> Option<String> {
             Problem::at(&group.span, "the group's name is empty").help(format!(
                 "write a name, such as `service.{}`",
                 section.name.value
+            )),
+        );
+        return None;
+    }
+    if group.value.len() > MAX_GROUP_BYTES || group.value.contains(char::is_control) {
+        checks.report(
+            Problem::at(
+                &group.span,
+                "the group's name is too long, or has control characters",
+            )
+            .help(format!(
+                "write at most {MAX_GROUP_BYTES} bytes: the name is a part of each output's id"
             )),
         );
         return None;

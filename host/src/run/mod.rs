@@ -169,7 +169,7 @@ impl Host {
         starting: Option<Starting>,
     ) -> anyhow::Result<Option<Self>> {
         let admin = Admin::new(settings)?;
-        let Some(()) = topics::prepare(pipeline, &admin, waiting, &settings.brokers).await? else {
+        let Some(()) = topics::prepare(pipeline, &admin, waiting, settings).await? else {
             return Ok(None);
         };
         let lanes = LanesWatch::start(admin.clone(), waiting.readiness.clone());

@@ -6,11 +6,12 @@ use std::time::{Duration, Instant};
 use crate::bench::Bench;
 use crate::books::{Books, Written};
 use crate::history::Histories;
-use crate::judge::{Anomalies, Anomaly, Progress, Reset, judge_letter};
+use crate::judge::{Anomalies, Anomaly, MessageId, Progress, Reset, Row, judge_letter};
 use crate::load::Loader;
 use crate::others::Others;
 use crate::pipeline::{STAGES, Stage};
 use crate::plants;
+use crate::quiet::Quiet;
 use crate::reader::{Lag, Letters};
 use crate::report::{Report, Tally};
 use crate::restore::Again;
@@ -47,6 +48,10 @@ pub(crate) fn run(seed: u64, cycles: usize, logs: &Path) -> Report {
         resets: Vec::new(),
         removed: 0,
         evidence: Vec::new(),
+        quiet: Vec::new(),
+        emptied: Vec::new(),
+        anew: Vec::new(),
+        changed_database: None,
     };
     let rounds = schedule(seed, cycles);
     for (n, round) in rounds.iter().enumerate() {
@@ -81,8 +86,16 @@ pub(crate) struct Run {
     pub(crate) resets: Vec<Reset>,
     /// Offsets of the books that were removed.
     pub(crate) removed: i64,
-    /// What was said of each sickness.
+    /// What was said of each trouble.
     pub(crate) evidence: Vec<Evidence>,
+    /// What was said where there was none.
+    pub(crate) quiet: Vec<Quiet>,
+    /// Rows of the second stage that were the last before its lanes' own were emptied.
+    pub(crate) emptied: Vec<Row>,
+    /// Messages that were in a topic made anew before somebody was to read it.
+    pub(crate) anew: Vec<MessageId>,
+    /// When the stages' database was another one last.
+    pub(crate) changed_database: Option<Instant>,
 }
 
 impl Run {
@@ -101,7 +114,8 @@ impl Run {
             ..
         } = self;
         let written: Written = books.stop();
-        let histories = Histories::read(&bench, &self.again, written, self.resets);
+        let mut histories = Histories::read(&bench, &self.again, written, self.resets);
+        (histories.emptied, histories.anew) = (self.emptied, self.anew);
         let loaded = usize::try_from(messages).expect("a number") + self.others.in_input();
         assert_eq!(
             histories.loaded(),
@@ -112,7 +126,7 @@ impl Run {
         let progress = self.lag.progress().expect("Kafka answers");
         let (cached_keys, repeated) =
             histories.judge_rest(&bench, &progress, self.flushed_at, &mut found);
-        let missed = plants::missed(&histories, &self.evidence);
+        let missed = plants::missed(&histories, &self.evidence, &self.quiet);
         Report {
             seed,
             took: self.begun.elapsed(),
@@ -127,6 +141,7 @@ impl Run {
             again: self.again.values().flat_map(|m| m.values()).sum(),
             reset: histories.resets.iter().map(|reset| reset.again.len()).sum(),
             said: self.evidence.len(),
+            quiet: self.quiet.len(),
             planted: plants::COUNT,
             missed,
             tally: self.tally,

@@ -3,8 +3,8 @@
 use crate::bench::Bench;
 use crate::books::Written;
 use crate::judge::{
-    self, Anomalies, Progress, Record, Repeated, Reset, StageHistory, judge_cache, judge_letter,
-    judge_passed, judge_progress, judge_stage, without_repeated,
+    self, Anomalies, MessageId, Progress, Record, Repeated, Reset, Row, StageHistory, judge_cache,
+    judge_letter, judge_passed, judge_progress, judge_stage, without_repeated,
 };
 use crate::load::Message;
 use crate::pipeline::{BOOKED, CACHER, FIRST, PASSED, PASSER, SECOND, Stage};
@@ -23,6 +23,10 @@ pub(crate) struct Histories {
     pub(crate) passer_letters: Vec<Record>,
     pub(crate) written: Written,
     pub(crate) resets: Vec<Reset>,
+    /// Rows of the second stage that were the last before its lanes' own were emptied.
+    pub(crate) emptied: Vec<Row>,
+    /// Messages that were in a topic made anew before somebody was to read it.
+    pub(crate) anew: Vec<MessageId>,
 }
 
 impl Histories {
@@ -61,6 +65,8 @@ impl Histories {
             passer_letters: topic(PASSER.letters),
             written,
             resets,
+            emptied: Vec::new(),
+            anew: Vec::new(),
         }
     }
 
@@ -109,6 +115,7 @@ fn as_record(message: &Message) -> Record {
         message: message.clone(),
         id: None,
         cause: None,
+        words: None,
         is_copied: false,
     }
 }

@@ -119,8 +119,8 @@ impl Hosts {
         }
     }
 
-    /// Waits for those that are frozen, and lets them go on.
-    pub(crate) fn thaw_all(&mut self) {
+    /// Waits for those that are frozen, and lets them go on. Answers whether there was one.
+    pub(crate) fn thaw_all(&mut self) -> bool {
         let last = self
             .running
             .iter()
@@ -130,6 +130,7 @@ impl Hosts {
             std::thread::sleep(until.saturating_duration_since(Instant::now()));
         }
         self.thaw();
+        last.is_some()
     }
 
     /// Finds those that ended though nobody told them to, and starts others.

@@ -21,6 +21,8 @@ pub(crate) struct Record {
     pub(crate) id: Option<String>,
     /// The header `stagehost-cause`, of a dead letter.
     pub(crate) cause: Option<String>,
+    /// Its header `__dlq.errors.message`.
+    pub(crate) words: Option<String>,
     /// Another program has written it, with headers that it copied from elsewhere.
     pub(crate) is_copied: bool,
 }
@@ -95,12 +97,15 @@ pub(crate) enum Anomaly {
     Unsaid,
     /// A host says that something is amiss, though nothing is broken any more.
     NotOver,
+    /// A host says what is not so: that a group is behind which has worked off all, that a row was lost that is there, that a
+    /// record was repeated that was not.
+    Missaid,
     /// An operator's reset of offsets that had no effect.
     Unheeded,
 }
 
 impl Anomaly {
-    pub(crate) const ALL: [Self; 15] = [
+    pub(crate) const ALL: [Self; 16] = [
         Self::LostWrite,
         Self::Duplicate,
         Self::Nonmonotonic,
@@ -115,6 +120,7 @@ impl Anomaly {
         Self::Stalled,
         Self::Unsaid,
         Self::NotOver,
+        Self::Missaid,
         Self::Unheeded,
     ];
 
@@ -135,6 +141,7 @@ impl Anomaly {
             Self::Stalled => "stalled",
             Self::Unsaid => "unsaid",
             Self::NotOver => "not-over",
+            Self::Missaid => "missaid",
             Self::Unheeded => "unheeded",
         }
     }
@@ -398,7 +405,8 @@ pub(crate) fn judge_letter(stage: &Stage, letter: &Record, found: &mut Anomalies
         found.add(Anomaly::WrongOutcome, || {
             let Message { key, seq, .. } = &letter.message;
             let (name, cause) = (stage.name, &letter.cause);
-            format!("{name}: {key} #{seq}: dead letter {cause:?}, wanted {wanted:?}")
+            let words = letter.words.as_deref().unwrap_or_default();
+            format!("{name}: {key} #{seq}: dead letter {cause:?}, wanted {wanted:?}: {words}")
         });
     }
 }

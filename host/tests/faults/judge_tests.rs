@@ -23,6 +23,7 @@ fn record(offset: i64, seq: i64, id: &str) -> Record {
         },
         id: (!id.is_empty()).then(|| id.to_owned()),
         cause: None,
+        words: None,
         is_copied: false,
     }
 }

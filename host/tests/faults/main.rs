@@ -6,9 +6,11 @@
 //! threads of its processes). `HOST_BINARY` is another host than the one that was built for the
 //! tests. The servers are the suite's own: `KAFKA_JARS` is what `scripts/kafka-jars` prints.
 
+mod anew;
 mod bench;
 mod books;
 mod conductor;
+mod emptied;
 mod history;
 mod hosts;
 mod judge;
@@ -20,6 +22,7 @@ mod pipeline;
 mod plants;
 mod process;
 mod proxy;
+mod quiet;
 mod reader;
 mod report;
 mod restore;
@@ -36,7 +39,7 @@ use std::str::FromStr;
 /// Enough for both ways of every kind of fault.
 const SHORT_CYCLES: usize = 2;
 /// How long one round of every kind takes, about, on two cores.
-const CYCLE_SECONDS: usize = 140;
+const CYCLE_SECONDS: usize = 190;
 
 /// Prints a line at once: a run takes its time, and the harness keeps what is printed otherwise.
 macro_rules! say {

@@ -6,11 +6,12 @@ use std::time::{Duration, Instant};
 use rdkafka::admin::{AdminClient, AdminOptions};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
+use rdkafka::topic_partition_list::TopicPartitionListElem;
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 
 use crate::bench::Bench;
 use crate::judge::{Progress, Reset};
-use crate::pipeline::{BOOKED, BOOKS, PASSED, PASSER, Stage};
+use crate::pipeline::{BOOKED, BOOKS, PASSED, PASSER, Stage, TRANSACTIONAL};
 use crate::reader::{self, Lag};
 use crate::restore;
 
@@ -21,11 +22,15 @@ const WORKED_OFF: Duration = Duration::from_secs(60);
 const ASK_INTERVAL: Duration = Duration::from_millis(200);
 /// Offsets that a group is set back by, where it is not to the first: markers and what was aborted among them.
 const BACK: i64 = 30;
+/// What stands beside a group's offset that was committed by a row.
+const ROW: &str = " generation=";
 
-/// Waits until both groups of the books have committed all, markers included, and the lanes' rows say so too, but for a marker
-/// that may be last; what is behind where they do not.
+/// Waits until both groups of the books have committed all, markers included, and the lanes' rows say so too, but for what are no
+/// records behind the last one; what is behind where they do not. Nobody may be writing.
 pub(crate) fn until_worked_off(bench: &Bench, lag: &Lag) -> Result<(), String> {
     let deadline = Instant::now() + WORKED_OFF;
+    let books = reader::topic(&bench.addresses.brokers, BOOKS);
+    let last: BTreeMap<_, _> = books.iter().map(|r| (r.partition, r.offset)).collect();
     let is_of_books = |p: &Progress| [BOOKED.group, PASSER.group].contains(&p.group);
     loop {
         let mut progress = lag.progress().unwrap_or_default();
@@ -34,7 +39,7 @@ pub(crate) fn until_worked_off(bench: &Bench, lag: &Lag) -> Result<(), String> {
         // A group's offset may be an operator's.
         let is_behind = |p: &Progress| {
             let row = rows.get(&(p.group.to_owned(), p.partition));
-            p.committed != p.end || row.is_some_and(|row| *row < p.end - 1)
+            p.committed != p.end || row.is_some_and(|row| last.get(&p.partition) >= Some(row))
         };
         if !progress.is_empty() && !progress.iter().any(is_behind) {
             return Ok(());
@@ -63,7 +68,7 @@ pub(crate) fn remove_books(bench: &Bench) -> i64 {
     bounds.values().map(|(first, end)| end - first).sum()
 }
 
-fn admin(bench: &Bench) -> AdminClient<DefaultClientContext> {
+pub(crate) fn admin(bench: &Bench) -> AdminClient<DefaultClientContext> {
     let brokers = &bench.addresses.brokers;
     let admin = ClientConfig::new()
         .set("bootstrap.servers", brokers)
@@ -87,7 +92,7 @@ pub(crate) fn reset_passer(bench: &Bench, to_first: bool) -> Reset {
         (*partition, to)
     };
     let to: BTreeMap<i32, i64> = committed.iter().map(back).collect();
-    commit(bench, &PASSER, &to);
+    set(bench, &PASSER, &to);
     let books = reader::topic(brokers, BOOKS);
     let comes_again = |partition: &i32, offset: &i64| {
         (to.get(partition).zip(committed.get(partition)))
@@ -114,7 +119,7 @@ pub(crate) fn reset_booked(bench: &Bench, to_first: bool) -> bool {
     };
     let to: BTreeMap<i32, i64> = bounds.into_iter().map(to).collect();
     let before = committed(bench, &BOOKED);
-    commit(bench, &BOOKED, &to);
+    set(bench, &BOOKED, &to);
     before.iter().any(|(partition, at)| to[partition] != *at)
 }
 
@@ -132,11 +137,25 @@ fn committed(bench: &Bench, stage: &Stage) -> HashMap<i32, i64> {
     of_stage.map(|p| (p.partition, p.committed)).collect()
 }
 
+/// Whether beside each group's offset of a transactional stage stands what its lane's row was.
+pub(crate) fn are_told(bench: &Bench) -> bool {
+    TRANSACTIONAL.iter().all(|stage| {
+        let consumer = member(bench, stage);
+        let mut list = TopicPartitionList::new();
+        for partition in reader::bounds(&bench.addresses.brokers, stage.input).keys() {
+            list.add_partition(stage.input, *partition);
+        }
+        let committed = consumer.committed_offsets(list, PATIENCE);
+        let is_told = |element: &TopicPartitionListElem<'_>| element.metadata().contains(ROW);
+        committed.is_ok_and(|list| list.elements().iter().all(is_told))
+    })
+}
+
 /// As `kafka-consumer-groups --reset-offsets` does: the offsets, and nothing beside them.
-fn commit(bench: &Bench, stage: &Stage, offsets: &BTreeMap<i32, i64>) {
+pub(crate) fn set(bench: &Bench, stage: &Stage, offsets: &BTreeMap<i32, i64>) {
     let mut list = TopicPartitionList::new();
     for (partition, offset) in offsets {
-        let added = list.add_partition_offset(BOOKS, *partition, Offset::Offset(*offset));
+        let added = list.add_partition_offset(stage.input, *partition, Offset::Offset(*offset));
         added.expect("an offset");
     }
     let consumer = member(bench, stage);
@@ -145,7 +164,10 @@ fn commit(bench: &Bench, stage: &Stage, offsets: &BTreeMap<i32, i64>) {
     });
 }
 
-fn patiently<T, E: std::fmt::Display>(what: &str, attempt: impl Fn() -> Result<T, E>) -> T {
+pub(crate) fn patiently<T, E: std::fmt::Display>(
+    what: &str,
+    attempt: impl Fn() -> Result<T, E>,
+) -> T {
     let deadline = Instant::now() + PATIENCE;
     loop {
         match attempt() {

@@ -19,7 +19,7 @@ pub(crate) const BOOKED_OUT: &str = "faults.booked-out";
 pub(crate) const PASSED: &str = "faults.passed";
 /// Of the topics of the chain, and of those around the books.
 const PARTITIONS: usize = 8;
-const BOOKS_PARTITIONS: usize = 4;
+pub(crate) const BOOKS_PARTITIONS: usize = 4;
 
 /// What every key in Redis begins with.
 pub(crate) const CACHE_PREFIX: &str = "cache:";
@@ -74,6 +74,8 @@ pub(crate) const PASSER: Stage = Stage {
 pub(crate) const STAGES: [&Stage; 5] = [&FIRST, &SECOND, &CACHER, &BOOKED, &PASSER];
 /// Those with a row a lane in the database.
 pub(crate) const TRANSACTIONAL: [&Stage; 3] = [&FIRST, &SECOND, &BOOKED];
+/// Their lanes.
+pub(crate) const TRANSACTIONAL_LANES: usize = 2 * PARTITIONS + BOOKS_PARTITIONS;
 /// Partitions of the input topics of all stages.
 pub(crate) const INPUT_PARTITIONS: usize = 3 * PARTITIONS + 2 * BOOKS_PARTITIONS;
 

@@ -3,16 +3,17 @@
 
 use crate::history::Histories;
 use crate::judge::{Anomalies, Anomaly, MessageId, Record, Row, StageHistory};
+use crate::quiet::{Quiet, judge_quiet};
 use crate::said::{Evidence, judge_said};
 
 /// Spoils a history; answers whether it has what is to be spoiled.
 type Spoil = fn(&mut Histories) -> bool;
 
-/// Silences a host in one place.
-type Silence = fn(&mut Evidence);
+/// Silences a host in one place, of what it is to say there.
+type Silence = (fn(&Evidence) -> bool, fn(&mut Evidence));
 
 /// What is planted, and what the judge must call it.
-const PLANTS: [(&str, Anomaly, Spoil); 10] = [
+const PLANTS: [(&str, Anomaly, Spoil); 12] = [
     (
         "a message with copied headers, dropped as a repetition",
         Anomaly::LostWrite,
@@ -103,6 +104,24 @@ const PLANTS: [(&str, Anomaly, Spoil); 10] = [
         },
     ),
     (
+        "a message that was done again after the mend of an emptied database",
+        Anomaly::Duplicate,
+        |h| {
+            let has_row = |row: &&Row| h.second.rows.iter().any(|r| id_of(r) == id_of(row));
+            let again = h.emptied.iter().find(has_row).cloned();
+            h.second.rows.extend(again.clone());
+            again.is_some()
+        },
+    ),
+    (
+        "a record of a topic made anew, below the offset of the one before",
+        Anomaly::LostWrite,
+        |h| {
+            let anew = h.anew.clone();
+            remove_row(&mut h.booked, |id| anew.contains(id))
+        },
+    ),
+    (
         "an operator's reset without effect",
         Anomaly::Unheeded,
         |h| {
@@ -120,19 +139,45 @@ const PLANTS: [(&str, Anomaly, Spoil); 10] = [
     ),
 ];
 
-/// Places where a host may keep silent about a sick server, for each that there was.
-const SILENT: [(&str, Silence); 3] = [
-    ("/readyz says 200 though a server is sick", |e| {
-        e.readyz = None
-    }),
-    ("the log has no word of a sick server", |e| e.log = None),
-    ("no metric is of a sick server", |e| e.metrics = None),
+/// Places where a host may keep silent about a trouble, for each that there was.
+const SILENT: [(&str, Silence); 4] = [
+    (
+        "/readyz says 200 though there is a trouble",
+        (|_| true, |e| e.readyz = None),
+    ),
+    (
+        "the log has no word of a trouble",
+        (|_| true, |e| e.log = None),
+    ),
+    (
+        "no metric is of a trouble",
+        (|e| e.needs_metrics, |e| e.metrics = None),
+    ),
+    (
+        "a row that was lost is not counted",
+        (|e| e.needs_counter, |e| e.counter = None),
+    ),
 ];
 
-pub(crate) const COUNT: usize = PLANTS.len() + SILENT.len();
+/// What a host may say though it is not so.
+type Lie = fn(&mut Quiet);
+const LIES: [(&str, Lie); 2] = [
+    ("a group that is behind for ever", |q| {
+        q.behind.push("planted".to_owned())
+    }),
+    ("a repetition where there is none", |q| {
+        q.counted.push("planted".to_owned())
+    }),
+];
+
+pub(crate) const COUNT: usize = PLANTS.len() + SILENT.len() + LIES.len();
 
 /// What the judge did not find.
-pub(crate) fn missed(histories: &Histories, evidence: &[Evidence]) -> Vec<&'static str> {
+pub(crate) fn missed(
+    histories: &Histories,
+    evidence: &[Evidence],
+    quiet: &[Quiet],
+) -> Vec<&'static str> {
     let mut before = Anomalies::default();
     histories.judge(&mut before);
     let mut missed = Vec::new();
@@ -145,7 +190,7 @@ pub(crate) fn missed(histories: &Histories, evidence: &[Evidence]) -> Vec<&'stat
             missed.push(name);
         }
     }
-    for (name, silence) in SILENT {
+    for (name, (is_to_be_said, silence)) in SILENT {
         let is_found = |evidence: &Evidence| {
             let mut silent = evidence.clone();
             silence(&mut silent);
@@ -153,8 +198,20 @@ pub(crate) fn missed(histories: &Histories, evidence: &[Evidence]) -> Vec<&'stat
             judge_said(&silent, &mut found);
             found.count(Anomaly::Unsaid) > 0
         };
-        let mut metered = evidence.iter().filter(|evidence| evidence.needs_metrics);
-        if evidence.is_empty() || !metered.all(is_found) {
+        let mut to_be_said = evidence.iter().filter(|e| is_to_be_said(e)).peekable();
+        if to_be_said.peek().is_none() || !to_be_said.all(is_found) {
+            missed.push(name);
+        }
+    }
+    for (name, lie) in LIES {
+        let is_found = |quiet: &Quiet| {
+            let mut told = quiet.clone();
+            lie(&mut told);
+            let mut found = Anomalies::default();
+            judge_quiet(&told, &mut found);
+            found.count(Anomaly::Missaid) > 0
+        };
+        if quiet.is_empty() || !quiet.iter().all(is_found) {
             missed.push(name);
         }
     }

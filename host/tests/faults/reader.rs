@@ -21,6 +21,7 @@ const POLL: Duration = Duration::from_millis(100);
 const JUDGE: &str = "faults.judge";
 const ID: &str = "stagehost-id";
 const CAUSE: &str = "stagehost-cause";
+const WORDS: &str = "__dlq.errors.message";
 /// What another program adds to the headers that it copies.
 pub(crate) const COPIED: &str = "faults-copied";
 /// Keys that Redis is asked for at once.
@@ -179,7 +180,7 @@ fn partitions(
 }
 
 fn record(message: &BorrowedMessage<'_>) -> Record {
-    let (mut id, mut cause, mut is_copied) = (None, None, false);
+    let (mut id, mut cause, mut words, mut is_copied) = (None, None, None, false);
     for header in message.headers().iter().flat_map(|headers| headers.iter()) {
         let text = || {
             header
@@ -190,6 +191,7 @@ fn record(message: &BorrowedMessage<'_>) -> Record {
             ID => id = text(),
             // What stands before it is the id of the record that became a dead letter.
             CAUSE => (id, cause) = (None, text()),
+            WORDS => words = text(),
             COPIED => is_copied = true,
             _ => {}
         }
@@ -202,6 +204,7 @@ fn record(message: &BorrowedMessage<'_>) -> Record {
             .expect("a message of the load"),
         id: id.filter(|id| was_sent_to(id, message.topic(), message.partition())),
         cause,
+        words,
         is_copied,
     }
 }

@@ -51,8 +51,10 @@ pub(crate) struct Report {
     /// Messages that a database which went back, or an operator, had processed again.
     pub(crate) again: usize,
     pub(crate) reset: usize,
-    /// Sicknesses that had to be said.
+    /// Troubles that had to be said.
     pub(crate) said: usize,
+    /// Rounds in which nothing was to be said.
+    pub(crate) quiet: usize,
     /// Bugs that were planted in what the run has left, and those of them that the judge missed.
     pub(crate) planted: usize,
     pub(crate) missed: Vec<&'static str>,
@@ -95,7 +97,8 @@ impl Report {
             ("dead letters sent back", self.others.letters()),
             ("processed again: database", self.again),
             ("processed again: offsets", self.reset),
-            ("sicknesses said in 3 places", self.said),
+            ("troubles to be said", self.said),
+            ("rounds without a trouble", self.quiet),
             ("planted bugs", self.planted),
             ("planted bugs found", self.planted - self.missed.len()),
         ];
@@ -163,6 +166,7 @@ mod tests {
             again: 2,
             reset: 1,
             said: 6,
+            quiet: 4,
             planted: 13,
             missed: Vec::new(),
             tally,

@@ -11,6 +11,8 @@ use crate::proxy::Link;
 use crate::reader::{self, Lag};
 
 const COPY: &str = "older";
+/// The stages' own, while another one is in its place.
+const KEPT: &str = "kept";
 
 /// Where each lane is to go on, by its group and partition.
 pub(crate) type Offsets = BTreeMap<(String, i32), i64>;
@@ -26,7 +28,7 @@ pub(crate) type Again = HashMap<&'static str, HashMap<MessageId, usize>>;
 impl Copy {
     /// Copies it. PostgreSQL lets nobody in meanwhile, so the hosts are cut off for a moment.
     pub(crate) fn take(bench: &Bench) -> Self {
-        alone(bench, || {
+        alone(bench, Link::Open, || {
             let offsets = offsets(bench);
             let statement = format!("CREATE DATABASE {COPY} TEMPLATE {DATABASE}");
             bench.sql(&bench.addresses.postgres, &statement);
@@ -52,10 +54,10 @@ impl Copy {
         lag.progress().is_ok_and(|all| all.iter().any(is_beyond))
     }
 
-    /// Puts the copy in the place of the database. Answers which messages had been processed since, and how far the lanes had
-    /// got.
+    /// Puts the copy in the place of the database, which is slow then: what is done again takes so long that it is seen. Answers
+    /// which messages had been processed since, and how far the lanes had got.
     pub(crate) fn restore(self, bench: &Bench) -> (Again, Offsets) {
-        let now = alone(bench, || {
+        let now = alone(bench, Link::Slow, || {
             let now = offsets(bench);
             let url = &bench.addresses.postgres;
             bench.sql(url, &format!("DROP DATABASE {DATABASE} WITH (FORCE)"));
@@ -92,14 +94,34 @@ pub(crate) fn have_got_to(bench: &Bench, offsets: &Offsets) -> bool {
     offsets.iter().all(has)
 }
 
-/// Does something while nobody uses the database.
-fn alone<T>(bench: &Bench, work: impl FnOnce() -> T) -> T {
+/// Puts another database in the place of the stages', as it is after a migration: the same tables, with nothing in them.
+pub(crate) fn replace(bench: &Bench) {
+    alone(bench, Link::Open, || {
+        let url = &bench.addresses.postgres;
+        bench.sql(url, &format!("ALTER DATABASE {DATABASE} RENAME TO {KEPT}"));
+        bench.sql(url, &format!("CREATE DATABASE {DATABASE} TEMPLATE {KEPT}"));
+        let empty = "TRUNCATE stagehost_progress, effects";
+        bench.sql(&bench.addresses.effects, empty);
+    });
+}
+
+/// And brings back the one that was there.
+pub(crate) fn bring_back(bench: &Bench) {
+    alone(bench, Link::Open, || {
+        let url = &bench.addresses.postgres;
+        bench.sql(url, &format!("DROP DATABASE {DATABASE} WITH (FORCE)"));
+        bench.sql(url, &format!("ALTER DATABASE {KEPT} RENAME TO {DATABASE}"));
+    });
+}
+
+/// Does something while nobody uses the database; the way to it is as this then.
+fn alone<T>(bench: &Bench, then: Link, work: impl FnOnce() -> T) -> T {
     bench.to_postgres.set(Link::Cut);
     let end =
         format!("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{ROLE}'");
     bench.sql(&bench.addresses.postgres, &end);
     let done = work();
-    bench.to_postgres.set(Link::Open);
+    bench.to_postgres.set(then);
     done
 }
 

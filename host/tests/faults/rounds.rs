@@ -7,11 +7,13 @@ use crate::conductor::Run;
 use crate::judge::{Anomaly, Progress};
 use crate::load::unix_milliseconds;
 use crate::offsets;
-use crate::pipeline::{BOOKED, CACHER, FIRST};
+use crate::pipeline::{BOOKED, CACHER, FIRST, INPUT, TRANSACTIONAL_LANES};
 use crate::proxy::{Link, Proxy};
+use crate::quiet::{self, Quiet, judge_quiet};
+use crate::reader;
 use crate::report::Tally;
 use crate::restore::{self, Copy};
-use crate::said::{Listening, judge_said, until_well};
+use crate::said::{ALL_SAID_WITHIN, Counted, Listening, Words, judge_said, until_well};
 use crate::schedule::{Kind, Round};
 use crate::servers::{End, Server};
 use crate::sick::Sickness;
@@ -40,12 +42,12 @@ impl Run {
             | Kind::RefuseKafka => self.sick(round),
             Kind::SlowServers => self.slow(round),
             Kind::Retention => self.retention(round),
-            Kind::CopyHeaders => {
-                self.others.write(&self.bench.addresses.brokers);
-                self.tally.add("headers copied");
-            }
+            Kind::CopyHeaders => self.copy_headers(),
             Kind::RestorePostgres => self.restore(round),
             Kind::ResetOffsets => self.reset(round),
+            Kind::EmptyPostgres => self.empty(round),
+            Kind::ReplacePostgres => self.replace(round),
+            Kind::RemakeTopic => self.make_anew(round),
             _ => self.servers_round(round),
         }
         self.tally.round(round.kind);
@@ -141,6 +143,51 @@ impl Run {
         sickness.heal(bench);
     }
 
+    /// A host says so everywhere.
+    pub(crate) fn must_say(&mut self, listening: &Listening, deed: &'static str, words: &Words) {
+        let hosts = &self.bench.hosts;
+        let evidence = listening.until_said(deed, words, || hosts.speakers());
+        judge_said(&evidence, &mut self.found);
+        self.evidence.push(evidence);
+    }
+
+    /// No host says what is not so; the books are paused, and worked off.
+    fn must_be_quiet(&mut self, since: &Counted, after: &'static str) {
+        let hosts = &self.bench.hosts;
+        // An idle lane may not have looked yet.
+        let is_long_ago = |at: Instant| at.elapsed() >= ALL_SAID_WITHIN;
+        let rows_are_kept = self.changed_database.is_none_or(is_long_ago);
+        let quiet = Quiet {
+            after,
+            behind: quiet::until_not_behind(|| hosts.speakers()),
+            counted: quiet::miscounted(since, &hosts.speakers(), rows_are_kept),
+        };
+        judge_quiet(&quiet, &mut self.found);
+        self.quiet.push(quiet);
+    }
+
+    /// What another program wrote is no repetition, whatever headers it has.
+    fn copy_headers(&mut self) {
+        let since = Counted::by(&self.bench.hosts.speakers());
+        let brokers = &self.bench.addresses.brokers;
+        self.others.write(brokers);
+        self.tally.add("headers copied");
+        let ends = reader::bounds(brokers, INPUT);
+        let is_behind = |p: &Progress| p.group == FIRST.group && p.committed < ends[&p.partition].1;
+        let deadline = Instant::now() + GETS_ON;
+        while !(self.lag.progress()).is_ok_and(|all| !all.iter().any(is_behind)) {
+            if Instant::now() >= deadline {
+                let what = "what was copied is not worked off".to_owned();
+                self.found.add(Anomaly::Stalled, || what);
+                return;
+            }
+            std::thread::sleep(ASK_INTERVAL);
+        }
+        self.books.pause();
+        self.must_be_quiet(&since, "headers copied");
+        self.books.go_on();
+    }
+
     /// Slow servers are no trouble: the stages get on.
     fn slow(&mut self, round: &Round) {
         let ways: &[&Proxy] = if round.rough {
@@ -182,6 +229,7 @@ impl Run {
 
     /// All of the books is processed and then removed: nobody may take markers that are gone for a gap.
     fn retention(&mut self, round: &Round) {
+        let since = Counted::by(&self.bench.hosts.speakers());
         self.books.pause();
         self.bench.hosts.thaw_all();
         if let Err(behind) = offsets::until_worked_off(&self.bench, &self.lag) {
@@ -196,11 +244,20 @@ impl Run {
             self.bench.hosts.add();
             self.tally.add("books removed, a host killed");
         }
+        self.must_be_quiet(&since, "books removed");
         self.books.go_on();
     }
 
     /// What was processed since the copy is processed again: that is said, and nothing of it is lost.
     fn restore(&mut self, round: &Round) {
+        // A copy that lacks a lane's row is one that was emptied, to its hosts, and that is another round.
+        let have_rows = |rows: &restore::Offsets| {
+            rows.len() == TRANSACTIONAL_LANES && rows.values().all(|next| *next > 0)
+        };
+        let deadline = Instant::now() + GETS_ON;
+        while !have_rows(&restore::offsets(&self.bench)) && Instant::now() < deadline {
+            std::thread::sleep(ASK_INTERVAL);
+        }
         let copy = Copy::take(&self.bench);
         let deadline = Instant::now() + GETS_ON;
         while copy.behind(&self.bench) < SINCE_COPY && Instant::now() < deadline {
@@ -227,9 +284,11 @@ impl Run {
             }
         }
         if is_known {
-            self.must_log(&listening, "a database set back", &["is an older copy"]);
+            self.must_say(&listening, "a database set back", &Words::OLDER);
             self.tally.add("and known to be older");
         }
+        self.bench.to_postgres.set(Link::Open);
+        self.changed_database = Some(Instant::now());
         let deadline = Instant::now() + GETS_ON;
         while !restore::have_got_to(&self.bench, &before) {
             if Instant::now() >= deadline {
@@ -243,6 +302,7 @@ impl Run {
 
     /// Where a group is set to counts for a stage that is delivered to at least once; for a transactional one its rows do.
     fn reset(&mut self, round: &Round) {
+        let since = Counted::by(&self.bench.hosts.speakers());
         let listening = Listening::begin(&[]);
         let to_first = round.rough;
         let (reset, is_set) = self.while_stopped(|bench| {
@@ -259,10 +319,14 @@ impl Run {
             let words = ["was set by somebody else"];
             self.must_log(&listening, "a group's offsets set", &words);
         }
+        // The row counts, and nothing is amiss with it.
+        self.books.pause();
+        self.must_be_quiet(&since, "a group's offsets set");
+        self.books.go_on();
     }
 
     /// Does something while no host runs.
-    fn while_stopped<T>(&mut self, work: impl FnOnce(&Bench) -> T) -> T {
+    pub(crate) fn while_stopped<T>(&mut self, work: impl FnOnce(&Bench) -> T) -> T {
         let hosts = self.bench.hosts.count();
         self.bench.hosts.stop_all(&mut self.found);
         let done = work(&self.bench);

@@ -10,9 +10,13 @@ use crate::judge::{Anomalies, Anomaly};
 
 /// How long a trouble may last before it is said in all three places.
 pub(crate) const SAID_WITHIN: Duration = Duration::from_secs(30);
+/// How long until every lane has said what is amiss with it: an idle one looks at its row each 15 s.
+pub(crate) const ALL_SAID_WITHIN: Duration = Duration::from_secs(60);
 /// How soon all hosts say that all is well, once it is.
 pub(crate) const OVER_WITHIN: Duration = Duration::from_secs(60);
 const ASK: Duration = Duration::from_secs(2);
+/// Counts the lanes whose rows were older ones, or gone.
+pub(crate) const ROWS_LOST: &str = "stagehost_rows_lost_total";
 const ASK_INTERVAL: Duration = Duration::from_millis(200);
 
 /// A host that can be asked.
@@ -33,6 +37,8 @@ pub(crate) struct Words {
     pub(crate) log: &'static [&'static str],
     /// In the name and labels of a metric, of which one is not as it should be.
     pub(crate) metrics: &'static [&'static str],
+    /// In the name and labels of a counter, of which one goes up.
+    pub(crate) counters: &'static [&'static str],
 }
 
 impl Words {
@@ -41,30 +47,55 @@ impl Words {
         readyz: &["store effects: ", "SQL store `effects`"],
         log: &["SQL store `effects`"],
         metrics: &["store=\"effects\"", "for=\"store\""],
+        counters: &[],
     };
     pub(crate) const CACHE: Self = Self {
         readyz: &["store cache: ", "Redis store `cache`"],
         log: &["Redis store `cache`"],
         metrics: &["store=\"cache\"", "for=\"store\""],
+        counters: &[],
     };
     pub(crate) const LOG: Self = Self {
         readyz: &["log: ", "waits for the log"],
         log: &["the log at ", "waits for the log"],
         metrics: &["stagehost_log_available", "for=\"log\""],
+        counters: &[],
     };
     /// The hosts' user may not do what it has to.
     pub(crate) const RIGHTS: Self = Self {
         readyz: &["Kafka user lacks"],
         log: &["Kafka user lacks"],
         metrics: &["for=\"log\""],
+        counters: &[],
     };
     /// The same, where no lane waits for it: the group has taken its lanes away.
     pub(crate) const GROUP: Self = Self {
         metrics: &[],
         ..Self::RIGHTS
     };
+    /// The database is an older copy, and has not again yet what it lost.
+    pub(crate) const OLDER: Self = Self {
+        readyz: &["has again what it lost"],
+        log: &["is an older copy"],
+        metrics: &["for=\"row\""],
+        counters: &[ROWS_LOST],
+    };
+    /// The database has none of the lanes' rows.
+    pub(crate) const EMPTIED: Self = Self {
+        readyz: &["the database was emptied, or is another one"],
+        log: &["the database was emptied, or is another one"],
+        metrics: &["for=\"operator\""],
+        counters: &[ROWS_LOST],
+    };
+    /// A topic has other records than those that its lanes know.
+    pub(crate) const MADE_ANEW: Self = Self {
+        readyz: &["was deleted and made anew"],
+        log: &["was deleted and made anew"],
+        metrics: &["for=\"operator\""],
+        counters: &[],
+    };
 
-    fn is_in(words: &[&str], text: &str) -> bool {
+    pub(crate) fn is_in(words: &[&str], text: &str) -> bool {
         words.iter().any(|word| text.contains(word))
     }
 }
@@ -76,8 +107,11 @@ pub(crate) struct Evidence {
     pub(crate) readyz: Option<String>,
     pub(crate) log: Option<String>,
     pub(crate) metrics: Option<String>,
+    pub(crate) counter: Option<String>,
     /// Of what it is no matter whether a metric says it.
     pub(crate) needs_metrics: bool,
+    /// Of what is to be counted.
+    pub(crate) needs_counter: bool,
 }
 
 impl Evidence {
@@ -90,6 +124,7 @@ impl Evidence {
             ("/readyz", self.readyz.is_none()),
             ("the log", self.log.is_none()),
             ("the metrics", self.needs_metrics && self.metrics.is_none()),
+            ("the counter", self.needs_counter && self.counter.is_none()),
         ];
         let missing = all.into_iter().filter(|(_, is_missing)| *is_missing);
         missing.map(|(place, _)| place).collect()
@@ -110,6 +145,7 @@ pub(crate) fn judge_said(evidence: &Evidence, found: &mut Anomalies) {
 pub(crate) struct Listening {
     /// How long their logs were.
     logs: HashMap<String, usize>,
+    counted: Counted,
 }
 
 impl Listening {
@@ -117,6 +153,7 @@ impl Listening {
         let length = |speaker: &Speaker| (speaker.name.clone(), read(speaker).len());
         Self {
             logs: speakers.iter().map(length).collect(),
+            counted: Counted::by(speakers),
         }
     }
 
@@ -134,6 +171,7 @@ impl Listening {
                 let evidence = all.entry(speaker.name.clone()).or_insert_with(|| Evidence {
                     trouble,
                     needs_metrics: !words.metrics.is_empty(),
+                    needs_counter: !words.counters.is_empty(),
                     ..Evidence::default()
                 });
                 self.add(evidence, words, &speaker);
@@ -158,10 +196,14 @@ impl Listening {
             let said = said.map(|(_, text)| text);
             evidence.readyz = said.filter(|text| Words::is_in(words.readyz, text));
         }
-        if evidence.metrics.is_none() {
-            let metrics = get(&speaker.admin, "/metrics").map(|(_, text)| text);
-            let mut troubles = troubles(&metrics.unwrap_or_default()).into_iter();
-            evidence.metrics = troubles.find(|line| Words::is_in(words.metrics, line));
+        if evidence.metrics.is_none() || evidence.counter.is_none() {
+            let metrics = metrics(speaker);
+            let mut troubles = troubles(&metrics).into_iter();
+            let line = troubles.find(|line| Words::is_in(words.metrics, line));
+            evidence.metrics = evidence.metrics.take().or(line);
+            let mut grown = self.counted.grown(speaker, &metrics).into_iter();
+            let line = grown.find(|line| Words::is_in(words.counters, line));
+            evidence.counter = evidence.counter.take().or(line);
         }
         if evidence.log.is_none() {
             evidence.log = self.line(speaker, words.log, &[" WARN ", " ERROR "]);
@@ -187,15 +229,66 @@ impl Listening {
 
     /// The first line since with one of these words, of one of these levels.
     fn line(&self, speaker: &Speaker, words: &[&str], levels: &[&str]) -> Option<String> {
-        let log = read(speaker);
-        let since = self.logs.get(&speaker.name).copied().unwrap_or(0);
-        let mut lines = log.get(since..)?.lines();
+        let log = self.log(speaker);
+        let mut lines = log.lines();
         let found = lines.find(|line| {
             let level = levels.is_empty() || Words::is_in(levels, line);
             level && Words::is_in(words, line)
         });
         found.map(str::to_owned)
     }
+
+    /// What a host has logged since.
+    pub(crate) fn log(&self, speaker: &Speaker) -> String {
+        let mut log = read(speaker);
+        let since = self.logs.get(&speaker.name).copied().unwrap_or(0);
+        log.split_off(since.min(log.len()))
+    }
+}
+
+/// What hosts have counted up to a moment: of each, by series. One that begins later begins at 0.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Counted(HashMap<(String, String), f64>);
+
+impl Counted {
+    pub(crate) fn by(speakers: &[Speaker]) -> Self {
+        let mut all = HashMap::new();
+        for speaker in speakers {
+            for (series, value) in counters(&metrics(speaker)) {
+                all.insert((speaker.name.clone(), series.to_owned()), value);
+            }
+        }
+        Self(all)
+    }
+
+    /// The series in which a host has counted on since, a line each.
+    pub(crate) fn grown(&self, speaker: &Speaker, metrics: &str) -> Vec<String> {
+        let before = |series: &str| {
+            let place = (speaker.name.clone(), series.to_owned());
+            self.0.get(&place).copied().unwrap_or(0.0)
+        };
+        let grown = counters(metrics).into_iter();
+        let grown = grown.filter(|(series, value)| *value > before(series));
+        grown
+            .map(|(series, value)| format!("{series} {value}, and was {}", before(series)))
+            .collect()
+    }
+}
+
+fn counters(metrics: &str) -> Vec<(&str, f64)> {
+    let series = metrics.lines().filter(|line| !line.starts_with('#'));
+    let values = series.filter_map(|line| {
+        let (series, value) = line.rsplit_once(' ')?;
+        let is_counter = series.split('{').next()?.ends_with("_total");
+        Some((series, value.parse().ok()?)).filter(|_| is_counter)
+    });
+    values.collect()
+}
+
+/// What a host answers of its metrics; nothing of one that does not answer.
+pub(crate) fn metrics(speaker: &Speaker) -> String {
+    let metrics = get(&speaker.admin, "/metrics").map(|(_, text)| text);
+    metrics.unwrap_or_default()
 }
 
 fn read(speaker: &Speaker) -> String {
@@ -302,7 +395,37 @@ stagehost_messages_total{stage=\"first\",outcome=\"done\"} 7
         }
     }
 
-    /// Planted: a host that leaves out a place, all three in turn.
+    #[test]
+    fn counters_that_go_up_are_told() {
+        let speaker = Speaker {
+            name: "host-1".to_owned(),
+            admin: String::new(),
+            log: PathBuf::new(),
+        };
+        let place = (
+            "host-1".to_owned(),
+            "stagehost_rows_lost_total{stage=\"first\"}".to_owned(),
+        );
+        let counted = Counted(HashMap::from([(place, 2.0)]));
+        let metrics =
+            |value| format!("{WELL}stagehost_rows_lost_total{{stage=\"first\"}} {value}\n");
+        let lost = |metrics: &str| {
+            let mut grown = counted.grown(&speaker, metrics);
+            grown.retain(|line| line.contains(ROWS_LOST));
+            grown.len()
+        };
+        assert_eq!(lost(&metrics(2)), 0);
+        assert_eq!(lost(&metrics(3)), 1);
+        // Of a host that was not there.
+        let counted = Counted::default();
+        assert_eq!(
+            counted.grown(&speaker, &metrics(0)).len(),
+            1,
+            "what is done"
+        );
+    }
+
+    /// Planted: a host that leaves out a place, all of them in turn.
     #[test]
     fn a_trouble_that_is_not_said_in_every_place_is_an_anomaly() {
         let said = || Some("said".to_owned());
@@ -311,13 +434,16 @@ stagehost_messages_total{stage=\"first\",outcome=\"done\"} 7
             readyz: said(),
             log: said(),
             metrics: said(),
+            counter: said(),
             needs_metrics: true,
+            needs_counter: true,
         };
-        let silent: [fn(&mut Evidence); 4] = [
+        let silent: [fn(&mut Evidence); 5] = [
             |_| {},
             |e| e.readyz = None,
             |e| e.log = None,
             |e| e.metrics = None,
+            |e| e.counter = None,
         ];
         for (n, silent) in silent.into_iter().enumerate() {
             let mut evidence = whole.clone();

@@ -51,10 +51,16 @@ pub(crate) enum Kind {
     RestorePostgres,
     /// An operator resets the offsets of groups.
     ResetOffsets,
+    /// The lanes' rows are gone from their database, with what came of the messages still there.
+    EmptyPostgres,
+    /// Another database is in the place of the stages', with nothing in it.
+    ReplacePostgres,
+    /// An input is deleted and made anew.
+    RemakeTopic,
 }
 
 impl Kind {
-    pub(crate) const ALL: [Self; 21] = [
+    pub(crate) const ALL: [Self; 24] = [
         Self::KillHost,
         Self::FreezeHost,
         Self::StopHost,
@@ -76,6 +82,9 @@ impl Kind {
         Self::CopyHeaders,
         Self::RestorePostgres,
         Self::ResetOffsets,
+        Self::EmptyPostgres,
+        Self::ReplacePostgres,
+        Self::RemakeTopic,
     ];
 
     /// How it is called in the report.
@@ -102,6 +111,9 @@ impl Kind {
             Self::CopyHeaders => "copy-headers",
             Self::RestorePostgres => "restore-postgres",
             Self::ResetOffsets => "reset-offsets",
+            Self::EmptyPostgres => "empty-postgres",
+            Self::ReplacePostgres => "replace-postgres",
+            Self::RemakeTopic => "remake-topic",
         }
     }
 }

@@ -85,9 +85,13 @@ impl Bench {
 
     /// Sends the messages.
     pub(crate) async fn send(&self, messages: &[Value]) {
+        self.send_to(&self.input, messages).await;
+    }
+
+    async fn send_to(&self, topic: &str, messages: &[Value]) {
         let values: Vec<_> = messages.iter().map(Value::to_string).collect();
         let records: Vec<_> = values.iter().map(|v| (Some("k"), v.as_str())).collect();
-        self.log.produce(&self.input, &records).await;
+        self.log.produce(topic, &records).await;
     }
 
     /// Sends the messages, waits until all are committed, and answers outputs and dead letters.
@@ -112,6 +116,58 @@ impl Bench {
         let metrics = get(&self.host.address("admin"), "/metrics").1;
         let found = metrics.lines().find_map(|l| l.strip_prefix(line));
         found.map(|rest| rest.trim().to_string())
+    }
+}
+
+/// Another stage of a bench's host, on the same stores: with a topic and a group of its own.
+pub(crate) struct Neighbour {
+    pub(crate) input: String,
+    group: String,
+}
+
+impl Neighbour {
+    pub(crate) fn new() -> Self {
+        Self {
+            input: unique("beside"),
+            group: unique("group"),
+        }
+    }
+
+    /// What goes behind the settings of the bench's own stage.
+    pub(crate) fn tables(&self, settings: &str) -> String {
+        let Self { input, group } = self;
+        let output = unique("out");
+        let component = component("test-probe");
+        format!(
+            r#"
+            [topics."{input}"]
+            [topics."{output}"]
+            [stages.neighbour]
+            component = "{component}"
+            input = ["{input}"]
+            group = "{group}"
+            output = ["{output}"]
+            redis = {{ cache = {{ prefix = "n:" }} }}
+            sql = ["db"]
+            retry = {{ max-attempts = 3, initial = "10ms", max = "50ms" }}
+            {settings}
+            "#
+        )
+    }
+
+    pub(crate) async fn send(&self, bench: &Bench, messages: &[Value]) {
+        bench.send_to(&self.input, messages).await;
+    }
+
+    /// Waits until all that was sent is done, and nothing of it was given up on.
+    pub(crate) fn is_well(&self, bench: &Bench) {
+        bench.log.wait_committed(&self.group, &self.input);
+        let given_up = "stagehost_messages_total{stage=\"neighbour\",outcome=\"dead-letter\"}";
+        let given_up = bench.metric(given_up);
+        assert!(
+            matches!(given_up.as_deref(), None | Some("0")),
+            "{given_up:?}"
+        );
     }
 }
 

@@ -13,6 +13,9 @@ use self::cluster::{Cluster, Turn};
 use crate::support::{Host, Log, component, get, http, unique};
 
 mod cluster;
+mod forgetful;
+mod leaderless;
+mod older;
 
 /// How long messages may take while a broker hangs, of which one after the other is sent. Its stage's thread was held up for
 /// 3.5 of every 4.5 s before.
@@ -150,6 +153,13 @@ impl Bench {
         assert_eq!(self.log.read(&format!("{}.dlq", self.input)), []);
     }
 
+    /// Posts to a stage's output: status, head and body of the answer.
+    fn post(&self, delivery: &str) -> (u16, String, String) {
+        let form = "content-type: application/x-www-form-urlencoded";
+        let head = format!("POST /{delivery} HTTP/1.1\r\n{form}");
+        http(&self.host.address("HTTP"), &head, "n=1")
+    }
+
     /// Waits until readiness, the log and the metric say of each stage that so many of its lanes wait, and why.
     fn says(&self, lanes: usize, words: &[&str]) {
         let admin = self.host.address("admin");
@@ -282,17 +292,8 @@ async fn too_few_in_sync_replicas_are_waited_for_and_named() {
         &bench.input,
     ];
     bench.says(1, &words);
-    let routes = bench.host.address("HTTP");
-    let post = |delivery: &str| {
-        let form = "content-type: application/x-www-form-urlencoded";
-        http(
-            &routes,
-            &format!("POST /{delivery} HTTP/1.1\r\n{form}"),
-            "n=1",
-        )
-    };
     for delivery in DELIVERIES {
-        let (status, _, body) = post(delivery);
+        let (status, _, body) = bench.post(delivery);
         assert!(
             status == 503 && body.contains("the log"),
             "{status}: {body}"
@@ -303,9 +304,42 @@ async fn too_few_in_sync_replicas_are_waited_for_and_named() {
     bench.arrived(&Counts::from([(0, 6)]));
     bench.host.ready();
     for delivery in DELIVERIES {
-        assert_eq!(post(delivery).0, 202, "{delivery}");
+        assert_eq!(bench.post(delivery).0, 202, "{delivery}");
     }
     bench.send(0, 6..7).await;
     bench.arrived(&Counts::from([(0, 7)]));
+    bench.has_no_dead_letters();
+}
+
+/// By an operator, on a log that makes none by itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_output_that_is_deleted_is_waited_for_and_named() {
+    let turn = Turn::take().await;
+    let cluster = &turn.cluster;
+    let mut bench = Bench::start(cluster, &[&[1]], &[&[1]], &[]).await;
+    bench.send(0, 0..3).await;
+    bench.arrived(&Counts::from([(0, 3)]));
+
+    let topics = DELIVERIES.map(|delivery| output(&bench.input, delivery));
+    for topic in &topics {
+        cluster.delete(topic).await;
+    }
+    bench.send(0, 3..6).await;
+    bench.says(1, &["nknown topic"]);
+    for delivery in DELIVERIES {
+        assert_eq!(bench.post(delivery).0, 503, "{delivery}");
+    }
+    bench.has_no_dead_letters();
+
+    for (delivery, topic) in DELIVERIES.iter().zip(&topics) {
+        cluster.create(topic, &[&[1]], &[]).await;
+        let mut new = Output::new(&cluster.first(), topic);
+        let numbers = bench.host.wait_for("the messages", || {
+            let numbers = new.read().get(&0)?;
+            (numbers.len() >= 3).then(|| numbers.clone())
+        });
+        assert_eq!(numbers, [3, 4, 5], "{delivery}");
+    }
+    bench.host.ready();
     bench.has_no_dead_letters();
 }

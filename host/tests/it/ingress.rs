@@ -20,7 +20,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
-use crate::support::{server, unique};
+use crate::support::{Host, http as http_of, server, unique};
 use crate::wire::{Client, exchange, request};
 use fixture::{CLOSE, FORM, Fault, GOOD, JSON, Server, Topic, get, limits, post, set};
 
@@ -112,6 +112,34 @@ async fn a_record_that_the_log_finds_too_large_is_the_clients_fault() {
             .starts_with("HTTP/1.1 201")
     );
     server.stop().await;
+}
+
+/// librdkafka's own limit is a little lower than Kafka's.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_post_may_be_as_large_as_its_topic_takes() {
+    let (topic, brokers) = (unique("large"), server("KAFKA_BROKERS"));
+    let host = Host::start(&format!(
+        r#"
+        name = "large"
+        [kafka]
+        brokers = "{brokers}"
+        [topics."{topic}"]
+        [http]
+        listen = "127.0.0.1:0"
+        [[http.routes]]
+        path = "/post"
+        method = "POST"
+        produce = {{ topic = "{topic}", fields = ["n"] }}
+        [admin]
+        listen = "127.0.0.1:0"
+        "#
+    ));
+    host.ready();
+    let form = "content-type: application/x-www-form-urlencoded";
+    let head = format!("POST /post HTTP/1.1\r\n{form}");
+    let body = format!("n={}", "x".repeat(1_020_000));
+    let (status, _, said) = http_of(&host.address("HTTP"), &head, &body);
+    assert_eq!(status, 202, "{said}");
 }
 
 fn header(answer: &str, name: &str) -> String {

@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use crate::bench::Bench;
-use crate::support::Seen;
+use crate::support::{Seen, kafka_configs};
 
 /// A stage whose dead letters go to a topic with this configuration, on delivery of this kind.
 fn bench(delivery: &str, dead_letters: &str) -> Bench {
@@ -91,20 +91,28 @@ async fn a_record_whose_headers_fill_its_letter_goes_on_without_them() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_letter_whose_time_is_refused_has_it_in_a_header() {
-    for delivery in DELIVERIES {
-        let bench = bench(
-            delivery,
-            "\"message.timestamp.before.max.ms\" = \"86400000\"",
-        );
-        let year_2001 = 1_000_000_000_000;
+    let year_2001 = 1_000_000_000_000;
+    let year_2100 = 4_102_444_800_000;
+    for (delivery, bound, time) in [
+        (DELIVERIES[0], "before", year_2001),
+        (DELIVERIES[1], "before", year_2001),
+        (DELIVERIES[0], "after", year_2100),
+    ] {
+        let bound = format!("message.timestamp.{bound}.max.ms");
+        let bench = bench(delivery, &format!("\"{bound}\" = \"86400000\""));
+        // The input takes what the letters' topic does not: Kafka's own bound is an hour ahead.
+        let any = format!("{bound}={}", i64::MAX);
+        let of_input = ["--entity-type", "topics", "--entity-name", &bench.input];
+        kafka_configs(&[&["--alter", "--add-config", &any], &of_input[..]].concat());
         let bad = json!({ "do": "reject" }).to_string();
-        (bench.log).produce_at(&bench.input, &bad, year_2001).await;
+        (bench.log).produce_at(&bench.input, &bad, time).await;
         bench.log.wait_committed(&bench.group, &bench.input);
         let letters = letters(&bench);
-        let time = letters[0].header("stagehost-timestamp");
-        assert_eq!(time, Some("1000000000000"), "{delivery}");
+        let header = letters[0].header("stagehost-timestamp");
+        assert_eq!(header, Some(time.to_string().as_str()), "{delivery}");
         assert_eq!(letters[0].value.as_deref(), Some(bad.as_str()));
-        assert!(letters[0].timestamp.is_some_and(|time| time > year_2001));
+        let now = letters[0].timestamp;
+        assert!(now.is_some_and(|now| now > year_2001 && now < year_2100));
     }
 }
 
@@ -118,4 +126,63 @@ async fn a_letter_without_a_key_gets_one_where_its_topic_is_compacted() {
     let place = format!("{}/0/0", bench.input);
     assert_eq!(letters[0].key.as_deref(), Some(place.as_str()));
     assert!(cuts(&letters[0]).starts_with("key: none"));
+}
+
+/// Where many records make one batch that the log refuses, each of them may be taken.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_that_is_larger_than_a_segment_is_sent_record_by_record() {
+    const RECORDS: usize = 40;
+    let small =
+        "config = { \"segment.bytes\" = \"1048576\", \"max.message.bytes\" = \"10485760\" }";
+    for delivery in DELIVERIES {
+        let settings = format!("delivery = \"{delivery}\"");
+        let mut bench = Bench::with("test-probe", 1, &settings, "sqlite:db.sqlite", small);
+        let large =
+            "[kafka]\nproperties.\"batch.size\" = \"8000000\"\nproperties.\"linger.ms\" = \"200\"";
+        bench.pipeline = bench.pipeline.replace("[kafka]", large);
+        bench.restart();
+        let value = |n: usize| format!("{n:03}{}", "x".repeat(100_000));
+        let emit = |n| json!({ "do": "emit", "topic": bench.output, "value": value(n) });
+        let (outputs, dead) = bench
+            .deliver(&(0..RECORDS).map(emit).collect::<Vec<_>>())
+            .await;
+        let numbers = outputs
+            .iter()
+            .filter_map(|seen| seen.value.as_deref()?.get(1..4));
+        let expected: Vec<_> = (0..RECORDS).map(|n| format!("{n:03}")).collect();
+        assert_eq!(numbers.collect::<Vec<_>>(), expected, "{delivery}");
+        assert_eq!(dead, [], "{delivery}");
+    }
+}
+
+/// A letter's partition stands in the row of a transactional lane.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_letter_whose_topic_was_made_anew_with_fewer_partitions_is_placed_anew() {
+    const BEFORE: usize = 4;
+    for delivery in DELIVERIES {
+        let letters = crate::support::unique("dead");
+        let settings = format!(
+            "dead-letter = \"{letters}\"\ndelivery = \"{delivery}\"\n[topics.\"{letters}\"]\npartitions = 8"
+        );
+        let bench = Bench::start("test-probe", 1, &settings);
+        let bad = json!({ "do": "reject" }).to_string();
+        let send = async || {
+            let keys: Vec<_> = (0..BEFORE).map(|n| format!("key-{n}")).collect();
+            let records: Vec<_> = keys
+                .iter()
+                .map(|k| (Some(k.as_str()), bad.as_str()))
+                .collect();
+            bench.log.produce(&bench.input, &records).await;
+            bench.log.wait_committed(&bench.group, &bench.input);
+        };
+        send().await;
+        crate::offsets::make_anew(&letters).await;
+        send().await;
+        let seen = bench.log.read(&letters);
+        assert!(seen.len() >= BEFORE, "{delivery}: {} letters", seen.len());
+        assert!(
+            seen.iter().all(|letter| letter.partition == 0),
+            "{delivery}"
+        );
+    }
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use crate::support::{Host, Log, component, get, http, server, unique, until};
 
@@ -105,6 +106,40 @@ async fn two_hosts_share_the_partitions_and_one_takes_over() {
         3000,
         "a stop and a join in order repeat nothing"
     );
+}
+
+/// Nobody waits for it until its session is over, which is longer than this test waits for anything.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_without_partitions_leaves_its_group_at_its_stop() {
+    let brokers = server("KAFKA_BROKERS");
+    let log = Log::new(&brokers);
+    let session = "kafka.properties.\"session.timeout.ms\" = \"300000\"";
+    let mut echo = Echo::on(&brokers, session);
+    echo.pipeline = echo.pipeline.replace("partitions = 8", "partitions = 1");
+    let first = Host::start(&echo.pipeline);
+    echo.send(&log, 0, 1).await;
+    log.wait_committed(&echo.group, &echo.input);
+    let members = |count| {
+        until(&format!("{count} members"), || {
+            (log.members(&echo.group) == count).then_some(())
+        });
+    };
+    let second = Host::start(&echo.pipeline);
+    members(2);
+    assert_eq!(owned(&first, &echo.group).len(), 1);
+    let (status, said) = second.stop();
+    assert!(status.success(), "{said}");
+    members(1);
+    // And whatever it does when it is stopped.
+    for wait in (0..10).map(|n| Duration::from_millis(150 * n)) {
+        let host = Host::start(&echo.pipeline);
+        std::thread::sleep(wait);
+        let (status, said) = host.stop();
+        assert!(status.success(), "after {wait:?}: {status}: {said}");
+        members(1);
+    }
+    echo.send(&log, 1, 100).await;
+    log.wait_committed(&echo.group, &echo.input);
 }
 
 /// While the group hands partitions round, it refuses commits of those that a host keeps.

@@ -10,6 +10,7 @@ mod brokers;
 mod check;
 mod concurrent;
 mod delivery;
+mod group_offsets;
 mod ids;
 mod ingress;
 mod letters;

@@ -54,7 +54,9 @@ fn at(topic: &str, offset: i64) -> TopicPartitionList {
 
 /// As retention does.
 async fn remove_below(topic: &str, offset: i64) {
-    let removed = admin().delete_records(&at(topic, offset), &AdminOptions::new());
+    // Held until it has answered: without its thread nobody does.
+    let admin = admin();
+    let removed = admin.delete_records(&at(topic, offset), &AdminOptions::new());
     removed.await.expect("removed");
 }
 
@@ -92,7 +94,7 @@ fn committed_words(group: &str, topic: &str) -> String {
     element.metadata().to_owned()
 }
 
-async fn make_anew(topic: &str) {
+pub(crate) async fn make_anew(topic: &str) {
     let (admin, options) = (admin(), AdminOptions::new());
     let deleted = admin.delete_topics(&[topic], &options).await;
     deleted.expect("deleted");
@@ -224,6 +226,24 @@ async fn a_marker_that_was_passed_is_passed_after_a_kill() {
     assert_eq!(numbers(&bench), (0..6).collect::<Vec<_>>());
 }
 
+/// An operator's reset takes away what the group's commit told of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_marker_that_was_passed_is_passed_after_a_stop_and_a_reset() {
+    let url = database().await;
+    let mut bench = Bench::with("test-probe", 1, "", &url, "");
+    transactions(&bench.input, &[(&emits(&bench, 0..5), true)]);
+    bench.log.wait_committed(&bench.group, &bench.input);
+    // Before the lane has been idle for long.
+    stop(&mut bench);
+    reset(&bench.group, &bench.input, 6);
+    remove_below(&bench.input, 6).await;
+    bench.restart();
+    bench.host.ready();
+    transactions(&bench.input, &[(&emits(&bench, 5..6), true)]);
+    bench.log.wait_committed(&bench.group, &bench.input);
+    assert_eq!(numbers(&bench), (0..6).collect::<Vec<_>>());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn records_of_transactions_that_nobody_saw_before_they_were_removed_are_a_gap() {
     for delivery in DELIVERIES {
@@ -241,13 +261,30 @@ async fn records_of_transactions_that_nobody_saw_before_they_were_removed_are_a_
     }
 }
 
+/// A bench that has read five messages and was stopped. The log writes ids of topics with slashes, one in four or so.
+async fn read_with_a_slash_in_its_topics_id(url: &str) -> Bench {
+    const TRIES: usize = 50;
+    for _ in 0..TRIES {
+        execute(url, "DROP TABLE IF EXISTS stagehost_progress").await;
+        let mut bench = Bench::with("test-probe", 1, "", url, "");
+        bench.deliver(&emits(&bench, 0..5)).await;
+        stop(&mut bench);
+        let words = committed_words(&bench.group, &bench.input);
+        let id = words
+            .split(' ')
+            .find_map(|word| word.strip_prefix("topic="));
+        if id.expect("the topic's id").contains('/') {
+            return bench;
+        }
+    }
+    panic!("no id with a slash in {TRIES} tries");
+}
+
 /// Longer than the one before, so that its offsets alone do not tell; and Kafka forgets the group's with the topic.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_topic_made_anew_that_is_longer_than_what_was_read_is_noticed() {
     let url = database().await;
-    let mut bench = Bench::with("test-probe", 1, "", &url, "");
-    bench.deliver(&emits(&bench, 0..5)).await;
-    stop(&mut bench);
+    let mut bench = read_with_a_slash_in_its_topics_id(&url).await;
     make_anew(&bench.input).await;
     bench.send(&emits(&bench, 100..120)).await;
     for _ in 0..2 {
@@ -395,4 +432,25 @@ async fn the_log_names_the_offset_at_which_reading_begins() {
         bench.restart();
         says(&bench, &["reading what was assigned: ", "from offset 5"]);
     }
+}
+
+/// What was done meanwhile is not done again, though the row says nothing of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stage_that_was_at_least_once_for_a_while_goes_on_behind_what_was_done() {
+    let url = database().await;
+    let mut bench = Bench::with("test-probe", 1, "", &url, "");
+    bench.deliver(&emits(&bench, 0..5)).await;
+    stop(&mut bench);
+    let pipeline = bench.pipeline.clone();
+    let stage = "[stages.probe]\n";
+    assert!(pipeline.contains(stage));
+    bench.pipeline = pipeline.replace(stage, &format!("{stage}delivery = \"at-least-once\"\n"));
+    bench.restart();
+    bench.deliver(&emits(&bench, 5..10)).await;
+    stop(&mut bench);
+    bench.pipeline = pipeline;
+    bench.restart();
+    bench.deliver(&emits(&bench, 10..12)).await;
+    assert_eq!(numbers(&bench), (0..12).collect::<Vec<_>>());
+    says(&bench, &["at least once", "stayed at 5", "going on there"]);
 }

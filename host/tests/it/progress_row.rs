@@ -1,11 +1,14 @@
 //! A lane's row in `stagehost_progress` that somebody else has written into: what it says is checked before it is done.
 
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
 use host::delivery::output;
 use host::record::Outgoing;
 use sqlx::{Connection, PgConnection};
 
 use crate::bench::Bench;
-use crate::support::{server, unique};
+use crate::support::{PATIENCE, get, server, unique};
 
 /// A database of its own, for what is done to the table in it is done to all lanes.
 pub(crate) async fn database() -> String {
@@ -85,36 +88,135 @@ async fn outputs_that_are_not_granted_stay_in_the_row_and_readiness_says_so() {
     bench.deliver(&[emit]).await;
 }
 
+/// What is done to each row of a group that gets a commit, until it is dropped with `undo`.
+struct Meddler<'a> {
+    url: &'a str,
+    name: String,
+}
+
+impl<'a> Meddler<'a> {
+    /// `does` is PL/pgSQL, which sees the row as `OLD` and `NEW`.
+    async fn start(url: &'a str, group: &str, does: &str) -> Self {
+        let name = unique("meddler").replace('-', "_");
+        let function = format!(
+            "CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN \
+             IF NEW.consumer_group = '{group}' AND NEW.commits > OLD.commits THEN {does} END IF; RETURN NEW; END $$"
+        );
+        execute(url, function, None).await;
+        let trigger = format!(
+            "CREATE TRIGGER {name} BEFORE UPDATE ON stagehost_progress FOR EACH ROW EXECUTE FUNCTION {name}()"
+        );
+        execute(url, trigger, None).await;
+        Self { url, name }
+    }
+
+    async fn undo(self) {
+        let drop = format!("DROP FUNCTION {} CASCADE", self.name);
+        execute(self.url, drop, None).await;
+    }
+}
+
+/// How often the lane could not keep its row, as its log has it: once a try.
+fn tries(bench: &Bench) -> usize {
+    bench.host.log().matches("; next try in ").count()
+}
+
+/// What readiness says is in the log and in metrics too. A lane that does not wait longer each time would try again some
+/// thousand times meanwhile.
+async fn check_trouble(bench: &Bench, words: &str) {
+    const LOOK: Duration = Duration::from_secs(10);
+    const MOST_TRIES: usize = 6;
+    for metric in [
+        "stagehost_lanes_stopped{stage=\"probe\"}",
+        "stagehost_lanes_waiting{stage=\"probe\",for=\"row\"}",
+    ] {
+        assert_eq!(bench.metric(metric).as_deref(), Some("1"), "{metric}");
+    }
+    let log = bench.host.log();
+    let said = log.lines().find(|line| line.contains("; next try in "));
+    let said = said.unwrap_or_else(|| panic!("nothing is said of it: {log}"));
+    for part in ["WARN", "stage=\"probe\"", words] {
+        assert!(said.contains(part), "{part} is not in {said}");
+    }
+    let before = tries(bench);
+    tokio::time::sleep(LOOK).await;
+    let more = tries(bench) - before;
+    assert!(more <= MOST_TRIES, "{more} tries in {LOOK:?}");
+}
+
+/// The trouble is over, and said to be.
+fn check_over(bench: &Bench) {
+    bench.log.wait_committed(&bench.group, &bench.input);
+    bench.host.ready();
+    for metric in [
+        "stagehost_lanes_stopped{stage=\"probe\"}",
+        "stagehost_lanes_waiting{stage=\"probe\",for=\"row\"}",
+    ] {
+        assert_eq!(bench.metric(metric).as_deref(), Some("0"), "{metric}");
+    }
+    assert!(bench.host.log().contains("the lane's row is kept again"));
+}
+
+/// As if another host took the row before each commit.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lane_that_cannot_keep_its_row_is_not_ready() {
     let url = database().await;
     let bench = Bench::with("test-probe", 1, "", &url, "");
-    let (group, name) = (&bench.group, unique("thief").replace('-', "_"));
-    // As if another host took the row before each commit.
-    let steals = format!(
-        "CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN \
-         IF NEW.consumer_group = '{group}' AND NEW.commits > OLD.commits THEN RETURN NULL; END IF; RETURN NEW; END $$"
-    );
-    execute(&url, steals, None).await;
-    let trigger = format!(
-        "CREATE TRIGGER {name} BEFORE UPDATE ON stagehost_progress FOR EACH ROW EXECUTE FUNCTION {name}()"
-    );
-    execute(&url, trigger, None).await;
+    let meddler = Meddler::start(&url, &bench.group, "RETURN NULL;").await;
     let emit = serde_json::json!({ "do": "emit", "topic": bench.output, "value": 1 });
     bench.send(std::slice::from_ref(&emit)).await;
     let said = bench.not_ready(&["can't be kept"]);
     assert!(said.contains("times in a row"), "{said}");
-    let stopped = bench.metric("stagehost_lanes_stopped{stage=\"probe\"}");
-    assert_eq!(stopped.as_deref(), Some("1"));
-
-    execute(
-        &url,
-        format!("DROP TRIGGER {name} ON stagehost_progress"),
-        None,
-    )
-    .await;
-    bench.log.wait_committed(&bench.group, &bench.input);
-    bench.host.ready();
+    check_trouble(&bench, "does not take a commit").await;
+    meddler.undo().await;
+    check_over(&bench);
     assert_eq!(bench.log.read(&bench.output).len(), 1);
-    execute(&url, format!("DROP FUNCTION {name}()"), None).await;
+}
+
+/// Each of the lane's commits is taken, and the row is another's right after it: a host of another cluster that has the same
+/// group and database, say, or somebody who sets the row again and again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lane_whose_row_is_taken_after_each_commit_is_not_ready_and_waits_longer_each_time() {
+    const MEDDLERS: [(&str, &str); 3] = [
+        (
+            "NEW.epoch := OLD.epoch + 1;",
+            "another host has taken the partition over",
+        ),
+        (
+            "NEW.generation := OLD.generation + 1;",
+            "is another one than it has left",
+        ),
+        ("NEW := OLD;", "is another one than it has left"),
+    ];
+    for (does, words) in MEDDLERS {
+        let url = database().await;
+        let bench = Bench::with("test-probe", 1, "", &url, "");
+        let admin = bench.host.address("admin");
+        let emit = |n: u64| serde_json::json!({ "do": "emit", "topic": bench.output, "value": n });
+        bench.deliver(&[emit(0)]).await;
+        let meddler = Meddler::start(&url, &bench.group, does).await;
+        let mut sent = 1;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            bench.send(&[emit(sent)]).await;
+            sent += 1;
+            let (status, said) = get(&admin, "/readyz");
+            if status == 503 && said.contains("can't be kept, 4 times in a row") {
+                assert!(said.contains(words), "{does} {said}");
+                break;
+            }
+            assert!(Instant::now() < deadline, "{does} {said}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        check_trouble(&bench, words).await;
+        meddler.undo().await;
+        check_over(&bench);
+        // Those that were in a row came again, as the same outputs or as ones that the lost row no longer knew.
+        let outputs = bench.log.read(&bench.output);
+        let values: BTreeSet<_> = outputs
+            .iter()
+            .map(|output| output.json().as_u64())
+            .collect();
+        assert_eq!(values, (0..sent).map(Some).collect(), "{does}");
+    }
 }

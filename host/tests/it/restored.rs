@@ -374,6 +374,72 @@ async fn a_sqlite_file_that_is_replaced_under_a_running_host_is_noticed() {
     bench.host.ready();
 }
 
+/// A copy of before the last migration has it run, as at a start.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sqlite_file_of_before_the_last_migration_gets_it_under_a_running_host() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (file, migrations) = (folder.path().join("db.sqlite"), folder.path().join("m"));
+    let admin = Admin::sqlite(&file).await;
+    std::fs::create_dir(&migrations).expect("a folder");
+    let migration = |name: &str, text: &str| {
+        std::fs::write(migrations.join(name), text).expect("a migration");
+    };
+    migration("1_t.sql", "CREATE TABLE t (n bigint NOT NULL)");
+    let url = format!(
+        "sqlite:{}\"\nmigrations = \"{}",
+        file.display(),
+        migrations.display()
+    );
+    let mut bench = Bench::with("test-probe", 1, "", &url, "");
+    bench.host.ready();
+    deliver(&bench, 0..10).await;
+    let copy = folder.path().join("copy");
+    admin
+        .run(&format!("VACUUM INTO '{}'", copy.display()))
+        .await;
+    bench.host.signal(libc::SIGTERM);
+    bench.host.wait_for_end();
+    migration("2_more.sql", "ALTER TABLE t ADD COLUMN more bigint");
+    bench.restart();
+    bench.host.ready();
+    let more = async |numbers: std::ops::Range<i64>| {
+        let insert = |n| {
+            json!({
+                "do": "sql", "store": "db", "statement": "INSERT INTO t (n, more) VALUES ($1, $1)",
+                "params": [n], "execute": true,
+            })
+        };
+        bench.send(&Vec::from_iter(numbers.map(insert))).await;
+    };
+    more(10..20).await;
+    bench.log.wait_committed(&bench.group, &bench.input);
+    std::fs::rename(&copy, &file).expect("the copy is in its place");
+    more(20..30).await;
+    // Who opens the copy before the host has noticed finds the other file's log of writes beside it.
+    says(&bench, &["is another file than it was", "is an older copy"]);
+    until_numbers(&admin, 0..30).await;
+    bench.host.ready();
+    let dead = bench.log.read(&format!("{}.dlq", bench.input));
+    assert_eq!(dead.len(), 0);
+    // One that can't be brought to what the host has waits, and says why.
+    let newer = folder.path().join("newer");
+    admin
+        .run(&format!("VACUUM INTO '{}'", newer.display()))
+        .await;
+    let of_newer = Admin::Sqlite(format!("sqlite:{}", newer.display()));
+    of_newer
+        .run("UPDATE _sqlx_migrations SET version = 3 WHERE version = 2")
+        .await;
+    std::fs::rename(&newer, &file).expect("the copy is in its place");
+    more(30..31).await;
+    bench.not_ready(&["another file than it was", "migration 3 was run"]);
+    admin
+        .run("UPDATE _sqlx_migrations SET version = 2 WHERE version = 3")
+        .await;
+    until_numbers(&admin, 0..31).await;
+    bench.host.ready();
+}
+
 /// It is waited for, as any store is that does not do what it did.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_table_of_progress_that_is_dropped_is_waited_for_and_named() {

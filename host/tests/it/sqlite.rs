@@ -7,8 +7,8 @@ use host::capability::sql::{Database, Value as SqlValue};
 use host::pipeline::SqlUrl;
 use serde_json::{Value, json};
 
-use crate::bench::Bench;
-use crate::support::until;
+use crate::bench::{Bench, Neighbour};
+use crate::support::{get, until};
 
 const DELIVERIES: [&str; 2] = ["transactional", "at-least-once"];
 
@@ -110,6 +110,110 @@ async fn who_waits_for_a_guest_that_has_written_and_spins_loses_no_message() {
     let dead = bench.log.read(&format!("{}.dlq", bench.input));
     assert_eq!(dead.len(), 3, "the spinner's alone");
     database.close().await;
+}
+
+/// Rows without an end, of which the first is the last that is asked for.
+const ENDLESS: &str =
+    "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n";
+const CALLS: &str = "stagehost_invocation_seconds_count{stage=\"probe\"}";
+
+/// Of two stages on one file, one does something without an end that has written nothing: the other's messages are done while
+/// it is in that call.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stage_goes_on_while_another_spins_or_reads_for_ever_on_its_sqlite_file() {
+    const MESSAGES: i64 = 50;
+    let read = sql("SELECT count(*) FROM t");
+    let spin = json!({ "do": "spin" });
+    let hostile = [
+        spin.clone(),
+        json!({ "do": "steps", "steps": [read, spin] }),
+        sql(&format!("SELECT ({ENDLESS})")),
+    ];
+    for delivery in DELIVERIES {
+        for hostile in &hostile {
+            let neighbour = Neighbour::new();
+            let theirs = neighbour.tables(&format!("delivery = \"{delivery}\""));
+            // Longer than anybody here waits; a statement has 30 s.
+            let settings =
+                format!("delivery = \"{delivery}\"\nlimits = {{ deadline = \"1h\" }}\n{theirs}");
+            let bench = Bench::start("test-probe", 1, &settings);
+            let database = file_of(&bench).await;
+            bench.send(&[sql("INSERT INTO t VALUES (0)")]).await;
+            until("the first call", || {
+                (bench.metric(CALLS).as_deref() == Some("1")).then_some(())
+            });
+            bench.send(std::slice::from_ref(hostile)).await;
+            until("the lane to have no more than the hostile message", || {
+                (bench.log.lag(&bench.group, &bench.input) == 1).then_some(())
+            });
+            let read_first = |n: i64| {
+                let insert = sql(&format!("INSERT INTO t VALUES ({n})"));
+                json!({ "do": "steps", "steps": [sql("SELECT count(*) FROM t"), insert] })
+            };
+            let messages: Vec<_> = (1..=MESSAGES).map(read_first).collect();
+            neighbour.send(&bench, &messages).await;
+            until("the neighbour's messages to be done", || {
+                let done = "stagehost_messages_total{stage=\"neighbour\",outcome=\"done\"}";
+                (bench.metric(done) == Some(MESSAGES.to_string())).then_some(())
+            });
+            let calls = bench.metric(CALLS);
+            assert_eq!(
+                calls.as_deref(),
+                Some("1"),
+                "{hostile}: it is still in its call"
+            );
+            neighbour.is_well(&bench);
+            assert_eq!(count(&database).await, MESSAGES + 1);
+        }
+    }
+}
+
+/// One that writes for ever keeps the file until its deadline, and one that reads does not: either has that deadline as its
+/// cause, wherever it is asked for, and the other stage of the file loses nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_statement_without_end_on_sqlite_is_counted_and_named() {
+    const MESSAGES: i64 = 20;
+    const GIVEN_UP: &str = "stagehost_dead_letters_total{stage=\"probe\",cause=\"deadline\"}";
+    for delivery in DELIVERIES {
+        for hostile in [
+            format!("SELECT ({ENDLESS})"),
+            format!("INSERT INTO t SELECT ({ENDLESS})"),
+        ] {
+            let neighbour = Neighbour::new();
+            let theirs = neighbour.tables(&format!("delivery = \"{delivery}\""));
+            let settings =
+                format!("delivery = \"{delivery}\"\nlimits = {{ deadline = \"2s\" }}\n{theirs}");
+            let bench = Bench::start("test-probe", 1, &settings);
+            let database = file_of(&bench).await;
+            bench.send(&[sql(&hostile)]).await;
+            for n in 1..=MESSAGES {
+                let insert = sql(&format!("INSERT INTO t VALUES ({n})"));
+                neighbour.send(&bench, &[insert]).await;
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            bench.log.wait_committed(&bench.group, &bench.input);
+            neighbour.is_well(&bench);
+            assert_eq!(count(&database).await, MESSAGES, "{delivery} {hostile}");
+            let dead = bench.log.read(&format!("{}.dlq", bench.input));
+            assert_eq!(dead.len(), 1, "{delivery} {hostile}");
+            assert_eq!(dead[0].header("stagehost-cause"), Some("deadline"));
+            let deliveries = dead[0].header("__dlq.errors.delivery.count");
+            assert_eq!(deliveries, Some("3"), "{delivery} {hostile}");
+            let words = dead[0].header("__dlq.errors.message").unwrap_or_default();
+            assert!(
+                words.contains("deadline of 2s"),
+                "{delivery} {hostile}: {words}"
+            );
+            assert_eq!(bench.metric(GIVEN_UP).as_deref(), Some("1"), "{hostile}");
+            let log = bench.host.log();
+            let said = log.lines().find(|line| line.contains("given up on"));
+            let said = said.unwrap_or_else(|| panic!("nothing is said of it: {log}"));
+            assert!(said.contains("cause=\"deadline\""), "{said}");
+            assert_eq!(get(&bench.host.address("admin"), "/readyz").0, 200);
+            let (_, dead) = bench.deliver(&[sql("INSERT INTO t VALUES (0)")]).await;
+            assert_eq!(dead.len(), 1, "{delivery} {hostile}: the lane goes on");
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -298,14 +298,19 @@ pub(crate) fn get(address: &str, path: &str) -> (u16, String) {
 
 /// Changes what Kafka's authorizer allows, as Kafka's own tool does.
 pub(crate) fn acl(arguments: &[&str]) {
-    let jars = server("KAFKA_JARS");
+    kafka_tool("org.apache.kafka.tools.AclCommand", arguments);
+}
+
+/// Changes Kafka's settings, as its own tool does.
+pub(crate) fn kafka_configs(arguments: &[&str]) {
+    kafka_tool("kafka.admin.ConfigCommand", arguments);
+}
+
+fn kafka_tool(class: &str, arguments: &[&str]) {
+    let (jars, brokers) = (server("KAFKA_JARS"), server("KAFKA_BROKERS"));
     let done = std::process::Command::new("java")
         .args(["-XX:TieredStopAtLevel=1", "-cp", &format!("{jars}/*")])
-        .args([
-            "org.apache.kafka.tools.AclCommand",
-            "--bootstrap-server",
-            &server("KAFKA_BROKERS"),
-        ])
+        .args([class, "--bootstrap-server", &brokers])
         .args(arguments)
         .output()
         .expect("java");
@@ -485,6 +490,15 @@ impl Log {
                 .collect();
             (!ids.is_empty()).then_some(ids)
         })
+    }
+
+    /// How many members the group has.
+    pub(crate) fn members(&self, group: &str) -> usize {
+        use rdkafka::producer::Producer as _;
+        let groups = self.producer.client().fetch_group_list(Some(group), ASK);
+        let groups = groups.expect("the log's groups");
+        let members = groups.groups().iter().map(|group| group.members().len());
+        members.sum()
     }
 
     /// Records between the group's committed offsets and the ends of the topic's partitions.

@@ -5,14 +5,14 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::bench::{Bench, Proxy};
-use crate::support::{acl, server, unique};
+use crate::support::{acl, get, kafka_configs, server, unique};
 
 fn waiting(bench: &Bench, what: &str) -> bool {
     let line = format!("stagehost_lanes_waiting{{stage=\"probe\",for=\"{what}\"}}");
     bench.metric(&line).as_deref() == Some("1")
 }
 
-fn said_in_log(bench: &Bench, words: &str) {
+pub(crate) fn said_in_log(bench: &Bench, words: &str) {
     (bench.host).wait_for(words, || bench.host.log().contains(words).then_some(()));
 }
 
@@ -62,13 +62,19 @@ async fn a_store_that_does_not_answer_a_call_is_named() {
 }
 
 /// A stage on Kafka's listener that asks who it is, between two topics of its own.
-struct Guarded {
-    bench: Bench,
+pub(crate) struct Guarded {
+    pub(crate) bench: Bench,
 }
 
 impl Guarded {
     fn start(delivery: &str) -> Self {
-        let mut bench = Bench::start("test-probe", 1, &format!("delivery = \"{delivery}\""));
+        Self::with(delivery, 1, "")
+    }
+
+    /// With so many partitions, and these properties of librdkafka's.
+    pub(crate) fn with(delivery: &str, partitions: u32, more: &str) -> Self {
+        let settings = format!("delivery = \"{delivery}\"");
+        let mut bench = Bench::start("test-probe", partitions, &settings);
         let (plain, guarded) = (server("KAFKA_BROKERS"), server("KAFKA_SASL_BROKERS"));
         let (authority, password) = (server("KAFKA_CA_FILE"), server("KAFKA_SASL_PASSWORD"));
         let properties = format!(
@@ -77,7 +83,8 @@ impl Guarded {
             properties."sasl.mechanism" = "PLAIN"
             properties."sasl.username" = "stagehost"
             properties."sasl.password" = "{password}"
-            properties."ssl.ca.location" = "{authority}""#
+            properties."ssl.ca.location" = "{authority}"
+            {more}"#
         );
         bench.pipeline = (bench.pipeline).replace(&format!("brokers = \"{plain}\""), &properties);
         bench.restart();
@@ -143,4 +150,173 @@ async fn a_group_that_may_not_be_joined_any_more_is_said() {
         "READ on the consumer group",
     )
     .await;
+}
+
+/// The broker answers at once, and takes the next request when the time is over that it has told.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_quota_that_is_used_up_is_named() {
+    let client = unique("client");
+    let property = format!("properties.\"client.id\" = \"{client}\"");
+    let guarded = Guarded::with("at-least-once", 1, &property);
+    let bench = &guarded.bench;
+    let quota = |change: [&str; 2]| {
+        let entity = [
+            "--alter",
+            "--entity-type",
+            "clients",
+            "--entity-name",
+            &client,
+        ];
+        kafka_configs(&[&entity[..], &change].concat());
+    };
+    quota(["--add-config", "consumer_byte_rate=2000"]);
+    let large = json!({ "do": "emit", "topic": bench.output, "value": "x".repeat(60_000) });
+    for _ in 0..3 {
+        bench.send(std::slice::from_ref(&large)).await;
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    bench.not_ready(&["its leader, broker", "quota", "consumer_byte_rate"]);
+    said_in_log(bench, "consumer_byte_rate");
+    quota(["--delete-config", "consumer_byte_rate"]);
+    bench.log.wait_committed(&bench.group, &bench.input);
+    bench.host.ready();
+    assert_eq!(bench.log.read(&bench.output).len(), 3);
+}
+
+/// What is behind it is kept back from who reads what is committed: for good, if its program is gone and its time is long.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transaction_of_another_program_that_stays_open_is_named() {
+    use rdkafka::ClientConfig;
+    use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
+
+    let bench = Bench::start("test-probe", 1, "");
+    let emit = json!({ "do": "emit", "topic": bench.output, "value": 1 });
+    bench.deliver(std::slice::from_ref(&emit)).await;
+    let time = Duration::from_secs(10);
+    let other: BaseProducer = ClientConfig::new()
+        .set("bootstrap.servers", server("KAFKA_BROKERS"))
+        .set("transactional.id", unique("other"))
+        .set("transaction.timeout.ms", "600000")
+        .create()
+        .expect("a producer");
+    other.init_transactions(time).expect("a producer's id");
+    other.begin_transaction().expect("begun");
+    let value = emit.to_string();
+    let record = BaseRecord::<str, str>::to(&bench.input)
+        .key("k")
+        .payload(&value);
+    other
+        .send(record)
+        .map_err(|(error, _)| error)
+        .expect("room");
+    other.flush(time).expect("sent");
+    bench.send(std::slice::from_ref(&emit)).await;
+    bench.not_ready(&["a transaction of another program is open at offset 1"]);
+    said_in_log(&bench, "a transaction of another program is open");
+    assert_eq!(bench.log.read(&bench.output).len(), 1);
+    other.commit_transaction(time).expect("committed");
+    bench.log.wait_committed(&bench.group, &bench.input);
+    bench.host.ready();
+    assert_eq!(bench.log.read(&bench.output).len(), 3);
+}
+
+/// Where it can be asked that has not started yet: what it prints once it runs, it logs before.
+fn admin_of_a_start(bench: &Bench) -> String {
+    let log = bench.host.log();
+    let listens = log.split_once("admin listens on http://");
+    let address = listens.and_then(|(_, rest)| rest.split_whitespace().next());
+    address.expect("its address").to_owned()
+}
+
+/// A topic that may not be seen is not there, for all that the host can tell: at the start it waits, and names both.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_input_that_may_not_be_seen_at_the_start_is_said_and_waited_for() {
+    let mut guarded = Guarded::start("transactional");
+    let bench = &mut guarded.bench;
+    let emit = json!({ "do": "emit", "topic": bench.output, "value": 1 });
+    bench.deliver(std::slice::from_ref(&emit)).await;
+    let input = bench.input.clone();
+    let topic = ["--topic", input.as_str(), "--operation", "Describe"];
+    let deny = [&topic[..], &["--deny-principal", "User:stagehost"]].concat();
+    acl(&[&["--add"][..], &deny].concat());
+    bench.host.signal(libc::SIGTERM);
+    bench.host.wait_for_end();
+    bench.restart();
+    said_in_log(bench, "lacks DESCRIBE");
+    let (status, said) = get(&admin_of_a_start(bench), "/readyz");
+    assert!(
+        status == 503 && said.contains("lacks DESCRIBE"),
+        "{status}: {said}"
+    );
+    acl(&[&["--remove", "--force"][..], &deny].concat());
+    bench.host.ready();
+    bench.deliver(std::slice::from_ref(&emit)).await;
+    assert_eq!(bench.log.read(&bench.output).len(), 2);
+}
+
+/// By its name, Kafka tells who may not see a topic from who asks for none.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_input_that_is_not_declared_and_may_not_be_seen_at_the_start_is_waited_for() {
+    let mut guarded = Guarded::start("transactional");
+    let bench = &mut guarded.bench;
+    let emit = json!({ "do": "emit", "topic": bench.output, "value": 1 });
+    bench.deliver(std::slice::from_ref(&emit)).await;
+    let declared = format!("[topics.\"{}\"]", bench.input);
+    // What is there may be what was meant.
+    let other = format!("[topics.\"{}x\"]", bench.input);
+    assert!(bench.pipeline.contains(&declared));
+    bench.pipeline = bench.pipeline.replace(&declared, &other);
+    let input = bench.input.clone();
+    let deny = [
+        "--topic",
+        &input,
+        "--operation",
+        "Describe",
+        "--deny-principal",
+        "User:stagehost",
+    ];
+    acl(&[&["--add"][..], &deny].concat());
+    bench.host.signal(libc::SIGTERM);
+    bench.host.wait_for_end();
+    bench.restart();
+    let lacks = format!("lacks DESCRIBE on topic `{}` of stage `probe`", bench.input);
+    said_in_log(bench, &lacks);
+    let admin = admin_of_a_start(bench);
+    bench.host.wait_for("readiness to name it", || {
+        let (status, said) = get(&admin, "/readyz");
+        let near = format!("did you mean `{}x`?", bench.input);
+        (status == 503 && said.contains(&lacks) && said.contains(&near)).then_some(())
+    });
+    let made = format!("{}x", bench.input);
+    assert!(!bench.log.topics().contains(&made), "nothing is made yet");
+    acl(&[&["--remove", "--force"][..], &deny].concat());
+    bench.host.ready();
+    bench.deliver(std::slice::from_ref(&emit)).await;
+    assert_eq!(bench.log.read(&bench.output).len(), 2);
+}
+
+/// One that may be seen, were it there, is a slip.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_input_that_is_not_there_ends_the_start_though_another_may_not_be_seen() {
+    let mut guarded = Guarded::start("at-least-once");
+    let bench = &mut guarded.bench;
+    let output = bench.output.clone();
+    let hidden = ["--topic", &output, "--operation", "Describe"];
+    let deny = [&hidden[..], &["--deny-principal", "User:stagehost"]].concat();
+    acl(&[&["--add"][..], &deny].concat());
+    let undeclared = format!("[topics.\"{}\"]", bench.output);
+    let pipeline = (bench.pipeline).replace(&undeclared, "[topics.another]");
+    let slip = format!("{}s", bench.input);
+    let inputs = format!("input = [\"{}\"", bench.input);
+    let more = format!("input = [\"{}\", \"{slip}\"", bench.input);
+    assert!(pipeline.contains(&inputs) && pipeline.contains("[topics.another]"));
+    bench.pipeline = pipeline.replace(&inputs, &more);
+    bench.restart();
+    bench.host.wait_for_end();
+    let log = bench.host.log();
+    let says = format!("topic `{slip}` of stage `probe` does not exist: did you mean");
+    assert!(log.contains(&says), "{log}");
+    assert!(!log.contains("does not exist, or"), "{log}");
+    assert!(!bench.log.topics().contains(&"another".to_owned()));
+    acl(&[&["--remove", "--force"][..], &deny].concat());
 }

@@ -8,7 +8,7 @@ use host::capability::StoreError;
 use host::delivery::progress::{self, Broken, Claim, Commit, CommitError, LaneId, Mode};
 use host::delivery::seen::HEADER;
 use host::delivery::{dead_letter, output};
-use host::log::committed::RowMark;
+use host::log::committed::{Committed, RowMark};
 use host::log::{Addressed, BatchLimits, Gap, LogError, Sink as _, Started, Unsent};
 use host::record::{Outgoing, Record};
 use tokio_util::sync::CancellationToken;
@@ -68,6 +68,10 @@ pub(crate) enum Bug {
     StaysAtMarkers,
     /// An id counts wherever it is found.
     TrustsIds,
+    /// What a lane that kept no row has delivered counts for nothing once it keeps one.
+    ForgetsDelivered,
+    /// Where a lane has begun that has no row yet counts as if all below were delivered.
+    TrustsBeginnings,
 }
 
 /// What an adapter is to break, if anything.
@@ -77,6 +81,18 @@ pub(crate) struct Planted(pub(crate) Option<Bug>);
 impl Planted {
     pub(crate) fn is(self, bug: Bug) -> bool {
         self.0 == Some(bug)
+    }
+
+    /// A group's commit as it is written.
+    pub(crate) fn written(self, mut commit: Committed) -> Committed {
+        if let Some(mark) = &mut commit.mark {
+            match self.0 {
+                Some(Bug::ForgetsDelivered) => mark.at_least_once = false,
+                Some(Bug::TrustsBeginnings) => mark.at_least_once = mark.row.is_none(),
+                _ => {}
+            }
+        }
+        commit
     }
 
     /// What databases lack. Bugs that the order of commits would heal are found without it.

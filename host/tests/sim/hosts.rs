@@ -53,6 +53,8 @@ pub(crate) struct Servers {
     pub(crate) one_writer: bool,
     pub(crate) policies: Vec<Arc<Policy>>,
     pub(crate) metrics: Arc<Metrics>,
+    /// Transactional stages that hosts which start from now on deliver to at least once.
+    pub(crate) at_least_once: Arc<Mutex<BTreeSet<usize>>>,
 }
 
 impl Servers {
@@ -105,6 +107,8 @@ pub(crate) struct Host {
     servers: Servers,
     pub(crate) readiness: Arc<Readiness>,
     equipment: Vec<Equipped>,
+    /// Stages that it delivers to at least once, though they have a database.
+    at_least_once: BTreeSet<usize>,
     pub(crate) producers: Vec<Arc<Producer>>,
     pub(crate) lanes: Mutex<BTreeMap<Seat, Arc<Slot>>>,
 }
@@ -177,6 +181,7 @@ impl Host {
             servers: servers.clone(),
             readiness,
             equipment,
+            at_least_once: crate::world::lock(&servers.at_least_once).clone(),
             producers,
             lanes: Mutex::default(),
         })
@@ -200,6 +205,7 @@ impl Host {
             ),
         };
         let (equipment, ledger) = self.equipment[seat.0].clone();
+        let ledger = ledger.filter(|_| !self.at_least_once.contains(&seat.0));
         let id = self.servers.world.topology().stages[seat.0].lane(seat.1);
         let seed = self.servers.world.seed_of_another();
         let lane = async move {
@@ -260,6 +266,7 @@ impl Host {
             return;
         };
         let (broker, offset) = (&self.servers.broker, commit.offset);
+        let commit = self.servers.planted.written(commit);
         if broker.commit(self.process.number(), slot.seat, commit) {
             slot.committed(offset);
         }

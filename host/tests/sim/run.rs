@@ -86,6 +86,7 @@ impl Run {
             one_writer: schedule.one_writer,
             policies: Servers::policies(&world, schedule.on_gap, planted),
             metrics: Arc::<Metrics>::default(),
+            at_least_once: Arc::default(),
             world,
         };
         let cluster = Cluster::new(servers.clone(), schedule.hosts);

@@ -13,7 +13,7 @@ use crate::bugs::Bug;
 use crate::hosts::{CLUSTER, FOREIGN};
 use crate::run::{Run, simulate};
 use crate::schedule::Schedule;
-use crate::topology::Kind;
+use crate::topology::{Kind, Mix};
 use crate::world::database::Database;
 use crate::world::lock;
 use crate::world::pause;
@@ -416,4 +416,152 @@ async fn markers(seed: u64, bug: Option<Bug>) -> usize {
     let halted = run.cluster.halted().len();
     run.servers.world.end();
     halted.saturating_sub(before)
+}
+
+/// A stage that is delivered to at least once for a while, and in transactions before and after: its row knows nothing of what
+/// was done meanwhile, and the group's offset does.
+#[test]
+fn a_lane_that_changes_its_delivery_goes_on_behind_what_was_done() {
+    let mut again = 0;
+    for seed in 1..=30 {
+        assert_eq!(simulate(deliver_else(seed, None)), 0, "seed {seed}");
+        again += simulate(deliver_else(seed, Some(Bug::ForgetsDelivered)));
+    }
+    assert!(again > 0, "what was done again was not noticed");
+}
+
+/// How many messages have their effects not once.
+async fn deliver_else(seed: u64, bug: Option<Bug>) -> usize {
+    let run = Run::begin(without_faults(seed), bug).await;
+    let (lane, database) = first_lane(&run);
+    run.play().await;
+    run.heal().await;
+    let mut without_rows = BTreeSet::new();
+    for (from, is_at_least_once) in [(1_000, true), (2_000, false), (3_000, true), (4_000, false)] {
+        match is_at_least_once {
+            true => lock(&run.servers.at_least_once).insert(0),
+            false => lock(&run.servers.at_least_once).remove(&0),
+        };
+        restart(&run).await;
+        for n in from..from + 12 {
+            run.input(n, Some(n % 3));
+            without_rows.extend(is_at_least_once.then(|| n.to_string()));
+        }
+        run.heal().await;
+        pause(SETTLED).await;
+    }
+    let effects = run.servers.world.evidence().effects();
+    let outputs = counted(&run, &run.schedule.topology.stages[1].input);
+    let is_wrong = |id: &&String| {
+        let rows = count_of_rows(&database, id);
+        let expected = usize::from(!without_rows.contains(*id));
+        let name: Arc<str> = id.as_str().into();
+        let outputs_of = run.schedule.topology.outputs(0, id);
+        let are_once = outputs_of
+            .iter()
+            .all(|output| outputs.get(output) == Some(&1));
+        rows != expected || !effects.contains(&(0, name)) || !are_once
+    };
+    let wrong = values(&run, &lane.topic).iter().filter(is_wrong).count();
+    if bug.is_none() {
+        let evidence = run.servers.world.evidence();
+        assert_eq!(evidence.anomalies, Vec::new(), "seed {seed}");
+    }
+    run.servers.world.end();
+    wrong
+}
+
+/// Of a lane that has no row yet, the group is told where it has begun. That is no word of what is below: an operator set it,
+/// and now brings back the database that was lost, which is an older copy.
+#[test]
+fn where_a_lane_has_begun_says_nothing_of_what_is_below() {
+    let mut lost = 0;
+    for seed in 1..=30 {
+        assert_eq!(simulate(bring_back(seed, None)), 0, "seed {seed}");
+        lost += simulate(bring_back(seed, Some(Bug::TrustsBeginnings)));
+    }
+    assert!(lost > 0, "what was left out was not noticed");
+}
+
+/// How many messages have no row, of lanes that have one.
+async fn bring_back(seed: u64, bug: Option<Bug>) -> usize {
+    let run = Run::begin(without_faults(seed), bug).await;
+    let (lane, database) = first_lane(&run);
+    run.play().await;
+    run.heal().await;
+    let copy = database.copy();
+    (1_000..1_012).for_each(|n| run.input(n, Some(n % 3)));
+    run.heal().await;
+    pause(SETTLED).await;
+    database.restore((Vec::new(), BTreeMap::new()));
+    restart(&run).await;
+    pause(SETTLED).await;
+    let stages = &run.schedule.topology.stages;
+    let broker = &run.servers.broker;
+    for (number, stage) in stages.iter().enumerate() {
+        for partition in 0..i32::try_from(broker.partitions(&stage.input)).unwrap_or(0) {
+            let seat = (number, partition);
+            if let Some(offset) = broker.committed(seat) {
+                broker.reset(seat, offset);
+            }
+        }
+    }
+    restart(&run).await;
+    pause(SETTLED).await;
+    let begun = |partition: i32| {
+        let row = copy.1.get(&stages[0].lane(partition));
+        row.is_some_and(|row| row.checkpoint.next_offset.is_some())
+    };
+    let mut to_be_there = Vec::new();
+    for partition in 0..i32::try_from(broker.partitions(&lane.topic)).unwrap_or(0) {
+        let records = broker.partition(&lane.topic, partition).records;
+        to_be_there.extend(records.into_iter().filter(|_| begun(partition)));
+    }
+    database.restore(copy.clone());
+    restart(&run).await;
+    run.heal().await;
+    pause(SETTLED).await;
+    let id = |record: &host::record::Record| {
+        String::from_utf8_lossy(record.value.as_deref().unwrap_or_default()).into_owned()
+    };
+    let is_lost = |record: &&host::record::Record| count_of_rows(&database, &id(record)) == 0;
+    let lost = to_be_there.iter().filter(is_lost).count();
+    run.servers.world.end();
+    lost
+}
+
+/// A calm schedule, whose first stage does well with each message.
+fn without_faults(seed: u64) -> Schedule {
+    let mut schedule = Schedule::calm(seed);
+    schedule.on_gap = OnGap::Stop;
+    schedule.topology.stages[0].mix = Mix::default();
+    schedule
+}
+
+/// All hosts anew, as their operator wants them now.
+async fn restart(run: &Run) {
+    for host in run.cluster.hosts() {
+        host.crash();
+    }
+    run.cluster.tend(true).await;
+}
+
+/// The first stage's rows of a message.
+fn count_of_rows(database: &Database, id: &str) -> usize {
+    let rows = database.rows().into_iter();
+    rows.filter(|row| row.stage == 0 && *row.id == *id).count()
+}
+
+/// How often each value is in a topic.
+fn counted(run: &Run, topic: &Arc<str>) -> BTreeMap<String, usize> {
+    let mut counts = BTreeMap::new();
+    for number in 0..i32::try_from(run.schedule.topology.partitions(topic)).unwrap_or(0) {
+        for record in run.servers.broker.partition(topic, number).records {
+            let value = record.value.as_deref().unwrap_or_default();
+            *counts
+                .entry(String::from_utf8_lossy(value).into_owned())
+                .or_default() += 1;
+        }
+    }
+    counts
 }

@@ -12,6 +12,9 @@ use crate::{sandbox, value};
 /// Messages that this instance has had.
 static SEEN: AtomicU64 = AtomicU64::new(0);
 
+/// For how long [`Action::Bursts`] computes at a time: less than the host's slice of 4 ms.
+const BURST: Duration = Duration::from_micros(3_500);
+
 /// Does what the message says.
 pub fn handle(message: &Message) -> Outcome {
     SEEN.fetch_add(1, Ordering::Relaxed);
@@ -127,6 +130,14 @@ fn act(message: &Message, action: &Action) -> Result<Json, Failure> {
             std::process::abort()
         }
         Action::Spin => sandbox::spin(),
+        Action::Bursts => loop {
+            sandbox::compute(BURST);
+            std::thread::sleep(Duration::from_nanos(1));
+        },
+        Action::Compute { micros } => {
+            sandbox::compute(Duration::from_micros(*micros));
+            Ok(Json::Null)
+        }
         Action::Overflow => Ok(json!(sandbox::overflow(0))),
         Action::Exit { code } => std::process::exit(*code),
         Action::TrapIfUsed => {

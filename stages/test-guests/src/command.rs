@@ -44,6 +44,13 @@ pub enum Action {
     },
     /// Compute for ever.
     Spin,
+    /// Compute for ever, and rest for a moment now and then, before anybody could call it long.
+    Bursts,
+    /// Compute for so long.
+    Compute {
+        /// Microseconds.
+        micros: u64,
+    },
     /// Call itself for ever.
     Overflow,
     /// Leave the process, as a command would.

@@ -96,6 +96,15 @@ pub fn spin() -> ! {
     }
 }
 
+/// Computes for so long.
+pub fn compute(time: Duration) {
+    let since = Instant::now();
+    let mut n = 0u64;
+    while since.elapsed() < time {
+        n = std::hint::black_box(n.wrapping_add(1));
+    }
+}
+
 /// Calls itself until the stack is full.
 pub fn overflow(depth: u64) -> u64 {
     let frame = std::hint::black_box([depth; 64]);

@@ -8,6 +8,9 @@ use super::{Concern, Error, MAX_ANSWER_BYTES};
 /// The first word of the error that the host's script answers where a value is too large.
 const TOO_LARGE: &str = "TOOLARGE";
 
+/// The first word of a server that can't save what it has, and takes no writes for it. It refuses `PING`, too.
+pub(super) const CAN_NOT_SAVE: &str = "MISCONF";
+
 /// An error, and what it speaks of.
 #[derive(Debug)]
 pub(super) struct Refusal {
@@ -24,8 +27,8 @@ pub(super) struct Refusal {
 /// What an error speaks of, by its first word; and whether it ends the connection.
 fn concern(code: &str) -> (Concern, bool) {
     match code {
-        // Full, a replica, not able to save, without its replicas, starting, busy with a script.
-        "OOM" | "MISCONF" | "NOREPLICAS" | "LOADING" | "BUSY" | "NOGOODSLAVE" => {
+        // Full, a replica, not able to save, without its replicas, starting, busy with a script, open to its own machine only.
+        "OOM" | CAN_NOT_SAVE | "NOREPLICAS" | "LOADING" | "BUSY" | "NOGOODSLAVE" | "DENIED" => {
             (Concern::Store, false)
         }
         // A master that became a replica: the address may lead to another by now.
@@ -33,22 +36,59 @@ fn concern(code: &str) -> (Concern, bool) {
         // The password was changed, or the user.
         "NOAUTH" | "WRONGPASS" | "NOPROTO" => (Concern::Store, true),
         // A node of a cluster.
-        "MOVED" | "ASK" | "CLUSTERDOWN" | "TRYAGAIN" => (Concern::Store, true),
+        "MOVED" | "ASK" | "CLUSTERDOWN" | "CROSSSLOT" | "TRYAGAIN" => (Concern::Store, true),
         "NOPERM" => (Concern::Standing, false),
         _ => (Concern::Message, false),
     }
 }
 
-/// Of errors that have no word of their own. Scripts that may not do what they do, and commands that a server does not have
-/// (any more).
+/// How proxies and managed servers begin to say that the server is not to be had, or no more of it: they have no words of one
+/// kind for it. What they say of one request's size is its own affair, and not among them.
+const NOT_TO_BE_HAD: &[&str] = &[
+    // A server that has no place left, which proxies hand on.
+    "ERR max number of clients reached",
+    // Envoy; the last where it sent a command's keys to several servers.
+    "no upstream host",
+    "upstream failure",
+    "upstream protocol error",
+    "finished with ",
+    // Predixy, in its own spelling.
+    "ERR no server connection avaliable",
+    "ERR no server avaliable",
+    "ERR server connection close",
+    "ERR deliver request fail",
+    // Twemproxy: the system's words for what its own connection came to.
+    "ERR Broken pipe",
+    "ERR Connection refused",
+    "ERR Connection reset by peer",
+    "ERR Connection timed out",
+    "ERR Host is down",
+    "ERR Network is unreachable",
+    "ERR No route to host",
+    // Upstash, once a plan is used up.
+    "ERR max requests limit exceeded",
+    "ERR max daily request limit exceeded",
+    "ERR max concurrent connections exceeded",
+    "ERR DB capacity quota exceeded",
+];
+
+/// Of errors that have no word of their own. Beside those above: scripts that may not do what they do, commands that a server
+/// does not have (any more), and a script that an operator ended, who may have meant another.
 fn concern_of_text(text: &str) -> Concern {
     const STANDING: &[&str] = &[
         "The user executing the script can't",
         "ACL failure in script",
         "unknown command",
     ];
-    match STANDING.iter().any(|words| text.contains(words)) {
-        true => Concern::Standing,
+    const KILLED: &str = "Script killed by user";
+    if NOT_TO_BE_HAD.iter().any(|words| text.starts_with(words)) {
+        return Concern::Store;
+    }
+    if STANDING.iter().any(|words| text.contains(words)) {
+        return Concern::Standing;
+    }
+    match text.contains(KILLED) {
+        true => Concern::Others,
         false => Concern::Message,
     }
 }
@@ -136,7 +176,7 @@ impl Refusal {
             known => known,
         };
         let error = match concern {
-            Concern::Store if matches!(code, "MOVED" | "ASK" | "CLUSTERDOWN") => {
+            Concern::Store if matches!(code, "MOVED" | "ASK" | "CLUSTERDOWN" | "CROSSSLOT") => {
                 Error::Unavailable(format!("{text}: {CLUSTER}"))
             }
             Concern::Store | Concern::Others => Error::Unavailable(text),
@@ -153,12 +193,19 @@ impl Refusal {
 }
 
 /// What a command was answered that a script had called: before version 7 a server hands it on inside of words of its own, as
-/// `ERR Error running script (call to f_…): @user_script:4: @user_script: 4: -READONLY You can't write …`.
+/// `ERR Error running script (call to f_…): @user_script:4: @user_script: 4: -READONLY You can't write …`, or as
+/// `@user_script: 4: -READONLY You can't write …` where the script itself hands it on.
 fn of_script<'a>(code: &str, detail: &'a str) -> Option<(&'a str, &'a str)> {
-    if code != "ERR" || !detail.starts_with("Error running script") {
+    let is_handed_on = code.starts_with("@user_script");
+    let is_inside = code == "ERR" && detail.starts_with("Error running script");
+    if !(is_handed_on || is_inside) {
         return None;
     }
-    let (_, answer) = detail.split_once(": -")?;
+    // A line's number may be a part of the first word.
+    let answer = match (is_handed_on, detail.strip_prefix('-')) {
+        (true, Some(answer)) => answer,
+        _ => detail.split_once(": -")?.1,
+    };
     Some(answer.split_once(' ').unwrap_or((answer, "")))
 }
 
@@ -182,7 +229,7 @@ mod tests {
 
     #[test]
     fn answers_speak_of_the_store_of_rights_or_of_the_message() {
-        use Concern::{Message, Standing, Store};
+        use Concern::{Message, Others, Standing, Store};
         for (line, expected, ends_connection) in [
             (
                 "OOM command not allowed when used memory > 'maxmemory'.",
@@ -215,6 +262,16 @@ mod tests {
             ("WRONGPASS invalid username-password pair", Store, true),
             ("MOVED 3999 127.0.0.1:6381", Store, true),
             ("CLUSTERDOWN Hash slot not served", Store, true),
+            (
+                "CROSSSLOT Keys in request don't hash to the same slot",
+                Store,
+                true,
+            ),
+            (
+                "DENIED Redis is running in protected mode because protected mode is enabled",
+                Store,
+                false,
+            ),
             (
                 "NOPERM this user has no permissions to run the 'set' command",
                 Standing,
@@ -252,12 +309,87 @@ mod tests {
                 Message,
                 false,
             ),
+            (
+                "@user_script: 35: -READONLY You can't write against a read only replica.  ",
+                Store,
+                true,
+            ),
+            (
+                "@user_script:35: -READONLY You can't write against a read only replica.",
+                Store,
+                true,
+            ),
+            (
+                "@user_script: 35: -OOM command not allowed when used memory > 'maxmemory'.",
+                Store,
+                false,
+            ),
+            (
+                "@user_script: 35: -MISCONF Redis is configured to save RDB snapshots, but it's currently unable to persist on disk.",
+                Store,
+                false,
+            ),
+            (
+                "@user_script: 35: -ERR value is not an integer or out of range",
+                Message,
+                false,
+            ),
+            (
+                "@user_script: 35: The user executing the script can't run this command or subcommand",
+                Standing,
+                false,
+            ),
+            (
+                "ERR Script killed by user with SCRIPT KILL... script: 6b1bf486c81ceb7edf3c093f4c48582e38c0e791, on @user_script:1.",
+                Others,
+                false,
+            ),
+            (
+                "ERR Error running script (call to f_6b): @user_script:4: Script killed by user with SCRIPT KILL... ",
+                Others,
+                false,
+            ),
         ] {
             let refusal = refusal(line);
             assert_eq!(refusal.concern, expected, "{line}");
             assert_eq!(refusal.ends_connection, ends_connection, "{line}");
             let is_unavailable = matches!(refusal.error, Error::Unavailable(_));
-            assert_eq!(is_unavailable, expected == Store, "{line}");
+            assert_eq!(is_unavailable, matches!(expected, Store | Others), "{line}");
+        }
+    }
+
+    #[test]
+    fn what_a_proxy_or_a_managed_server_says_of_itself_is_no_messages() {
+        for line in [
+            "no upstream host",
+            "upstream failure",
+            "upstream protocol error",
+            "finished with 2 error(s)",
+            "ERR no server connection avaliable",
+            "ERR server connection close",
+            "ERR no server avaliable",
+            "ERR deliver request fail",
+            "ERR Connection refused",
+            "ERR Connection timed out",
+            "ERR Host is down",
+            "ERR max number of clients reached",
+            "ERR max requests limit exceeded. Limit: 500000, Usage: 500000.",
+            "ERR max daily request limit exceeded. Limit: 10000, Usage: 10001.",
+            "ERR max concurrent connections exceeded",
+            "ERR DB capacity quota exceeded. Threshold: 268435456 bytes, Usage: 276006634 bytes",
+        ] {
+            let refusal = refusal(line);
+            assert_eq!(refusal.concern, Concern::Store, "{line}");
+            assert_eq!(refusal.error, Error::Unavailable(line.into()));
+        }
+        for line in [
+            "ERR max request size exceeded. Limit: 1048576 bytes, Actual: 2000000 bytes.",
+            "ERR max key size exceeded. Limit: 32768 bytes, Actual: 40000 bytes.",
+            "ERR max single record size exceeded. Limit: 104857600 bytes, Actual: 104857601 bytes.",
+            "invalid request",
+            "ERR wrong kind: upstream failure",
+        ] {
+            assert_eq!(refusal(line).concern, Concern::Message, "{line}");
         }
     }
 

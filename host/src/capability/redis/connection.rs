@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, Client, ConnectionAddr, RedisError, Value, cmd, pipe};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 use tracing::{debug, warn};
 
-use super::answers::{CLUSTER, Refusal};
+use super::answers::{CAN_NOT_SAVE, CLUSTER, Refusal};
 use super::{Concern, Error};
 
 /// How long making a connection may take.
@@ -22,6 +22,10 @@ pub(super) const RESPONSE_TIMEOUT: Duration = Duration::from_secs(5);
 const CALL_TIMEOUT: Duration = Duration::from_secs(12);
 /// How long it may take to find out what an address speaks that could not be spoken to.
 const DIAGNOSIS_TIMEOUT: Duration = Duration::from_secs(1);
+/// How much of it the address may take to answer a question that is not in TLS.
+const PLAIN_ANSWER_TIMEOUT: Duration = Duration::from_millis(400);
+/// Bytes of such an answer that are read, and shown.
+const PLAIN_ANSWER_BYTES: u64 = 256;
 /// Commands that may wait to be written; more wait for their turn.
 const PIPELINE_BUFFER: usize = 512;
 
@@ -111,7 +115,7 @@ impl Connection {
         }
     }
 
-    /// Says so where no script may be run, which sets and deletes are. Routes that only read need none.
+    /// Says so where no script may be run, which most sets and deletes are. Routes that only read need none.
     pub(super) async fn look_for_scripts(&self, place: &str) {
         let none = "0".repeat(40);
         let run = self.ask(async |connection| {
@@ -125,8 +129,8 @@ impl Connection {
         }) = run.await
         {
             warn!(
-                "{place}: its user may run no scripts, so sets and deletes of stages will be denied: give it EVALSHA, EVAL and \
-                 SCRIPT LOAD ({error})"
+                "{place}: its user may run no scripts, so stages' deletes, and sets with a version or a condition, will be \
+                 denied: give it EVALSHA, EVAL and SCRIPT LOAD ({error})"
             );
         }
     }
@@ -220,26 +224,36 @@ impl Inner {
         let made = tokio::time::timeout(CONNECT_TIMEOUT * 2, async {
             let made = client.get_multiplexed_async_connection_with_config(&self.config);
             let mut made = made.await?;
-            let pong: Value = cmd("PING").query_async(&mut made).await?;
-            Ok::<_, RedisError>((made, pong))
+            let is_redis = ping(&mut made).await?;
+            Ok::<_, RedisError>((made, is_redis))
         });
         let error = match made.await {
-            Ok(Ok((made, Value::SimpleString(_) | Value::BulkString(_)))) => return Ok(made),
+            Ok(Ok((made, true))) => return Ok(made),
             Ok(Ok(_)) => return Err("what answers there is not Redis".to_owned().into()),
             Ok(Err(error)) => error,
             Err(_) => return Err(too_late().into()),
         };
-        let is_refused = error.is_connection_refusal();
+        // One that was answered says itself why.
+        let says_why = error.is_connection_refusal() || error.code().is_some();
         let refusal = Refusal::of(error);
         let mut unmade = Unmade::from(words(refusal.error));
         unmade.is_login = refusal.is_login;
-        if !is_refused
-            && !refusal.is_login
-            && let Some(cause) = diagnose(client.get_connection_info().addr()).await
-        {
+        if !says_why && let Some(cause) = diagnose(client.get_connection_info().addr()).await {
             unmade.why = format!("{cause} ({})", unmade.why);
+            // Whatever a login is answered is taken for a wrong password.
+            unmade.is_login = false;
         }
         Err(unmade)
+    }
+}
+
+/// Whether what answers is Redis. One that can't save refuses even this, and can be read all the same.
+pub(super) async fn ping(connection: &mut MultiplexedConnection) -> Result<bool, RedisError> {
+    match cmd("PING").query_async(connection).await {
+        Ok(Value::SimpleString(_) | Value::BulkString(_)) => Ok(true),
+        Ok(_) => Ok(false),
+        Err(error) if error.code() == Some(CAN_NOT_SAVE) => Ok(true),
+        Err(error) => Err(error),
     }
 }
 
@@ -305,7 +319,8 @@ fn mode_of(hello: &Value) -> Option<&str> {
     }
 }
 
-/// What is wrong with an address that could not be spoken to: TLS on one side only makes for errors that nobody understands.
+/// What is wrong with an address that could not be spoken to: TLS on one side only makes for errors that nobody understands, and
+/// a server that hangs up with a word of why is heard of as a connection that broke.
 async fn diagnose(address: &ConnectionAddr) -> Option<String> {
     let (host, port, is_tls) = match address {
         ConnectionAddr::Tcp(host, port) => (host, *port, false),
@@ -313,25 +328,57 @@ async fn diagnose(address: &ConnectionAddr) -> Option<String> {
         _ => return None,
     };
     let asked = tokio::time::timeout(DIAGNOSIS_TIMEOUT, async {
-        let mut stream = TcpStream::connect((host.as_str(), port)).await.ok()?;
+        let plain = tokio::time::timeout(PLAIN_ANSWER_TIMEOUT, plain_answer(host, port));
+        let plain = plain.await.ok().flatten().unwrap_or_default();
+        // A pong, or that it first wants to know who asks.
+        let is_plain = plain.starts_with(['+', '-']);
         if is_tls {
-            stream.write_all(b"PING\r\n").await.ok()?;
-            // A pong, or that it first wants to know who asks.
-            return matches!(stream.read_u8().await, Ok(b'+' | b'-')).then_some(
-                "the server does not speak TLS there: write redis:// in place of rediss://",
-            );
+            return is_plain.then(|| TLS_HERE_ONLY.to_owned());
         }
-        let connector = native_tls::TlsConnector::builder()
-            .danger_accept_invalid_certs(true)
-            .danger_accept_invalid_hostnames(true)
-            .build()
-            .ok()?;
-        let connector = tokio_native_tls::TlsConnector::from(connector);
-        // A server that asks for a certificate refuses who has none, but only once it has said that it speaks TLS.
-        let speaks = connector.connect(host, stream).await.is_ok();
-        speaks.then_some("the server speaks TLS there: write rediss:// in place of redis://")
+        if is_plain {
+            return plain.strip_prefix('-').and_then(own_words);
+        }
+        speaks_tls(host, port)
+            .await
+            .then(|| TLS_THERE_ONLY.to_owned())
     });
-    asked.await.ok()?.map(str::to_owned)
+    asked.await.ok()?
+}
+
+const TLS_HERE_ONLY: &str =
+    "the server does not speak TLS there: write redis:// in place of rediss://";
+const TLS_THERE_ONLY: &str = "the server speaks TLS there: write rediss:// in place of redis://";
+
+/// The line that somebody is answered who does not log in, without TLS, or its beginning.
+async fn plain_answer(host: &str, port: u16) -> Option<String> {
+    let mut stream = TcpStream::connect((host, port)).await.ok()?;
+    // Who is sent away at once has an answer, but may not get to ask.
+    let _ = stream.write_all(b"PING\r\n").await;
+    let mut line = Vec::new();
+    let mut stream = BufReader::new(stream).take(PLAIN_ANSWER_BYTES);
+    // What came before it hung up counts.
+    let _ = stream.read_until(b'\n', &mut line).await;
+    let line = String::from_utf8_lossy(&line);
+    Some(line.trim_end().replace(char::is_control, " "))
+}
+
+/// An error that a server answers everybody, not only one who does not log in.
+fn own_words(error: &str) -> Option<String> {
+    let is_of_login = ["NOAUTH", "NOPERM"].iter().any(|w| error.starts_with(w));
+    (!is_of_login).then(|| error.to_owned())
+}
+
+async fn speaks_tls(host: &str, port: u16) -> bool {
+    let connector = native_tls::TlsConnector::builder()
+        .danger_accept_invalid_certs(true)
+        .danger_accept_invalid_hostnames(true)
+        .build();
+    let (Ok(connector), Ok(stream)) = (connector, TcpStream::connect((host, port)).await) else {
+        return false;
+    };
+    let connector = tokio_native_tls::TlsConnector::from(connector);
+    // A server that asks for a certificate refuses who has none, but only once it has said that it speaks TLS.
+    connector.connect(host, stream).await.is_ok()
 }
 
 /// Asks for commands as a transaction that is never executed: the server checks for each whether it could be run just now, and
@@ -370,5 +417,48 @@ fn counts(refusal: Refusal) -> Result<(), Refusal> {
     match refusal.concern {
         Concern::Message => Ok(()),
         _ => Err(refusal),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    /// What is said of a server that answers everybody so, and hangs up.
+    async fn diagnosis(answer: &'static [u8]) -> Option<String> {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let port = listener.local_addr().expect("its address").port();
+        let server = tokio::spawn(async move {
+            while let Ok((mut client, _)) = listener.accept().await {
+                let _ = client.write_all(answer).await;
+            }
+        });
+        let said = diagnose(&ConnectionAddr::Tcp("127.0.0.1".to_owned(), port)).await;
+        server.abort();
+        said
+    }
+
+    #[tokio::test]
+    async fn why_a_server_hangs_up_is_told_in_its_own_words() {
+        const FULL: &[u8] = b"-ERR max number of clients reached\r\n";
+        let full = diagnosis(FULL).await;
+        assert_eq!(full.as_deref(), Some("ERR max number of clients reached"));
+        assert_eq!(
+            diagnosis(b"-ERR a\x1b[1mb\r\nc").await.as_deref(),
+            Some("ERR a [1mb")
+        );
+        let endless = diagnosis(&[b'-'; 100_000]).await.expect("its beginning");
+        assert_eq!(endless.len() as u64, PLAIN_ANSWER_BYTES - 1);
+        // Who logs in may be answered otherwise.
+        for nothing in [
+            &b"-NOAUTH Authentication required.\r\n"[..],
+            b"+PONG\r\n",
+            b"SSH-2.0\r\n",
+            b"",
+        ] {
+            assert_eq!(diagnosis(nothing).await, None);
+        }
     }
 }

@@ -280,7 +280,14 @@ impl RedisView<'_> {
     ) -> wasmtime::Result<Result<T, Error>> {
         let granted = self.table.get(handle)?.granted.clone();
         let store = StoreName::Redis(granted.name.clone());
-        let answer = self.ctx.pending.during(store.clone(), call(granted)).await;
+        let (pending, is_embedded) = (&self.ctx.pending, granted.store.is_embedded());
+        if is_embedded {
+            pending.sight().heard();
+        }
+        let answer = pending.during(store.clone(), call(granted)).await;
+        if is_embedded {
+            pending.sight().end();
+        }
         if let Err(Error::Unavailable(why)) = &answer {
             let action = match (why.starts_with(WAS_DONE), writes) {
                 (true, _) => Action::Command(name),
@@ -288,7 +295,12 @@ impl RedisView<'_> {
                 (false, false) => Action::Read,
             };
             let why = why.clone();
-            (self.ctx.away).get_or_insert(Away { store, action, why });
+            (self.ctx.away).get_or_insert(Away {
+                store,
+                action,
+                why,
+                was_gone: false,
+            });
         }
         Ok(self.ctx.note(answer))
     }

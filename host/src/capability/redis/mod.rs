@@ -116,6 +116,11 @@ impl Store {
         Self { kind, large }
     }
 
+    /// Whether it is in this process.
+    fn is_embedded(&self) -> bool {
+        matches!(self.kind, Kind::Embedded(_))
+    }
+
     /// Sees whether the store answers.
     pub async fn ping(&self) -> Result<(), StoreError> {
         let answer = match &self.kind {

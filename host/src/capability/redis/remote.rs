@@ -8,11 +8,12 @@ use redis::io::tcp::TcpSettings;
 use redis::io::tcp::socket2::TcpKeepalive;
 use redis::{
     Client, FromRedisValue, IntoConnectionInfo, RedisError, Script, ScriptInvocation, Value, cmd,
+    pipe,
 };
 
 use super::answers::Refusal;
 use super::commands::Command;
-use super::connection::Connection;
+use super::connection::{Connection, ping};
 use super::rights::{Done, Kind, PROBE_BYTES};
 use super::{
     Concern, Condition, Error, MAX_ANSWER_BYTES, MAX_ANSWER_ITEMS, Reply, Set, StoreError,
@@ -33,8 +34,8 @@ pub(super) fn check_url(url: &str) -> Result<(), String> {
     client(url).map(drop)
 }
 
-/// A Redis server. What takes several commands is a script, never `MULTI`: the connection is everybody's, and one that a refused
-/// `EXEC` left in a transaction would have all of their commands queued.
+/// A Redis server. What takes several commands as one is a script, never `MULTI`: the connection is everybody's, and one that a
+/// refused `EXEC` left in a transaction would have all of their commands queued.
 #[derive(Clone)]
 pub(super) struct Remote {
     connection: Connection,
@@ -67,10 +68,6 @@ pub(super) async fn open(url: &str) -> Result<Remote, StoreError> {
     store.connection.check().await.map_err(at)?;
     store.connection.look_for_scripts(&place).await;
     Ok(store)
-}
-
-async fn ping(connection: &mut MultiplexedConnection) -> Result<(), RedisError> {
-    cmd("PING").exec_async(connection).await
 }
 
 fn client(url: &str) -> Result<Client, String> {
@@ -109,7 +106,7 @@ impl Remote {
 
     pub(super) async fn ping(&self) -> Result<(), Error> {
         let asked = self.connection.ask(async |c| ping(c).await).await;
-        asked.map_err(|refusal| refusal.error)
+        asked.map(drop).map_err(|refusal| refusal.error)
     }
 
     /// Sees whether this key could be read.
@@ -197,15 +194,11 @@ impl Remote {
                 call.arg(value.as_slice()).arg(version);
                 call
             }
-            (Kind::Set, _) if set.ttl.is_none() => {
-                let mut call = SET_PLAIN.prepare_invoke();
-                for (key, value) in &set.entries {
-                    call.key(key.as_slice()).arg(value.as_slice());
-                }
-                for (key, _) in &set.entries {
-                    call.key(version_key(key));
-                }
-                call
+            (Kind::Set, _) => return self.set_plain(kind, &set, first).await,
+            (_, Some(version)) if set.ttl.is_none() && set.condition.is_none() => {
+                let mut call = SET_IF_ALL_NEWER.prepare_invoke();
+                call.arg(version);
+                entries(call, &set)
             }
             _ => general_set(&set),
         };
@@ -218,6 +211,26 @@ impl Remote {
             self.done.note(kind, key);
         }
         Ok(written)
+    }
+
+    /// Sets the keys, in one round trip, and takes away the versions that they had. Nothing else is in between but another
+    /// connection's, and a version that comes that way stays: it is deleted first.
+    async fn set_plain(&self, kind: Kind, set: &Set, first: &[u8]) -> Result<Vec<bool>, Error> {
+        let mut all = pipe();
+        let delete = all.cmd("DEL");
+        for (key, _) in &set.entries {
+            delete.arg(version_key(key));
+        }
+        for (key, value) in &set.entries {
+            let set_one = all.cmd("SET").arg(key).arg(value);
+            if let Some(ttl) = set.ttl {
+                set_one.arg("PX").arg(ttl);
+            }
+        }
+        let count = set.entries.len();
+        self.call(kind, first, async |c| all.exec_async(c).await)
+            .await?;
+        Ok(vec![true; count])
     }
 
     pub(super) async fn delete(&self, keys: Vec<Vec<u8>>) -> Result<u64, Error> {
@@ -325,26 +338,6 @@ fn was_done(why: &str) -> Error {
     Error::Unavailable(format!("{WAS_DONE}{why}"))
 }
 
-/// Sets the first half of the keys, and deletes the other, which are of their versions: of as many at once as fit on Lua's stack.
-/// No `MSET`, which is another right.
-static SET_PLAIN: LazyLock<Script> = LazyLock::new(|| {
-    Script::new(
-        r"
-        local count, written = #KEYS / 2, {}
-        for from = 1, count, 1000 do
-            local versions = {}
-            for i = from, math.min(from + 999, count) do
-                redis.call('SET', KEYS[i], ARGV[i])
-                versions[#versions + 1] = KEYS[count + i]
-                written[i] = 1
-            end
-            redis.call('DEL', unpack(versions))
-        end
-        return written
-        ",
-    )
-});
-
 /// What a stage sets most: one key, if the version is newer. The general script has more to do for each message.
 static SET_IF_NEWER: LazyLock<Script> = LazyLock::new(|| {
     Script::new(
@@ -355,6 +348,45 @@ static SET_IF_NEWER: LazyLock<Script> = LazyLock::new(|| {
         end
         redis.call('MSET', KEYS[1], ARGV[1], KEYS[2], new)
         return {1}
+        ",
+    )
+});
+
+/// The same for many keys, in pairs as below: as many at once as fit on Lua's stack, since most of the time goes into calls. For
+/// who may not do `MGET` and `MSET` it is done one by one, so that they are no rights that it takes.
+static SET_IF_ALL_NEWER: LazyLock<Script> = LazyLock::new(|| {
+    Script::new(
+        r"
+        local new, written, seen = ARGV[1], {}, {}
+        local function versions_of(keys)
+            local versions = redis.pcall('MGET', unpack(keys))
+            if not versions.err then return versions end
+            versions = {}
+            for i, key in ipairs(keys) do versions[i] = redis.call('GET', key) end
+            return versions
+        end
+        local function set(pairs)
+            if not redis.pcall('MSET', unpack(pairs)).err then return end
+            for i = 1, #pairs, 2 do redis.call('SET', pairs[i], pairs[i + 1]) end
+        end
+        for from = 1, #KEYS, 2000 do
+            local keys, sets = {}, {}
+            for i = from + 1, math.min(from + 1999, #KEYS), 2 do keys[#keys + 1] = KEYS[i] end
+            for i, old in ipairs(versions_of(keys)) do
+                local at, key = from + 2 * (i - 1), keys[i]
+                if seen[key] or (old and (#new < #old or (#new == #old and new <= old))) then
+                    written[#written + 1] = 0
+                else
+                    written[#written + 1] = 1
+                    local n = #sets
+                    sets[n + 1], sets[n + 2] = KEYS[at], ARGV[1 + (at + 1) / 2]
+                    sets[n + 3], sets[n + 4] = key, new
+                    seen[key] = true
+                end
+            end
+            if #sets > 0 then set(sets) end
+        end
+        return written
         ",
     )
 });
@@ -404,7 +436,6 @@ static BOUNDED: LazyLock<Script> = LazyLock::new(|| {
 });
 
 fn general_set(set: &Set) -> ScriptInvocation<'static> {
-    let text = |number: Option<u64>| number.map_or(String::new(), |number| number.to_string());
     let mut call = SET_ALL.prepare_invoke();
     call.arg(text(set.ttl));
     call.arg(match set.condition {
@@ -413,6 +444,14 @@ fn general_set(set: &Set) -> ScriptInvocation<'static> {
         Some(Condition::IfPresent) => "present",
     });
     call.arg(text(set.version));
+    entries(call, set)
+}
+
+fn text(number: Option<u64>) -> String {
+    number.map_or(String::new(), |number| number.to_string())
+}
+
+fn entries(mut call: ScriptInvocation<'static>, set: &Set) -> ScriptInvocation<'static> {
     for (key, value) in &set.entries {
         call.key(key.as_slice()).key(version_key(key));
         call.arg(value.as_slice());

@@ -96,18 +96,21 @@ impl Kind {
         let set = |key: &[u8]| words(&[b"SET", key, &value, b"XX"]);
         let script = words(&[b"EVALSHA", ANY_SCRIPT, b"1", key]);
         let versioned = words(&[b"EVALSHA", ANY_SCRIPT, b"2", key, &versions]);
+        // A server that was started anew has no script any more.
+        let load = words(&[b"SCRIPT", b"LOAD", b"return 1"]);
         match self {
             Self::Get => vec![words(&[b"GETRANGE", key, b"0", b"0"])],
-            Self::GetNothing => vec![script, words(&[b"GET", key])],
-            Self::GetMany => vec![script, words(&[b"MGET", key])],
-            Self::Set => vec![versioned, set(key), words(&[b"DEL", &versions])],
+            Self::GetNothing => vec![load, script, words(&[b"GET", key])],
+            Self::GetMany => vec![load, script, words(&[b"MGET", key])],
+            Self::Set => vec![set(key), words(&[b"DEL", &versions])],
             Self::SetNewer => vec![
+                load,
                 versioned,
                 words(&[b"GET", &versions]),
                 words(&[b"MSET", key, &value, &versions, b"1"]),
             ],
             Self::SetAll { condition, version } => {
-                let mut all = vec![versioned, set(key)];
+                let mut all = vec![load, versioned, set(key)];
                 if condition {
                     all.push(words(&[b"EXISTS", key]));
                 }
@@ -119,11 +122,14 @@ impl Kind {
                 all
             }
             Self::Delete => vec![
+                load,
                 versioned,
                 words(&[b"DEL", key]),
                 words(&[b"DEL", &versions]),
             ],
-            Self::Execute(command) if command.answers_content => vec![script, command.example(key)],
+            Self::Execute(command) if command.answers_content => {
+                vec![load, script, command.example(key)]
+            }
             Self::Execute(command) => vec![command.example(key)],
         }
     }
@@ -203,13 +209,20 @@ mod tests {
             commands.iter().map(name).collect()
         };
         assert_eq!(names(Kind::Get), ["GETRANGE"]);
-        assert_eq!(names(Kind::Set), ["EVALSHA", "SET", "DEL"]);
-        assert_eq!(names(Kind::Delete), ["EVALSHA", "DEL", "DEL"]);
-        assert_eq!(names(Kind::SetNewer), ["EVALSHA", "GET", "MSET"]);
+        assert_eq!(names(Kind::GetNothing), ["SCRIPT", "EVALSHA", "GET"]);
+        assert_eq!(names(Kind::GetMany), ["SCRIPT", "EVALSHA", "MGET"]);
+        let content = commands::lookup("GETDEL").expect("a command");
+        assert_eq!(
+            names(Kind::Execute(content)),
+            ["SCRIPT", "EVALSHA", "GETDEL"]
+        );
+        assert_eq!(names(Kind::Set), ["SET", "DEL"]);
+        assert_eq!(names(Kind::Delete), ["SCRIPT", "EVALSHA", "DEL", "DEL"]);
+        assert_eq!(names(Kind::SetNewer), ["SCRIPT", "EVALSHA", "GET", "MSET"]);
         let absent = Kind::SetAll {
             condition: true,
             version: false,
         };
-        assert_eq!(names(absent), ["EVALSHA", "SET", "EXISTS", "DEL"]);
+        assert_eq!(names(absent), ["SCRIPT", "EVALSHA", "SET", "EXISTS", "DEL"]);
     }
 }

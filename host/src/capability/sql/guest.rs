@@ -113,7 +113,12 @@ impl SqlCtx {
                     Error::Unavailable(why) => why.clone(),
                     other => other.to_string(),
                 };
-                (self.away).get_or_insert(Away { store, action, why });
+                (self.away).get_or_insert(Away {
+                    store,
+                    action,
+                    why,
+                    was_gone: false,
+                });
             }
             (Error::Denied(denied), None) => {
                 self.denied.get_or_insert_with(|| denied.clone());

@@ -4,6 +4,7 @@
 //! is one statement. It commits by itself, unless the host has put a [`Transaction`] around the call.
 
 mod decimal;
+mod done;
 mod guest;
 mod ledger;
 mod migrate;
@@ -130,14 +131,14 @@ impl Database {
             Some(folder) => Some(migrate::Migrations::load(folder).await?),
             None => None,
         };
-        let migrations = migrations.as_ref();
         let kind = match url {
             SqlUrl::Postgres(url) => {
                 let stage_url = stage_url.and_then(|url| match url {
                     SqlUrl::Postgres(url) => Some(url.as_str()),
                     SqlUrl::Sqlite(_) => None,
                 });
-                let opened = postgres::open(url, stage_url, migrations, max_connections, pause);
+                let opened =
+                    postgres::open(url, stage_url, migrations.as_ref(), max_connections, pause);
                 Kind::Postgres(opened.await?)
             }
             SqlUrl::Sqlite(file) => {
@@ -176,6 +177,9 @@ impl Database {
 
     /// Sees whether the database does what it did not do. Nothing changes.
     pub async fn probe(&self, action: &Action) -> Result<(), StoreError> {
+        if let Kind::Postgres(database) = &self.kind {
+            database.probe_pooler().await?;
+        }
         let answer = match (&self.kind, action) {
             (Kind::Postgres(database), Action::Lock(wait)) => database.probe_locks(wait).await,
             (_, Action::Answer | Action::Read | Action::Command(_) | Action::Lock(_)) => {
@@ -185,9 +189,10 @@ impl Database {
             (Kind::Postgres(database), Action::Statement(text, params)) => {
                 return database.probe_statement(text, params).await;
             }
-            (Kind::Sqlite(database), Action::Write | Action::Statement(..)) => {
-                database.probe_write().await
+            (Kind::Sqlite(database), Action::Statement(text, _)) => {
+                database.probe_statement(self.access, text).await
             }
+            (Kind::Sqlite(database), Action::Write) => database.probe_write().await,
         };
         // What speaks of the store is unavailable already; with what else it may say, it answers.
         answer.map_err(StoreError::from)
@@ -230,8 +235,10 @@ impl Database {
         match &self.kind {
             Kind::Postgres(database) => database.call(self.access, text, work, sight).await,
             Kind::Sqlite(database) => {
+                sight.heard();
                 let done = database.call(self.access, text, work).await;
-                done.map_err(|error| Refusal::of(error, self.access))
+                sight.end();
+                done.map_err(|error| sqlite::Sqlite::judge(self.access, text, error))
             }
         }
     }

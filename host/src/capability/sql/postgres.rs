@@ -8,6 +8,7 @@ use std::time::Duration;
 use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
 
+use super::done::Done as DoneBefore;
 use super::migrate::Migrations;
 use super::statement::postgres::Words;
 use super::{
@@ -25,7 +26,6 @@ use value::Parameters;
 
 mod call;
 mod client;
-mod done;
 mod error;
 mod guests;
 mod locks;
@@ -67,8 +67,10 @@ pub(super) struct Postgres {
     progress: Arc<OnceLock<ledger::Statements>>,
     /// A session that looks what others wait for.
     looks: Pool,
+    /// Where stages have a role of their own: what their sessions are called, as the server has it.
+    stage_name: Option<Arc<str>>,
     /// What was done for the stage that it works for.
-    done: Arc<done::Done>,
+    done: Arc<DoneBefore>,
 }
 
 /// What a session is given beside what the database, the role and the URL say.
@@ -114,12 +116,12 @@ pub(super) async fn open(
     let words = words.map_err(|failure| at(&place, failure.into_error().into()))?;
     let settings = Settings { pause };
     let looks = Pool::new(server.clone(), Settings { pause: None }, LOOK_CONNECTIONS);
-    let (pool, own, secret) = match stage_url {
+    let (pool, own, secret, name) = match stage_url {
         None => {
             let checked = guests::warn_of_host_role(&place, &mut client).await;
             checked.map_err(|error| at(&place, error))?;
             let pool = Pool::new(server, settings, max_connections);
-            (pool.clone(), pool, None)
+            (pool.clone(), pool, None, None)
         }
         Some(stage_url) => {
             let stages = Server::new(stage_url)?;
@@ -135,9 +137,11 @@ pub(super) async fn open(
             checked.map_err(|error| at(&format!("{}, stage-url", stages.place()), error))?;
             let role = guests::check(&place, &mut client, guest).await;
             let role = role.map_err(|error| at(&place, error))?;
+            let name = in_time(guest.look(locks::OWN_NAME)).await;
+            let name = name.map_err(|failure| at(&place, failure.into_error().into()))?;
             let pool = Pool::new(stages, settings, max_connections);
             let own = Pool::new(server, settings, OWN_CONNECTIONS);
-            (pool, own, Some(Arc::new(Secret::new(role))))
+            (pool, own, Some(Arc::new(Secret::new(role))), name)
         }
     };
     client.close().await;
@@ -148,7 +152,8 @@ pub(super) async fn open(
         secret,
         progress: Arc::default(),
         looks,
-        done: Arc::new(done::Done::new()),
+        stage_name: name.map(Into::into),
+        done: Arc::new(DoneBefore::new()),
     })
 }
 
@@ -210,7 +215,7 @@ impl Postgres {
     /// The same for a stage: what was done for it is known of it alone.
     pub(super) fn for_stage(&self) -> Self {
         Self {
-            done: Arc::new(done::Done::new()),
+            done: Arc::new(DoneBefore::new()),
             ..self.clone()
         }
     }

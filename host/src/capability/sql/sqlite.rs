@@ -13,12 +13,15 @@ use sqlx::{ConnectOptions, Connection};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 use tracing::warn;
 
+use super::done::Done as DoneBefore;
 use super::ledger::{self, Statements};
 use super::migrate::Migrations;
-use super::{ACQUIRE_TIMEOUT, Done, Error, Failure, SqlAccess, StoreError, Work};
+use super::{
+    ACQUIRE_TIMEOUT, Action, Done, Error, Failure, Refusal, SqlAccess, StoreError, WAS_DONE, Work,
+};
 use call::Call;
 use connection::BUSY_TIMEOUT;
-use error::{error_of, open_error};
+use error::{error_of, is_of_text, open_error};
 use pool::{Lease, Pool};
 
 mod authorizer;
@@ -56,6 +59,8 @@ pub(super) struct Sqlite {
     place: Arc<str>,
     /// Whose statements it runs, where it is one stage's.
     stage: Arc<str>,
+    /// What was done for it.
+    done: Arc<DoneBefore>,
 }
 
 /// A connection of the driver that runs migrations. The first one makes the file's log, which SQLite refuses at once, without
@@ -82,7 +87,7 @@ async fn connect(
 /// Creates the file and its folder where they are missing, and runs the migrations.
 pub(super) async fn open(
     file: &Path,
-    migrations: Option<&Migrations>,
+    migrations: Option<Migrations>,
     max_connections: u32,
 ) -> Result<Sqlite, StoreError> {
     let place = format!("SQLite at {}", file.display());
@@ -103,7 +108,35 @@ pub(super) async fn open(
         .foreign_keys(true)
         .busy_timeout(BUSY_TIMEOUT)
         .disable_statement_logging();
-    let mut connection = connect(&options, &place).await?;
+    prepare(&options, &place, migrations.as_ref()).await?;
+    let place: Arc<str> = place.into();
+    let newcomer = migrations.map(|migrations| Newcomer {
+        // It has been there: where it has gone again, no new one is wanted.
+        options: options.clone().create_if_missing(false),
+        place: place.clone(),
+        migrations,
+    });
+    // One beside that of a transaction, which may wait for the turn of a statement that has none yet.
+    let size = max_connections.max(2);
+    Ok(Sqlite {
+        pool: Arc::new(Pool::new(file.to_owned(), size, newcomer)),
+        writer: Arc::default(),
+        writes_late: Arc::default(),
+        progress: Arc::new(Statements::of(&format!("main.{}", ledger::TABLE))),
+        options: Arc::new(options),
+        place,
+        stage: "".into(),
+        done: Arc::new(DoneBefore::new()),
+    })
+}
+
+/// Makes the file's log, and runs the migrations.
+async fn prepare(
+    options: &SqliteConnectOptions,
+    place: &str,
+    migrations: Option<&Migrations>,
+) -> Result<(), StoreError> {
+    let mut connection = connect(options, place).await?;
     if let Some(migrations) = migrations {
         migrations
             .run_on_sqlite(&mut connection)
@@ -113,20 +146,22 @@ pub(super) async fn open(
                 StoreError::Refused(why) => StoreError::Refused(format!("{place}: {why}")),
             })?;
     }
-    connection
-        .close()
-        .await
-        .map_err(|error| open_error(&place, &error))?;
-    Ok(Sqlite {
-        // One beside that of a transaction, which may wait for the turn of a statement that has none yet.
-        pool: Arc::new(Pool::new(file.to_owned(), max_connections.max(2))),
-        writer: Arc::default(),
-        writes_late: Arc::default(),
-        progress: Arc::new(Statements::of(&format!("main.{}", ledger::TABLE))),
-        options: Arc::new(options),
-        place: place.into(),
-        stage: "".into(),
-    })
+    let closed = connection.close().await;
+    closed.map_err(|error| open_error(place, &error))
+}
+
+/// What is done to a file that somebody has put in the place of the one that the host had open, before it is used: it may be a
+/// copy of before the last migrations.
+pub(super) struct Newcomer {
+    options: SqliteConnectOptions,
+    place: Arc<str>,
+    migrations: Migrations,
+}
+
+impl Newcomer {
+    async fn prepare(&self) -> Result<(), StoreError> {
+        prepare(&self.options, &self.place, Some(&self.migrations)).await
+    }
 }
 
 fn rewrite(sql: &rusqlite::Connection) -> rusqlite::Result<()> {
@@ -145,6 +180,7 @@ impl Sqlite {
     pub(super) fn for_stage(&self) -> Self {
         Self {
             writes_late: Arc::default(),
+            done: Arc::new(DoneBefore::new()),
             ..self.clone()
         }
     }
@@ -164,7 +200,7 @@ impl Sqlite {
         text: &str,
         work: Work<'_>,
     ) -> Result<Done, Error> {
-        let call = Call::new(access, text, work)?;
+        let call = Call::new(self, access, text, work)?;
         if call.is_empty() {
             return Ok(Done::affected(0));
         }
@@ -188,6 +224,31 @@ impl Sqlite {
                 Err(failure.into_error())
             }
         }
+    }
+
+    /// What the failure of a guest's statement says of the file.
+    pub(super) fn judge(access: SqlAccess, text: &str, error: Error) -> Refusal {
+        match error {
+            Error::Unavailable(why) if why.starts_with(WAS_DONE) => {
+                // What it is run with has no part in it.
+                Refusal::away(why, Action::Statement(text.into(), [].into()))
+            }
+            error => Refusal::of(error, access),
+        }
+    }
+
+    /// Sees whether the file has again what a statement speaks of that was done before. Nothing is run.
+    pub(super) async fn probe_statement(&self, access: SqlAccess, text: &str) -> Result<(), Error> {
+        let text = connection::marked(access, text);
+        let mut lease = self.pool.take().await?;
+        let prepared = lease
+            .run(move |connection| connection.try_to_prepare(access, &text))
+            .await?;
+        lease.give_back();
+        prepared.map_err(|error| match (is_of_text(&error), error_of(&error)) {
+            (true, Error::Database(said)) => Error::Unavailable(said.message),
+            (_, error) => error,
+        })
     }
 
     /// Writes what is there once more, which goes to the disk as anything else does.

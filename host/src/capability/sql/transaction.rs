@@ -182,18 +182,21 @@ impl Transaction {
         let Outcome { answer, fate } = match &mut held.session {
             Session::Postgres(session) => session.call(mode, text, work, sight).await,
             Session::Sqlite(session) => {
+                sight.heard();
                 // Who gives up on it here has lost nothing.
                 *self.state() = State::Contended(None);
-                match session.ready(text, work).await {
+                let outcome = match session.ready(text, work).await {
                     Ok(call) => {
                         *self.state() = State::Busy;
-                        session.call(mode, call).await
+                        session.call(mode, text, call).await
                     }
                     Err(sqlite::NotReady::Refused(error)) => Outcome::untouched(error),
                     Err(sqlite::NotReady::Contended(error)) => {
                         Outcome::failed(error, Fate::Contended)
                     }
-                }
+                };
+                sight.end();
+                outcome
             }
         };
         if fate == Fate::Untouched {
@@ -333,8 +336,8 @@ pub(super) fn unanswered(failure: Failure) -> CommitError {
 
 pub(super) fn words(error: Error) -> String {
     match error {
-        Error::Unavailable(why) => why,
+        Error::Unavailable(why) | Error::Denied(why) | Error::Unsupported(why) => why,
         Error::Database(error) => error.message,
-        other => other.to_string(),
+        Error::TooLarge(limit) => format!("the answer is larger than the limit of {limit}"),
     }
 }

@@ -1,7 +1,9 @@
 //! What a statement that runs waits for, as far as somebody has looked: once it is given up, nobody can tell any more.
 
+use std::mem;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use crate::sync::lock;
 
@@ -71,21 +73,62 @@ impl LockWait {
 
 /// Where the wait of a statement is noted while it runs: who has given up on it finds it here.
 #[derive(Debug, Default)]
-pub struct Sight(Mutex<Option<Arc<LockWait>>>);
+pub struct Sight(Mutex<Seen>);
+
+#[derive(Debug, Default)]
+struct Seen {
+    wait: Option<Arc<LockWait>>,
+    heard: Heard,
+}
+
+/// What the database has answered to anybody while the statement waits.
+#[derive(Clone, Copy, Debug, Default)]
+enum Heard {
+    #[default]
+    Nothing,
+    /// Nothing since it was asked then.
+    Asked(Instant),
+    /// All that it was asked for.
+    All,
+}
 
 impl Sight {
     pub(super) fn begin(&self, process: i32) -> Arc<LockWait> {
         let wait = Arc::new(LockWait::of(process));
-        *lock(&self.0) = Some(wait.clone());
+        *lock(&self.0) = Seen {
+            wait: Some(wait.clone()),
+            heard: Heard::Nothing,
+        };
         wait
     }
 
-    pub(super) fn end(&self) {
-        *lock(&self.0) = None;
+    /// The database is asked for something else. What it was asked for before may be unanswered still.
+    pub(super) fn asked(&self) {
+        let heard = &mut lock(&self.0).heard;
+        if matches!(heard, Heard::All) {
+            *heard = Heard::Asked(Instant::now());
+        }
     }
 
-    /// Of the statement that was given up last.
-    pub fn take(&self) -> Option<Arc<LockWait>> {
-        lock(&self.0).take()
+    /// It answers, be it because it is in this process.
+    pub fn heard(&self) {
+        lock(&self.0).heard = Heard::All;
+    }
+
+    /// The statement has its answer.
+    pub fn end(&self) {
+        *lock(&self.0) = Seen::default();
+    }
+
+    /// Of the statement that was given up last, which has waited since then: for which lock, and for how long nobody is known to
+    /// have had an answer.
+    pub fn take(&self, since: Instant) -> (Option<Arc<LockWait>>, Duration) {
+        let Seen { wait, heard } = mem::take(&mut *lock(&self.0));
+        let silent = match heard {
+            Heard::Nothing => since.elapsed(),
+            Heard::Asked(at) => at.elapsed(),
+            Heard::All => Duration::ZERO,
+        };
+        (wait, silent)
     }
 }

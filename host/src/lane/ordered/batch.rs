@@ -21,6 +21,8 @@ pub(super) struct Batch {
     pub(super) given_up: BTreeSet<usize>,
     /// Time in calls since the last time that all was settled.
     pub(super) spent: Duration,
+    /// How often a store was away for a whole call of several.
+    pub(super) losses: u32,
 }
 
 impl Batch {
@@ -33,6 +35,7 @@ impl Batch {
             settled: 0,
             given_up: BTreeSet::new(),
             spent: Duration::ZERO,
+            losses: 0,
         }
     }
 

@@ -250,7 +250,7 @@ impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
 
     /// One call with these records of the last batch; several for which a store was away wait for it once, and not each.
     async fn call(&mut self, records: Range<usize>) -> Result<Invocation, Leave> {
-        let (mut losses, mut tried_again) = (0, false);
+        let mut tried_again = false;
         loop {
             let invocation = self.call_once(records.clone()).await;
             if records.len() == 1 {
@@ -260,7 +260,11 @@ impl<'a, S: Source, K: Sink, H: Handler<()>> Work<'a, S, K, H> {
                 return Ok(invocation);
             };
             self.settle_all().await?;
-            losses += 1;
+            // However the batch is halved: the message that is to blame is found in time.
+            let losses = self.batches.back_mut().map_or(0, |batch| {
+                batch.losses += 1;
+                batch.losses
+            });
             // One that answers now may have been away for a moment; the second time it is the messages' fault.
             let is_its_own = self.common.until_there::<()>(&away, losses).await?;
             if !is_its_own && mem::replace(&mut tried_again, true) {

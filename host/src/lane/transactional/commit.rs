@@ -54,6 +54,8 @@ where
             store: self.store.clone(),
             action: Action::Answer,
             why: why.clone(),
+            // Who ends a connection is there.
+            was_gone: false,
         };
         let away = (fault.away.as_deref().cloned()).unwrap_or_else(silent);
         let waiting = self.common.until_there::<L::Transaction>(&away, losses);
@@ -156,6 +158,7 @@ where
         tenure.attempts = attempts;
         tenure.has_pending = !outputs.is_empty();
         tenure.has_new_topic = false;
+        tenure.has_passed = false;
         self.caught_up(next_offset);
         let delivery = self.delivery();
         tenure.outbox.launch(delivery, outputs, next_offset);
@@ -198,6 +201,7 @@ where
             tenure.commits = tenure.commits.saturating_add(1);
             tenure.has_pending = !outputs.is_empty();
             tenure.has_new_topic = false;
+            tenure.has_passed = false;
             self.caught_up(tenure.next_offset);
         }
         Ok(written)

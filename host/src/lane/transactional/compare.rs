@@ -104,6 +104,8 @@ pub(super) enum Verdict {
     Begins { offset: i64 },
     /// There is a row, and the group has no offset.
     Unset { next_offset: i64 },
+    /// The stage was delivered to at least once meanwhile, without the row.
+    Passed { offset: i64, next_offset: i64 },
     /// Somebody has set the group's offset.
     Set { offset: i64, next_offset: i64 },
     /// There was no row, and the group's offset, if it has one, is that of one: the database was emptied, or is another one.
@@ -143,6 +145,10 @@ pub(super) fn compare(row: Row, committed: Option<&Committed>, known: Option<Row
             Some(mark) if mark.row.is_some() => Verdict::Agree,
             // A host of an earlier version commits without words, as somebody with a tool does.
             None if *offset == next_offset => Verdict::Agree,
+            Some(mark) if mark.at_least_once && *offset > next_offset => Verdict::Passed {
+                offset: *offset,
+                next_offset,
+            },
             // The host's own words, from before the lane had a row.
             Some(_) => Verdict::Agree,
             None => Verdict::Set {
@@ -213,6 +219,14 @@ impl fmt::Display for Said<'_> {
                  on elsewhere, stop the stage's hosts, UPDATE stagehost_progress SET next_offset = …, attempts = 0, \
                  generation = generation + 1 WHERE {row}, and start them again"
             ),
+            Verdict::Passed {
+                offset,
+                next_offset,
+            } => write!(
+                f,
+                "the group's offset {offset} in {topic} {partition} was committed by a host that delivered to this stage at least \
+                 once, while its row in stagehost_progress stayed at {next_offset}: all below {offset} is done, going on there. To go on elsewhere, set both: the row, and the group's offset"
+            ),
             Verdict::Set {
                 offset,
                 next_offset,
@@ -229,7 +243,8 @@ impl fmt::Display for Said<'_> {
                     Some(offset) => format!("the group's committed offset {offset} is that of one"),
                     None => "the group has no committed offset, and there was one".to_owned(),
                 };
-                let offset = offset.unwrap_or(before.next_offset);
+                // The group's offset may be late, and the lane have known of more.
+                let offset = offset.max(Some(before.next_offset)).unwrap_or_default();
                 write!(
                     f,
                     "{store} has no row in stagehost_progress for {group}, {topic} {partition}, and {there_was} with {} \
@@ -277,12 +292,12 @@ mod tests {
 
     fn committed(offset: i64, mark: Option<(i64, i64)>) -> Committed {
         let of = |(generation, commits)| Mark {
-            topic: None,
             row: Some(RowMark {
                 generation,
                 commits,
                 next_offset: offset,
             }),
+            ..Mark::default()
         };
         Committed {
             offset,
@@ -329,6 +344,24 @@ mod tests {
             }
         ));
         assert_eq!(emptied.before().map(|row| row.generation), Some(5));
+        let passed = |offset, at_least_once| {
+            let mark = Some(Mark {
+                at_least_once,
+                ..Mark::default()
+            });
+            compare(known, Some(&Committed { offset, mark }), None)
+        };
+        assert_eq!(passed(100, true), Verdict::Agree);
+        // Where a lane begins that has no row yet, in the place of one that was lost and is restored.
+        assert_eq!(passed(101, false), Verdict::Agree);
+        let (offset, next_offset) = (101, 100);
+        assert_eq!(
+            passed(101, true),
+            Verdict::Passed {
+                offset,
+                next_offset
+            }
+        );
         for before in [(5, 11), (6, 1)] {
             let older = compare(known, Some(&committed(120, Some(before))), None);
             assert!(matches!(older, Verdict::Older { .. }), "{before:?}");
@@ -340,6 +373,8 @@ mod tests {
     fn what_the_lane_has_known_counts_as_well() {
         let known = Some(row(5, 10, Some(100)));
         let late = committed(40, Some((5, 4)));
+        // Markers are passed behind what the row says.
+        let passed = committed(102, Some((5, 10)));
         let verdict = |row, committed| compare(row, committed, known);
         for (commits, next_offset) in [(9, 90), (4, 40)] {
             let older = verdict(row(5, commits, Some(next_offset)), Some(&late));
@@ -348,6 +383,24 @@ mod tests {
         let emptied = verdict(row(7, 0, None), None);
         let before = emptied.before().map(|before| before.next_offset);
         assert_eq!(before, Some(100));
+        // The mend leads to where the lane was, and not to where the group knows of.
+        let id = LaneId {
+            group: "g".into(),
+            topic: "t".into(),
+            partition: 3,
+        };
+        for (committed, expected) in [(None, 100), (Some(&late), 100), (Some(&passed), 102)] {
+            let row = row(7, 0, None);
+            let said = Said {
+                verdict: compare(row, committed, known),
+                row,
+                id: &id,
+                store: &"SQL store `db`",
+            };
+            let mend = format!("--to-offset {expected} --execute");
+            let said = said.to_string();
+            assert!(said.contains(&mend), "{said}");
+        }
         assert_eq!(verdict(row(5, 10, Some(100)), None), Verdict::Agree);
         // By another host since, and in another copy.
         let others = Row {

@@ -17,6 +17,7 @@ use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use self::batch::Batch;
@@ -45,6 +46,8 @@ const FENCED_PATIENCE: Retry = Retry {
 };
 /// A lane that could not keep its row so often in a row says so on readiness: once happens when hosts come and go.
 const TROUBLE: u32 = 2;
+/// A row that somebody else had is the lane's own again after so long: another host of this kind would have been back.
+const UNDISPUTED_AFTER: Duration = Duration::from_secs(15);
 
 /// After so long without a record, outputs that the log has are taken out of the row: a crash would produce them again. And a
 /// lane that could not keep its row before has nothing to say any more.
@@ -66,6 +69,8 @@ pub struct Lane<S, K, H, L> {
     troubles: u32,
     /// What is said of that.
     waiting: Option<Waiting>,
+    /// Until then somebody else, who had its row, may take it again: a commit in between does not mean that it is kept.
+    disputed_until: Option<Instant>,
     /// Outputs can't be given their partitions, since the log does not tell.
     unaddressed: Option<Waiting>,
     /// Its row as it left it last.
@@ -93,13 +98,15 @@ struct Tenure {
     knows_topic: bool,
     /// Whether the row does not remember its topic yet.
     has_new_topic: bool,
+    /// Whether the row does not say yet that what are no records was passed.
+    has_passed: bool,
     outbox: Outbox,
 }
 
 impl Tenure {
-    /// Whether the row has outputs that the log has once they have landed, or does not remember its topic yet.
+    /// Whether the row has outputs that the log has once they have landed, or does not remember its topic yet or what was passed.
     fn has_news(&self) -> bool {
-        self.has_pending || (self.has_new_topic && self.next_offset.is_some())
+        self.has_pending || self.has_passed || (self.has_new_topic && self.next_offset.is_some())
     }
 
     fn row(&self) -> Row {
@@ -185,6 +192,7 @@ where
             id,
             troubles: 0,
             waiting: None,
+            disputed_until: None,
             unaddressed: None,
             left: None,
             known: None,
@@ -206,6 +214,7 @@ where
                     if self.trouble(patience, &why).await.is_err() {
                         return;
                     }
+                    self.disputed_until = Some(Instant::now() + UNDISPUTED_AFTER);
                 }
                 Ending::Halted(halt) => {
                     self.waiting = None;
@@ -241,6 +250,12 @@ where
     /// The lane has committed, or has nothing to commit.
     fn row_kept(&mut self) {
         self.unaddressed = None;
+        if self
+            .disputed_until
+            .is_some_and(|until| Instant::now() < until)
+        {
+            return;
+        }
         if mem::take(&mut self.troubles) >= TROUBLE {
             self.waiting = None;
             info!(
@@ -282,14 +297,20 @@ where
                 // The partition is to be given up. Nor may the row be the newest, of which the group's commit alone tells.
                 tenure.outbox.forget_done();
             }
+            // What this tenure has taken: one before it may have taken more, and settled less.
+            let mut is_settled = is_compared;
             let gap = loop {
                 match self.next(tenure).await? {
                     Ok(Some(records)) => {
                         self.common.metrics().batch(records.len());
                         let mut batch = self.batch(tenure, records);
                         self.work(tenure, &mut batch).await?;
+                        is_settled = batch.is_settled();
                     }
                     Ok(None) => {
+                        if is_settled {
+                            self.pass(tenure);
+                        }
                         self.finish(tenure).await?;
                         return Err(Ending::Stopped);
                     }
@@ -369,6 +390,7 @@ where
             store: self.store.clone(),
             action: Action::Write,
             why: error.to_string(),
+            was_gone: false,
         };
         // No message is at fault: how long to wait is the lane's affair.
         let waiting = self.common.until_there::<L::Transaction>(&away, 0);
@@ -409,6 +431,7 @@ where
             claimed: pending.clone(),
             knows_topic: false,
             has_new_topic: false,
+            has_passed: false,
             outbox: Outbox::default(),
         };
         let delivery = self.delivery();
@@ -479,7 +502,8 @@ where
                 records = self.source.next(&self.common.policy().batch) => return Ok(records),
                 () = tokio::time::sleep(IDLE), if !is_aloft => {
                     idle = idle.wrapping_add(1);
-                    match self.has_news(tenure) {
+                    self.pass(tenure);
+                    match tenure.has_news() {
                         true => self.clear_pending(tenure).await?,
                         false if idle.is_multiple_of(LOOK_EVERY) => self.look_at_row(tenure.row()).await?,
                         false => self.row_kept(),
@@ -506,13 +530,14 @@ where
         }
     }
 
-    /// Whether an idle lane, which has settled all that it was given, has something to write into its row. That includes the
-    /// offset behind what are no records, for they may be removed before the next one comes.
-    fn has_news(&self, tenure: &mut Tenure) -> bool {
-        let next_offset = tenure.next_offset;
-        let passed = self.source.passed().filter(|_| next_offset.is_some());
-        tenure.pass_to(next_offset.max(passed));
-        tenure.has_news() || tenure.next_offset != next_offset
+    /// A lane that has settled all that it was given goes on behind what are no records: they may be removed before the next one
+    /// comes, and its row is all that tells of them where an operator resets the group.
+    fn pass(&self, tenure: &mut Tenure) {
+        let passed = self.source.passed();
+        if tenure.next_offset.is_some() && passed > tenure.next_offset {
+            tenure.pass_to(passed);
+            tenure.has_passed = true;
+        }
     }
 
     /// Works through a batch, in as many commits as it takes. Returns before its end when the lane is to stop.

@@ -104,6 +104,11 @@ where
             Verdict::Unset { .. } | Verdict::Set { .. } => {
                 warn!(stage, topic, partition, "{said}");
             }
+            Verdict::Passed { .. } => {
+                warn!(stage, topic, partition, "{said}");
+                // The group's offset is the only witness of it until the row says so.
+                tenure.outbox.forget_done();
+            }
             Verdict::Older { before } | Verdict::Another { before } => {
                 error!(stage, topic, partition, "{said}");
                 self.process_again(tenure.next_offset, before.next_offset);

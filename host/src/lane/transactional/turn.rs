@@ -231,11 +231,7 @@ where
             Some(Broken::Contended) => return Answer::Ran(Ran::Void(plan.exclusive())),
             Some(Broken::Connection(why)) => {
                 let fault = match invocation.outcomes {
-                    // The statement that broke it off was out of time.
-                    Err(fault) if fault.cause == Cause::Slow => Fault {
-                        away: fault.away,
-                        ..Fault::new(Cause::Slow, why)
-                    },
+                    Err(fault) if fault.cause == Cause::Slow => out_of_time(why, fault),
                     Err(fault) => Fault {
                         away: fault.away,
                         ..lost(why)
@@ -420,6 +416,15 @@ where
         });
         batch.hold(origin, vec![letter]);
     }
+}
+
+/// The statement that broke off the connection was out of time; the call knows whose time that was.
+fn out_of_time(why: String, fault: Fault) -> Fault {
+    let message = match fault.message.contains(&why) {
+        true => why,
+        false => format!("{why}; {}", fault.message),
+    };
+    Fault { message, ..fault }
 }
 
 /// What stands against the message that was worked on, should the database be there.

@@ -12,18 +12,22 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rdkafka::bindings::rd_kafka_message_leader_epoch;
 use rdkafka::config::{ClientConfig, FromClientConfigAndContext};
 use rdkafka::consumer::base_consumer::PartitionQueue;
 use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::error::KafkaError;
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::message::{BorrowedMessage, Message};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use super::super::{Gap, LogError};
+use super::access::Another;
+use super::bootstrap::{Bootstrap, STATISTICS};
 use super::gaps::{self, Passed};
 use super::leaders::Leaders;
+use super::leaving::leave_with_nothing;
 use super::membership::{Context, State, list_of};
 use super::message::owned;
 use super::partition::{Bell, Partition, PartitionSource, Position, Pushed};
@@ -45,10 +49,18 @@ const COMMIT_INTERVAL: Duration = Duration::from_millis(250);
 /// How often they are committed though they were before. One of those commits may have failed, as they do while the group
 /// hands partitions round, and nobody tells: librdkafka would tell a callback that rust-rdkafka does not set.
 const COMMIT_AGAIN_INTERVAL: Duration = Duration::from_secs(5);
-/// How often librdkafka reports how far the partitions reach, in milliseconds.
-const STATISTICS_MS: &str = "2000";
 /// How long a fetch may wait for records.
 const FETCH_WAIT: &str = "fetch.wait.max.ms";
+const RACK: &str = "client.rack";
+/// What the coordinator of KIP-848's groups says for good, and what passes all the same: a right that is given back, a member of
+/// this name whose session ends, a member that was frozen for too long.
+const PASSING: [RDKafkaErrorCode; 3] = [
+    RDKafkaErrorCode::GroupAuthorizationFailed,
+    RDKafkaErrorCode::UnreleasedInstanceId,
+    RDKafkaErrorCode::InvalidRequest,
+];
+/// How long to wait before another client joins.
+const ANEW_PAUSE: Duration = Duration::from_secs(3);
 /// What is said before why partitions are not read.
 const NOT_READ: &str = "partitions are not read yet: ";
 /// The same error is reported once in this time.
@@ -123,9 +135,8 @@ impl GroupConsumer {
             ("queued.max.messages.kbytes", "2048"),
             ("queued.min.messages", "10000"),
         ];
-        // With KIP-848's protocol the broker assigns, and librdkafka refuses the property.
-        let protocol = settings.properties.get("group.protocol");
-        if protocol.map(String::as_str) != Some("consumer") {
+        if !broker_assigns(settings) {
+            // librdkafka refuses it elsewhere.
             defaults.push(("partition.assignment.strategy", "cooperative-sticky"));
         }
         settings.client_config(
@@ -138,7 +149,7 @@ impl GroupConsumer {
                 // Where a lane begins is found out by `start`. A partition that is read out of its range goes on at
                 // its first record, which shows what is missing.
                 ("auto.offset.reset", "earliest"),
-                ("statistics.interval.ms", STATISTICS_MS),
+                STATISTICS,
             ],
         )
     }
@@ -149,31 +160,18 @@ impl GroupConsumer {
         subscription: Subscription,
         metrics: Arc<Metrics>,
     ) -> Result<Self, LogError> {
-        let mut config = Self::config(settings, &subscription.group);
-        if let Some(id) = &subscription.instance_id {
-            config.set("group.instance.id", id);
-        }
         let (assigned, sources) = mpsc::unbounded_channel();
-        let bell = Arc::<Bell>::default();
         let joined = CancellationToken::new();
-        let state = State {
-            partitions: HashMap::new(),
+        let member = Member {
+            settings: settings.clone(),
+            subscription,
             assigned,
             joined: joined.clone(),
             metrics,
-            group: subscription.group.clone(),
-            budget: subscription.revoke_budget,
+            bell: Arc::default(),
         };
-        let fetch_wait = config.get(FETCH_WAIT).and_then(|ms| ms.parse().ok());
-        let fetch_wait = Duration::from_millis(fetch_wait.unwrap_or_default());
-        let context = Context::new(state, Leaders::new(fetch_wait), bell.clone());
         let refuse = |error| LogError::Refused(format!("cannot make a consumer: {error}"));
-        let mut consumer =
-            BaseConsumer::from_config_and_context(&config, context).map_err(refuse)?;
-        let woken = bell.clone();
-        consumer.set_nonempty_callback(move || woken.ring());
-        let topics: Vec<_> = subscription.topics.iter().map(String::as_str).collect();
-        consumer.subscribe(&topics).map_err(refuse)?;
+        let consumer = member.join().map_err(refuse)?;
         let stop = StopHandle::default();
         let (end, ended) = oneshot::channel();
         // Whoever reads it needs one.
@@ -181,8 +179,7 @@ impl GroupConsumer {
         let thread = Poller {
             consumer: Arc::new(consumer),
             stop: stop.clone(),
-            group: subscription.group,
-            bell,
+            member,
             queues: Vec::new(),
             starting: false,
             reported: HashMap::new(),
@@ -205,12 +202,69 @@ impl GroupConsumer {
     }
 }
 
+/// Whether it is the broker that assigns partitions, as KIP-848 has it, and not one of the members.
+fn broker_assigns(settings: &ClientSettings) -> bool {
+    let protocol = settings.properties.get("group.protocol");
+    protocol.is_some_and(|protocol| protocol == "consumer")
+}
+
+/// What it takes to join the group, again where need be.
+struct Member {
+    settings: ClientSettings,
+    subscription: Subscription,
+    assigned: mpsc::UnboundedSender<PartitionSource>,
+    joined: CancellationToken,
+    metrics: Arc<Metrics>,
+    bell: Arc<Bell>,
+}
+
+impl Member {
+    fn join(&self) -> KafkaResult<BaseConsumer<Context>> {
+        let Self {
+            settings,
+            subscription,
+            bell,
+            ..
+        } = self;
+        let mut config = GroupConsumer::config(settings, &subscription.group);
+        if let Some(id) = &subscription.instance_id {
+            config.set("group.instance.id", id);
+        }
+        let state = State {
+            partitions: HashMap::new(),
+            assigned: self.assigned.clone(),
+            joined: self.joined.clone(),
+            metrics: self.metrics.clone(),
+            group: subscription.group.clone(),
+            budget: subscription.revoke_budget,
+            has_parted: false,
+        };
+        let fetch_wait = config.get(FETCH_WAIT).and_then(|ms| ms.parse().ok());
+        let fetch_wait = Duration::from_millis(fetch_wait.unwrap_or_default());
+        let leaders = Leaders::new(fetch_wait, config.get(RACK).is_some());
+        let context = Context::new(state, leaders, Bootstrap::new(settings), bell.clone());
+        let mut consumer = BaseConsumer::from_config_and_context(&config, context)?;
+        consumer.context().bootstrap.is_of(consumer.client());
+        let woken = bell.clone();
+        consumer.set_nonempty_callback(move || woken.ring());
+        let topics: Vec<_> = subscription.topics.iter().map(String::as_str).collect();
+        consumer.subscribe(&topics)?;
+        Ok(consumer)
+    }
+}
+
+/// Why the thread reads no more with a client.
+enum End {
+    Stopped,
+    /// This one has failed for good, and another one may do better.
+    Failed(String),
+}
+
 /// The thread.
 struct Poller {
     consumer: Arc<BaseConsumer<Context>>,
+    member: Member,
     stop: StopHandle,
-    group: String,
-    bell: Arc<Bell>,
     /// Of the partitions that are read.
     queues: Vec<Queue>,
     /// Some partition is not read yet where its lane wants it.
@@ -224,22 +278,86 @@ struct Poller {
 struct Queue {
     partition: Arc<Partition>,
     records: PartitionQueue<Context>,
+    /// Of whose leader the last record was, by its epoch; -1 before there is one, and where the log tells none.
+    epoch: i32,
+}
+
+/// The epoch of the leader that a record was written by.
+#[allow(unsafe_code, reason = "rdkafka has no function for it")]
+fn leader_epoch(message: &BorrowedMessage<'_>) -> i32 {
+    // SAFETY: the message is there for as long as it is borrowed.
+    unsafe { rd_kafka_message_leader_epoch(message.ptr()) }
 }
 
 impl Poller {
     fn run(mut self) -> Result<(), LogError> {
-        self.bell.belongs_to_this_thread();
+        self.member.bell.belongs_to_this_thread();
+        while let End::Failed(why) = self.poll()? {
+            warn!(
+                group = self.group(),
+                "reading from the log: {why}; joining the group anew"
+            );
+            if !self.join_anew() {
+                break;
+            }
+        }
+        let budget = *self.stop.budget();
+        let had_any = self.give_up_all(budget);
+        debug!(group = self.group(), "leaving the group");
+        self.leave(had_any);
+        Ok(())
+    }
+
+    /// A member that has partitions leaves when its client is dropped, and one with a name of its own does not leave.
+    fn leave(self, had_any: bool) {
+        let Subscription { instance_id, .. } = &self.member.subscription;
+        let leaves = had_any || instance_id.is_some() || broker_assigns(&self.member.settings);
+        // Theirs is the client, too.
+        drop(self.queues);
+        if !leaves && let Some(consumer) = Arc::into_inner(self.consumer) {
+            leave_with_nothing(consumer);
+        }
+    }
+
+    /// Another client takes the place of the one there is; answers whether it was not told to stop before.
+    fn join_anew(&mut self) -> bool {
+        self.give_up_all(self.member.subscription.revoke_budget);
+        // Before the client whose they are.
+        self.queues.clear();
+        loop {
+            let began = Instant::now();
+            while began.elapsed() < ANEW_PAUSE {
+                if self.stop.is_stopped() {
+                    return false;
+                }
+                thread::park_timeout(SLEEP);
+            }
+            match self.member.join() {
+                Ok(consumer) => {
+                    self.consumer = Arc::new(consumer);
+                    return true;
+                }
+                Err(error) => self.report(format!("cannot make a consumer: {error}")),
+            }
+        }
+    }
+
+    /// Serves one client.
+    fn poll(&mut self) -> Result<End, LogError> {
         let mut committed = Instant::now();
         let mut all_committed = committed;
-        let mut starts = Starts::new(self.consumer.clone(), self.group.clone());
+        let mut starts = Starts::new(self.consumer.clone(), self.group().to_owned());
         let mut topics = None;
+        let mut another = None;
         while !self.stop.is_stopped() {
             let mut idle = true;
             if let Some(event) = self.consumer.clone().poll(Duration::ZERO) {
-                self.take_event(event)?;
+                if let Some(why) = self.take_event(event)? {
+                    return Ok(End::Failed(why));
+                }
                 idle = false;
             }
-            if self.bell.was_called() {
+            if self.member.bell.was_called() {
                 self.let_go_of_queues();
                 self.starting = true;
                 idle = false;
@@ -252,6 +370,7 @@ impl Poller {
                 let again = all_committed.elapsed() >= COMMIT_AGAIN_INTERVAL;
                 if again {
                     all_committed = committed;
+                    self.ask_another(&mut another);
                 }
                 self.context().commit_settled(&self.consumer, again);
                 self.look_at_topics(&mut topics, again);
@@ -261,10 +380,26 @@ impl Poller {
                 thread::park_timeout(self.sleep(&starts));
             }
         }
-        let budget = *self.stop.budget();
-        self.give_up_all(budget);
-        debug!(group = self.group, "leaving the group");
-        Ok(())
+        Ok(End::Stopped)
+    }
+
+    /// Asks another client, by and by, whether it can read what this one can't.
+    fn ask_another(&self, asked: &mut Option<Another>) {
+        if let Some(another) = asked {
+            let Some(can) = another.can_read() else {
+                return;
+            };
+            if can {
+                self.context().others_can(&another.place);
+            }
+        }
+        let stuck = self.context().stuck();
+        // Each in its turn: what nobody can read hides no other.
+        let last = asked.take().map(|another| another.place);
+        let next = stuck.iter().find(|place| Some(*place) > last.as_ref());
+        *asked = next
+            .or(stuck.first())
+            .and_then(|place| Another::ask(&self.member.settings, self.group(), place.clone()));
     }
 
     /// How long there is nothing to do, unless somebody rings.
@@ -275,15 +410,20 @@ impl Poller {
         starts.until_look().clamp(SLEEP_STARTING, SLEEP)
     }
 
+    fn group(&self) -> &str {
+        &self.member.subscription.group
+    }
+
     fn context(&self) -> &Context {
         self.consumer.context()
     }
 
-    /// An error, or a record that came before its partition had a queue.
+    /// An error, or a record that came before its partition had a queue. Answers why the client has failed, if another one may do
+    /// better.
     fn take_event(
         &mut self,
         event: Result<BorrowedMessage<'_>, KafkaError>,
-    ) -> Result<(), LogError> {
+    ) -> Result<Option<String>, LogError> {
         match event {
             Ok(message) => {
                 let partition = self
@@ -292,48 +432,72 @@ impl Poller {
                     .partition(message.topic(), message.partition());
                 if let Some(partition) = partition {
                     let record = owned(&message, partition.topic());
-                    self.take_in(&partition, &mut VecDeque::from([record]));
+                    self.take_in(&partition, &mut VecDeque::from([record]), false);
                 }
+            }
+            Err(error @ KafkaError::MessageConsumptionFatal(code)) if PASSING.contains(&code) => {
+                self.report_error("", &error);
+                return Ok(Some(code.to_string()));
             }
             Err(KafkaError::MessageConsumptionFatal(code)) => {
                 self.give_up_all(Duration::ZERO);
                 let why = format!(
                     "the consumer of group {} failed for good: {code}",
-                    self.group
+                    self.group()
                 );
                 return Err(LogError::Refused(why));
             }
             Err(error) => self.report_error("", &error),
         }
-        Ok(())
+        Ok(None)
     }
 
     /// Takes from each queue as much as its partition has room for; answers whether that was anything.
     fn read_queues(&mut self) -> Result<bool, LogError> {
         let mut any = false;
         let mut records = VecDeque::new();
-        let queues = std::mem::take(&mut self.queues);
-        for queue in &queues {
+        let mut queues = std::mem::take(&mut self.queues);
+        for queue in &mut queues {
             let partition = &queue.partition;
             let turn = partition.room().min(TURN);
+            let (mut epoch, mut is_one) = (queue.epoch, queue.epoch >= 0);
             while records.len() < turn {
                 match queue.records.poll(Duration::ZERO) {
-                    Some(Ok(message)) => records.push_back(owned(&message, partition.topic())),
-                    Some(Err(error)) => self.take_event(Err(error))?,
+                    Some(Ok(message)) => {
+                        let now = leader_epoch(&message);
+                        is_one &= now == std::mem::replace(&mut epoch, now);
+                        records.push_back(owned(&message, partition.topic()));
+                    }
+                    // What ends a client comes to its own queue.
+                    Some(Err(error)) => drop(self.take_event(Err(error))?),
                     None => break,
                 }
             }
             any |= !records.is_empty();
-            self.take_in(partition, &mut records);
+            queue.epoch = epoch;
+            self.take_in(partition, &mut records, is_one);
         }
         self.queues = queues;
         Ok(any)
     }
 
-    fn take_in(&mut self, partition: &Arc<Partition>, records: &mut VecDeque<Record>) {
+    /// Takes records into a partition, which are of one leader with those before, or may not be.
+    fn take_in(
+        &mut self,
+        partition: &Arc<Partition>,
+        records: &mut VecDeque<Record>,
+        are_of_one_leader: bool,
+    ) {
         while let Pushed::Jump(expected) = partition.push(records)
             && let Some(came) = records.front().map(|record| record.offset)
         {
+            // What librdkafka has just handed on it may fetch again, where a rebalance pauses it between the two. While one leader
+            // leads a topic, no other record can have come to its offset.
+            let is_known = partition.topic_id().is_some();
+            if are_of_one_leader && is_known && came + 1 == expected {
+                records.pop_front();
+                continue;
+            }
             let reading = Position::Reading(Some(expected));
             match gaps::passed(&self.consumer, partition, expected, came) {
                 Passed::Nothing => {
@@ -416,10 +580,14 @@ impl Poller {
             .consumer
             .split_partition_queue(partition.topic(), partition.number());
         if let Some(mut records) = queue {
-            let bell = self.bell.clone();
+            let bell = self.member.bell.clone();
             records.set_nonempty_callback(move || bell.ring());
             let partition = partition.clone();
-            self.queues.push(Queue { partition, records });
+            self.queues.push(Queue {
+                partition,
+                records,
+                epoch: -1,
+            });
         }
     }
 
@@ -448,15 +616,15 @@ impl Poller {
         }
     }
 
-    fn give_up_all(&self, budget: Duration) {
-        let all: Vec<_> = self
-            .context()
-            .lock()
-            .partitions
-            .drain()
-            .map(|(_, p)| p)
-            .collect();
+    /// Answers whether there were any.
+    fn give_up_all(&self, budget: Duration) -> bool {
+        let all: Vec<_> = {
+            let mut state = self.context().lock();
+            state.has_parted = true;
+            state.partitions.drain().map(|(_, p)| p).collect()
+        };
         self.context().part(&self.consumer, &all, budget);
+        !all.is_empty()
     }
 
     /// An error of librdkafka's, and what it means where the log does not allow something.
@@ -482,7 +650,7 @@ impl Poller {
         }
         self.reported
             .retain(|_, at| now.duration_since(*at) < REPORT_INTERVAL);
-        warn!(group = self.group, "reading from the log: {text}");
+        warn!(group = self.group(), "reading from the log: {text}");
         self.reported.insert(text, now);
     }
 }

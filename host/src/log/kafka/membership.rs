@@ -8,15 +8,16 @@ use rdkafka::client::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext, Rebalance};
 use rdkafka::error::KafkaError;
-use rdkafka::statistics::Statistics;
 use rdkafka::{Offset, TopicPartitionList};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
+use super::bootstrap::Bootstrap;
 use super::leaders::Leaders;
 use super::log_line;
 use super::partition::{Bell, Commit, Partition, PartitionSource};
+use super::statistics::{Statistics, read};
 use crate::metrics::Metrics;
 use crate::sync::lock;
 
@@ -27,6 +28,7 @@ const ABANDON_WAIT: Duration = Duration::from_secs(5);
 pub(super) struct Context {
     state: Mutex<State>,
     leaders: Mutex<Leaders>,
+    pub(super) bootstrap: Bootstrap,
     /// A poll ends with the first callback, and there may be more to be called: each rings.
     bell: Arc<Bell>,
 }
@@ -38,6 +40,8 @@ pub(super) struct State {
     pub(super) metrics: Arc<Metrics>,
     pub(super) group: String,
     pub(super) budget: Duration,
+    /// Whether the client is about to be dropped: it may be given partitions until it is, of which nobody would take care.
+    pub(super) has_parted: bool,
 }
 
 impl State {
@@ -50,14 +54,29 @@ impl State {
 }
 
 impl Context {
-    pub(super) fn new(state: State, leaders: Leaders, bell: Arc<Bell>) -> Self {
+    pub(super) fn new(
+        state: State,
+        leaders: Leaders,
+        bootstrap: Bootstrap,
+        bell: Arc<Bell>,
+    ) -> Self {
         let state = Mutex::new(state);
         let leaders = Mutex::new(leaders);
         Self {
             state,
             leaders,
+            bootstrap,
             bell,
         }
+    }
+
+    /// The partitions that this client can't read, and another one might.
+    pub(super) fn stuck(&self) -> Vec<(String, i32)> {
+        lock(&self.leaders).stuck()
+    }
+
+    pub(super) fn others_can(&self, place: &(String, i32)) {
+        lock(&self.leaders).others_can(place);
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
@@ -66,11 +85,18 @@ impl Context {
 
     fn assign(&self, list: &TopicPartitionList) {
         let mut state = self.lock();
+        if state.has_parted {
+            return;
+        }
         state.joined.cancel();
         if list.count() > 0 {
             info!(group = state.group, "assigned {}", names(list));
         }
-        for element in list.elements() {
+        for mut element in list.elements() {
+            // `start` says where each is read. Without an offset librdkafka asks what is committed, and never reads what it is not
+            // told of, though it may be later; with the log's end it asks for that, again and again, and may go there long after it
+            // was sent elsewhere. For this one it asks nobody.
+            let _ = element.set_offset(Offset::Offset(0));
             let (topic, number) = (element.topic(), element.partition());
             let partition = Partition::new(topic, number, self.bell.clone());
             state
@@ -212,10 +238,16 @@ impl ClientContext for Context {
         debug!(target: "librdkafka", "consumer: {error}: {reason}");
     }
 
-    fn stats(&self, statistics: Statistics) {
+    fn stats_raw(&self, statistics: &[u8]) {
         self.bell.ring();
+        let Some(statistics) = read::<Statistics>(statistics) else {
+            return;
+        };
+        self.bootstrap.remind(&statistics.brokers);
         let state = self.lock();
-        let leaders = lock(&self.leaders);
+        let mut leaders = lock(&self.leaders);
+        leaders.hear_answers(&statistics);
+        leaders.keep(|place| state.partitions.contains_key(place));
         for partition in state.partitions.values() {
             let trouble = leaders.trouble(&statistics, partition);
             partition.unread().set_leader(trouble);
@@ -227,6 +259,7 @@ impl ClientContext for Context {
             let Some(figures) = figures else { continue };
             let from = partition
                 .settled()
+                .or_else(|| partition.committed_offset())
                 .unwrap_or_else(|| figures.committed_offset.max(figures.lo_offset));
             let lag = (figures.hi_offset - from).max(0);
             state

@@ -1,9 +1,16 @@
 //! The one real client: Kafka, or what speaks its protocol, through rdkafka.
+//!
+//! librdkafka is not believed for ever: its statistics tell when it has forgotten all brokers (`bootstrap`), and where a partition
+//! is not read for long, another client is asked whether it can (`access`). That is said, and nothing done by itself: a log that
+//! went back to an older copy has new records below what was read. A partition is never given a logical offset to begin at: what
+//! was asked for may be answered long after it was sent elsewhere.
 
 mod access;
+mod bootstrap;
 pub mod consumer;
 mod gaps;
 mod leaders;
+mod leaving;
 mod membership;
 mod message;
 mod offsets;
@@ -14,11 +21,12 @@ pub mod producer;
 pub(crate) mod properties;
 mod question;
 mod start;
+mod statistics;
 pub mod tail;
 mod topic_id;
 pub mod topics;
 
-pub(crate) use self::access::may_read;
+pub(crate) use self::access::{may_read, not_there};
 
 use std::collections::BTreeMap;
 
@@ -205,31 +213,24 @@ fn forbidden(code: RDKafkaErrorCode) -> Option<&'static str> {
 /// What an error of librdkafka means to a lane.
 fn log_error(error: &KafkaError) -> LogError {
     use RDKafkaErrorCode as Code;
-    let refused = matches!(
-        error.rdkafka_error_code(),
-        Some(
-            Code::InvalidMessage
-                | Code::InvalidMessageSize
-                | Code::InvalidRecord
-                | Code::InvalidTopic
-                | Code::PolicyViolation
-                | Code::UnknownPartition
-                | Code::UnknownTopic
-                | Code::UnknownTopicOrPartition
-                | Code::UnsupportedForMessageFormat
-        )
-    );
     let code = error.rdkafka_error_code();
     if let Some(lacks) = code.and_then(forbidden) {
         return LogError::Unavailable(format!("{lacks}: {error}"));
     }
-    if code == Some(Code::MessageSizeTooLarge) {
-        LogError::TooLarge(error.to_string())
-    } else if code == Some(Code::InvalidTimestamp) {
-        LogError::InvalidTime(error.to_string())
-    } else if refused {
-        LogError::Refused(error.to_string())
-    } else {
-        LogError::Unavailable(error.to_string())
+    let words = error.to_string();
+    match code {
+        // A batch may be larger than a segment of its topic where no record is: they are sent again one by one.
+        Some(Code::MessageSizeTooLarge | Code::MessageBatchTooLarge) => LogError::TooLarge(words),
+        Some(Code::InvalidTimestamp) => LogError::InvalidTime(words),
+        Some(Code::InvalidRecord) => LogError::Invalid(words),
+        Some(Code::UnknownPartition) => LogError::NoPartition(words),
+        Some(
+            Code::InvalidMessage
+            | Code::InvalidMessageSize
+            | Code::InvalidTopic
+            | Code::PolicyViolation
+            | Code::UnsupportedForMessageFormat,
+        ) => LogError::Refused(words),
+        _ => LogError::Unavailable(words),
     }
 }

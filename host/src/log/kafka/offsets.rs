@@ -126,7 +126,8 @@ fn offset(event: &Event) -> Answer {
 pub(super) type GroupOffset = Result<Option<Committed>, RDKafkaErrorCode>;
 
 /// What a group has committed in some partitions, of which there is one at least. A thread asks: librdkafka's question that does
-/// not wait goes on asking a coordinator that is the group's no more, as long as that one is up.
+/// not wait goes on asking a coordinator that is the group's no more, as long as that one is up, and aborts the process when brokers
+/// go away meanwhile (an assertion, which the fault suite found).
 pub(super) struct GroupOffsets {
     asked: Instant,
     answer: mpsc::Receiver<Result<Vec<(Place, GroupOffset)>, Failure>>,

@@ -14,6 +14,8 @@ use super::super::{BatchLimits, Gap, Source, Started, Unread};
 use crate::record::Record;
 use crate::sync::lock;
 
+/// Reading has just begun for so long: what librdkafka did before it may still have its effects.
+const JUST_BEGUN: Duration = Duration::from_secs(10);
 /// A buffer with this many records is full.
 const MAX_RECORDS: usize = 10_000;
 /// A buffer with this many bytes is full. What is at hand in the lane comes on top.
@@ -97,6 +99,8 @@ struct Settled {
     offset: Option<i64>,
     /// What its row says, if it has one.
     row: Option<RowMark>,
+    /// Whether it has none, and has delivered all below.
+    at_least_once: bool,
 }
 
 /// An offset to be committed, and what is written beside it.
@@ -113,6 +117,10 @@ struct Buffer {
     taken: Option<i64>,
     /// As of when reading began.
     committed: Option<Committed>,
+    /// What was passed when the lane was asked to end.
+    left: Option<i64>,
+    /// When reading began.
+    began: Option<Instant>,
 }
 
 impl Buffer {
@@ -123,6 +131,8 @@ impl Buffer {
             bytes: 0,
             taken: None,
             committed: None,
+            left: None,
+            began: None,
         }
     }
 
@@ -130,8 +140,14 @@ impl Buffer {
     fn passed(&self) -> Option<i64> {
         match self.position {
             Position::Reading(next) if self.records.is_empty() => next,
-            _ => None,
+            _ => self.left,
         }
+    }
+
+    /// As [`Buffer::passed`], where all that the lane has taken is settled.
+    fn passed_when(&self, settled: Option<i64>) -> Option<i64> {
+        let all_done = self.taken.is_none_or(|taken| settled >= Some(taken));
+        self.passed().filter(|_| all_done)
     }
 
     fn room(&self) -> usize {
@@ -230,10 +246,17 @@ impl Partition {
         if buffer.position == Position::Wanted(wanted) {
             buffer.position = Position::Reading(Some(from));
             buffer.committed = committed;
+            buffer.began = Some(Instant::now());
         }
         drop(buffer);
         self.unread.set_start(None);
         self.changed.notify_one();
+    }
+
+    /// Whether reading began a moment ago.
+    pub(super) fn has_just_begun(&self) -> bool {
+        let began = self.buffer().began;
+        began.is_some_and(|began| began.elapsed() < JUST_BEGUN)
     }
 
     /// The next record that is expected, where it is read.
@@ -260,6 +283,11 @@ impl Partition {
         Some(buffer.committed.as_ref()?.topic()?.to_owned())
     }
 
+    /// What the group had committed when reading began.
+    pub(super) fn committed_offset(&self) -> Option<i64> {
+        Some(self.buffer().committed.as_ref()?.offset)
+    }
+
     /// Where it is said why nothing comes of it.
     pub(super) fn unread(&self) -> &Unread {
         &self.unread
@@ -283,7 +311,11 @@ impl Partition {
     /// Asks the lane to end. Records that it has not taken are left to the partition's next owner.
     pub(super) fn stop(&self) {
         self.stopping.cancel();
-        *self.buffer() = Buffer::at(Position::Waiting);
+        let settled = lock(&self.settled);
+        let mut buffer = self.buffer();
+        let left = buffer.passed_when(settled.offset);
+        *buffer = Buffer::at(Position::Waiting);
+        buffer.left = left;
         self.changed.notify_one();
     }
 
@@ -325,18 +357,17 @@ impl Partition {
     pub(super) fn settled(&self) -> Option<i64> {
         let mut settled = lock(&self.settled);
         let offset = settled.offset?;
-        let buffer = self.buffer();
-        let all_done = buffer.taken.is_none_or(|taken| offset >= taken);
-        let passed = buffer.passed().filter(|_| all_done);
+        let passed = self.buffer().passed_when(Some(offset));
         // Kept, for what comes next does not take it back.
         settled.offset = passed.max(Some(offset));
         settled.offset
     }
 
-    /// A row that went back to an older copy counts: what was done beyond it is to be done again, and the log is told so.
+    /// A row that went back to an older copy counts: what was done beyond it is to be done again, and the log is told so. And what
+    /// is known of a row that another host has taken on since is not told of the offset that it is at now.
     fn goes_back_to(&self, offset: Option<i64>) {
         let mut settled = lock(&self.settled);
-        if offset.is_some() && settled.offset > offset {
+        if offset.is_some() && settled.offset != offset {
             *settled = Settled::default();
             self.commit_again();
         }
@@ -350,10 +381,14 @@ impl Partition {
             return None;
         }
         let topic = lock(&self.topic_id);
+        let Settled {
+            row, at_least_once, ..
+        } = *lock(&self.settled);
         let words = Words {
             offset,
             topic: topic.as_deref(),
-            row: lock(&self.settled).row,
+            row,
+            at_least_once,
         };
         let words = words.to_string();
         Some(Commit { offset, words })
@@ -471,6 +506,7 @@ impl Source for PartitionSource {
         let mut settled = lock(&self.0.settled);
         settled.offset = settled.offset.max(Some(next_offset));
         settled.row = row;
+        settled.at_least_once = row.is_none();
     }
 
     fn passed(&self) -> Option<i64> {
@@ -580,6 +616,26 @@ mod tests {
         assert!(!partition.wait_ended(Duration::ZERO));
         drop(source);
         assert!(partition.wait_ended(Duration::ZERO));
+    }
+
+    /// What is told to the group beyond its row has a transactional lane go on there.
+    #[tokio::test]
+    async fn what_is_taken_and_not_settled_is_not_passed_at_a_stop() {
+        for (done, passed) in [(2, None), (3, Some(5))] {
+            let partition = partition();
+            let mut source = PartitionSource::new(partition.clone());
+            for offset in 0..3 {
+                push(&partition, record(offset, 1));
+            }
+            let taken = source.next(&limits(9, 9)).await.expect("no gap");
+            assert_eq!(taken.expect("not stopped").len(), 3);
+            source.done(done, None);
+            // Markers.
+            partition.replace_position(&Position::Reading(Some(3)), Position::Reading(Some(5)));
+            partition.stop();
+            assert_eq!(source.passed(), passed);
+            assert_eq!(partition.settled(), passed.or(Some(done)));
+        }
     }
 
     #[tokio::test]

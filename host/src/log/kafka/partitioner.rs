@@ -43,6 +43,11 @@ impl Partitioner {
             .insert(topic.to_owned(), (count, Instant::now()));
     }
 
+    /// The topic may have fewer by now.
+    pub(super) fn forget(&self, topic: &str) {
+        self.counts().remove(topic);
+    }
+
     /// One of `count` partitions.
     pub(super) fn choose(&self, key: Option<&[u8]>, count: i32) -> i32 {
         let hash = match key {
@@ -87,5 +92,7 @@ mod tests {
         assert_eq!(partitioner.count("t"), None);
         partitioner.learn("t", 8);
         assert_eq!(partitioner.count("t"), Some(Count::Fresh(8)));
+        partitioner.forget("t");
+        assert_eq!(partitioner.count("t"), None);
     }
 }

@@ -12,6 +12,7 @@ use tokio::sync::Notify;
 use tracing::{debug, info, warn};
 
 use super::super::{Addressed, LogError, Sink, Unsent};
+use super::bootstrap::{Bootstrap, STATISTICS};
 use super::message::{RawHeader, to_send};
 use super::partitioner::{Count, Partitioner};
 use super::polled::PolledProducer;
@@ -65,7 +66,7 @@ type Client = PolledProducer<Context>;
 impl Producer {
     /// A producer that connects by itself, now and after every loss.
     pub fn new(settings: &ClientSettings, patience: Patience) -> Result<Self, LogError> {
-        let client = create(&config(settings, patience))?;
+        let client = create(settings, &config(settings, patience))?;
         Ok(Self {
             settings: Arc::new(settings.clone()),
             patience,
@@ -98,7 +99,7 @@ impl Producer {
         } else {
             warn!("the producer failed for good ({code}: {why}); going on with a new one");
         }
-        match create(&config(&self.settings, self.patience)) {
+        match create(&self.settings, &config(&self.settings, self.patience)) {
             Ok(client) => *current = Arc::new(client),
             Err(error) => warn!("cannot make a new producer: {error}"),
         }
@@ -152,7 +153,7 @@ impl Producer {
             Some(client) => client,
             None => {
                 let mut config = config(&self.settings, self.patience);
-                create(config.set("batch.num.messages", "1"))?
+                create(&self.settings, config.set("batch.num.messages", "1"))?
             }
         };
         let failed = self.fly(&client, std::slice::from_ref(record)).await.pop();
@@ -211,7 +212,7 @@ impl Addressed for Producer {
         }
         let count = match self.partitioner.count(&record.topic) {
             Some(Count::Fresh(count)) => count,
-            // Topics do not shrink: what was known once is good enough until the log has answered, which it may be long about
+            // Topics do not shrink unless they are made anew: what was known once is good enough until the log has answered, which it may be long about
             // where a broker hangs.
             Some(Count::Old(count)) => {
                 self.partitioner.learn(&record.topic, count);
@@ -236,6 +237,9 @@ impl Producer {
         let mut unsent = Vec::new();
         let mut is_away = false;
         for Unsent { index, mut error } in failed {
+            if matches!(error, LogError::NoPartition(_)) {
+                self.partitioner.forget(&records[index].record().topic);
+            }
             if is_away {
                 error = LogError::Unavailable("a record before it was not taken yet".into());
             } else if !matches!(error, LogError::Unavailable(_)) {
@@ -283,7 +287,9 @@ impl Producer {
                 return Ok(count);
             }
             if tries == TOPIC_TRIES {
-                return Err(LogError::Refused(format!("there is no topic {topic}")));
+                return Err(LogError::Unavailable(format!(
+                    "there is no topic {topic}: make it"
+                )));
             }
             tries += 1;
             tokio::time::sleep(TOPIC_WAIT).await;
@@ -321,6 +327,8 @@ pub(super) fn config(settings: &ClientSettings, patience: Patience) -> ClientCon
         // As Java's clients choose: the same key goes to the same partition whoever produces it.
         ("partitioner", "murmur2_random"),
         ("queue.buffering.max.kbytes", "65536"),
+        // How large a record may be is the topic's to say; the dead letter of a large record is larger still.
+        ("message.max.bytes", "1000000000"),
     ];
     if patience == Patience::Gapless {
         defaults.extend(ROOM);
@@ -328,14 +336,11 @@ pub(super) fn config(settings: &ClientSettings, patience: Patience) -> ClientCon
     if !settings.properties.contains_key("queue.buffering.max.ms") {
         defaults.push(("linger.ms", "1"));
     }
-    if !matches!(patience, Patience::Bounded(_)) {
-        // How large a record may be is the topic's to say; the dead letter of a large record is larger still.
-        defaults.push(("message.max.bytes", "1000000000"));
-    }
     let mut fixed = vec![
         ("enable.idempotence", "true"),
         ("acks", "all"),
         ("message.timeout.ms", &timeout),
+        STATISTICS,
     ];
     if patience == Patience::Gapless {
         fixed.push((GAPLESS, "true"));
@@ -343,9 +348,14 @@ pub(super) fn config(settings: &ClientSettings, patience: Patience) -> ClientCon
     settings.client_config(Kind::Producer, &defaults, &fixed)
 }
 
-fn create(config: &ClientConfig) -> Result<Client, LogError> {
-    Client::new(config, Context)
-        .map_err(|error| LogError::Refused(format!("cannot make a producer: {error}")))
+fn create(settings: &ClientSettings, config: &ClientConfig) -> Result<Client, LogError> {
+    let context = Context {
+        bootstrap: Bootstrap::new(settings),
+    };
+    let client = Client::new(config, context)
+        .map_err(|error| LogError::Refused(format!("cannot make a producer: {error}")))?;
+    client.context().bootstrap.is_of(client.client());
+    Ok(client)
 }
 
 /// A record whose headers' names may be any bytes, as no stage makes one.
@@ -459,7 +469,9 @@ impl Flight {
     }
 }
 
-struct Context;
+struct Context {
+    bootstrap: Bootstrap,
+}
 
 impl ClientContext for Context {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
@@ -468,6 +480,10 @@ impl ClientContext for Context {
 
     fn error(&self, error: KafkaError, reason: &str) {
         debug!(target: "librdkafka", "producer: {error}: {reason}");
+    }
+
+    fn stats_raw(&self, statistics: &[u8]) {
+        self.bootstrap.hear(statistics);
     }
 }
 

@@ -109,11 +109,7 @@ mod tests {
     fn tells_properties_that_do_together() {
         let good: &[&[(&str, &str)]] = &[
             &[],
-            &[
-                ("linger.ms", "50"),
-                ("retries", "3"),
-                ("max.in.flight", "1"),
-            ],
+            &[("linger.ms", "50"), ("max.in.flight", "1")],
             &[("queue.buffering.max.ms", "50")],
             &[
                 ("session.timeout.ms", "6000"),
@@ -136,8 +132,6 @@ mod tests {
         let bad = [
             ("max.in.flight.requests.per.connection", "6"),
             ("max.in.flight", "6"),
-            ("retries", "0"),
-            ("message.send.max.retries", "0"),
             ("linger.ms", "20000"),
             ("queuing.strategy", "lifo"),
             ("session.timeout.ms", "3000000"),

@@ -8,12 +8,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::error::{KafkaError, KafkaResult};
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::{Offset, TopicPartitionList};
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use super::super::Gap;
-use super::super::committed::Committed;
+use super::super::committed::{Committed, known};
+use super::forbidden;
 use super::gaps::{outside, replaced};
 use super::membership::{Context, list_of};
 use super::offsets::{Bounds, GroupOffsets, Place};
@@ -21,6 +22,8 @@ use super::partition::{Partition, Position};
 use super::question::{Failure, Question};
 use super::topic_id::{self, TopicId, TopicIds};
 
+/// What is said where nothing more is known of it.
+const UNSAID: &str = "the group's coordinator does not say what is committed";
 /// How long until the log is asked again what it did not answer, and how long in the end, after pauses that double.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
@@ -50,6 +53,8 @@ pub(super) struct Starts {
     next_look: Instant,
     /// Why the log does not say what the group has committed.
     troubles: Vec<Trouble>,
+    /// Topics of which the log tells no id, and of which that was said. They are those of one stage.
+    untold: BTreeSet<String>,
 }
 
 /// Why partitions are not read yet, to be said.
@@ -178,6 +183,7 @@ impl Starts {
             topics: None,
             next_look: Instant::now(),
             troubles: Vec::new(),
+            untold: BTreeSet::new(),
         }
     }
 
@@ -268,16 +274,20 @@ impl Starts {
         let Some((answer, asked)) = heard(&mut self.committed, GroupOffsets::answer) else {
             return;
         };
+        let mut unsaid = UNSAID.to_owned();
         let answer = match answer {
             Ok(answer) => answer,
             Err(Failure { code, why }) => {
                 debug!("the log does not say what the group has committed: {why}");
-                self.troubles
-                    .push(Trouble::Error(KafkaError::OffsetFetch(code)));
+                unsaid = unsaid_offsets(code);
+                self.troubles.push(match code {
+                    RDKafkaErrorCode::OperationTimedOut => Trouble::Words(unsaid.clone()),
+                    code => Trouble::Error(KafkaError::OffsetFetch(code)),
+                });
                 Vec::new()
             }
         };
-        let mut unreadable = None;
+        let mut unreadable = BTreeMap::new();
         for (place, found) in answer {
             let start = self.starts.get_mut(&place);
             let Some(start) = start.filter(|_| asked.contains(&place)) else {
@@ -286,24 +296,19 @@ impl Starts {
             match found {
                 Ok(committed) => start.committed.is(committed, now),
                 // Not the same as nothing.
-                Err(error) => {
-                    let (topic, number) = &place;
-                    unreadable.get_or_insert_with(|| {
-                        format!(
-                            "the group's committed offset in {topic} {number} can't be read: {error}"
-                        )
-                    });
-                }
+                Err(code) => drop(unreadable.insert(place, unreadable_offset(code))),
             }
         }
-        self.troubles.extend(unreadable.map(Trouble::Words));
+        let first = unreadable.iter().next();
+        self.troubles.extend(
+            first.map(|((topic, number), why)| Trouble::Words(format!("{topic} {number}: {why}"))),
+        );
         let asked = (self.starts.iter_mut()).filter(|(place, _)| asked.contains(place));
-        for start in asked
-            .map(|(_, start)| start)
-            .filter(|s| s.committed.answer.is_none())
-        {
-            let why = "the group's coordinator does not say what is committed";
-            start.committed.failed(now, why.to_owned());
+        for (place, start) in asked.filter(|(_, start)| start.committed.answer.is_none()) {
+            let why = unreadable.remove(place);
+            start
+                .committed
+                .failed(now, why.unwrap_or_else(|| unsaid.clone()));
         }
     }
 
@@ -332,10 +337,14 @@ impl Starts {
             if start.topic.answer.is_some() || !asked.contains(&**start.partition.topic()) {
                 continue;
             }
-            match said.and_then(|topics| topics.get(&**start.partition.topic())) {
+            let untold = is_untold.then_some(&TopicId::Untold);
+            let told = said.and_then(|topics| topics.get(&**start.partition.topic()));
+            match told.or(untold) {
                 Some(TopicId::Is(id)) => start.topic.is(Some(id.clone()), now),
-                Some(TopicId::Untold) => start.topic.is(None, now),
-                _ if is_untold => start.topic.is(None, now),
+                Some(TopicId::Untold) => {
+                    start.topic.is(None, now);
+                    say_untold(&mut self.untold, start.partition.topic());
+                }
                 // Without its id, a topic that was made anew would be read from the old one's offset.
                 Some(TopicId::Missing) => {
                     let why = "the log says that there is no such topic";
@@ -441,6 +450,42 @@ impl Starts {
     }
 }
 
+/// Why the log does not say what the group has committed in a partition.
+fn unreadable_offset(code: RDKafkaErrorCode) -> String {
+    format!(
+        "the group's committed offset can't be read: {}",
+        cause(code)
+    )
+}
+
+/// Why it does not say so of any. librdkafka asks on and on where the coordinator says that what is committed is not certain yet.
+fn unsaid_offsets(code: RDKafkaErrorCode) -> String {
+    match code {
+        RDKafkaErrorCode::OperationTimedOut => format!(
+            "{UNSAID}: it does not answer, or a transaction of another program that commits offsets for this group is open (end \
+             it, or wait until its transaction.timeout.ms is over)"
+        ),
+        _ => format!("{UNSAID}: {}", cause(code)),
+    }
+}
+
+/// librdkafka's words, behind what the host's user lacks, if that is it.
+fn cause(code: RDKafkaErrorCode) -> String {
+    let lacks = forbidden(code).map_or(String::new(), |lacks| format!("{lacks}: "));
+    format!("{lacks}{code}")
+}
+
+/// Says once of a topic what is not known without its id.
+fn say_untold(untold: &mut BTreeSet<String>, topic: &str) {
+    if untold.insert(topic.to_owned()) {
+        warn!(
+            topic,
+            "the log does not tell the topic's id (it is older than Kafka 2.8, or the host's Kafka user lacks DESCRIBE): were it \
+             deleted and made anew, that would be noticed only where it is shorter than what was read of it"
+        );
+    }
+}
+
 /// The answer to a question, if it has come, and what it was about.
 fn heard<Q, A, About>(
     asked: &mut Option<(Q, BTreeSet<About>)>,
@@ -453,17 +498,6 @@ fn heard<Q, A, About>(
 
 fn place(partition: &Partition) -> Place {
     (partition.topic().to_string(), partition.number())
-}
-
-/// Where to go on: where the lane says, and else where the group has got to. The group may know of markers behind the lane's
-/// offset, and that there is nothing else up to its own.
-fn known(wanted: Option<i64>, committed: Option<&Committed>) -> Option<i64> {
-    let Some(wanted) = wanted else {
-        return committed.map(|committed| committed.offset);
-    };
-    let row = committed.and_then(Committed::row);
-    let passed = committed.filter(|_| row.is_some_and(|row| row.next_offset == wanted));
-    Some(passed.map_or(wanted, |committed| committed.offset.max(wanted)))
 }
 
 /// `reading what was assigned: topic 0 from offset 5, 1 from offset 7`.
@@ -489,40 +523,25 @@ fn say_where(group: &str, begun: Vec<(Place, i64)>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::log::committed::{Mark, RowMark};
 
     #[test]
-    fn a_lane_goes_on_behind_markers_that_its_group_has_passed() {
-        let committed = |offset, next_offset| {
-            let row = RowMark {
-                next_offset,
-                ..RowMark::default()
-            };
-            let mark = Mark {
-                topic: None,
-                row: Some(row),
-            };
-            Some(Committed {
-                offset,
-                mark: Some(mark),
-            })
-        };
-        let set = Some(Committed {
-            offset: 9,
-            mark: None,
-        });
-        for (wanted, committed, expected) in [
-            (None, None, None),
-            (None, committed(7, 5), Some(7)),
-            (Some(5), None, Some(5)),
-            (Some(5), committed(7, 5), Some(7)),
-            // The row has gone on since.
-            (Some(6), committed(7, 5), Some(6)),
-            (Some(8), committed(7, 7), Some(8)),
-            // Somebody has set it.
-            (Some(5), set, Some(5)),
+    fn offsets_that_can_not_be_read_are_said_with_who_can_mend_it() {
+        use RDKafkaErrorCode as Code;
+        let lacks = "the host's Kafka user lacks";
+        for (said, words) in [
+            (unreadable_offset(Code::TopicAuthorizationFailed), lacks),
+            (
+                unreadable_offset(Code::UnknownTopicOrPartition),
+                "read: Unknown",
+            ),
+            (unsaid_offsets(Code::GroupAuthorizationFailed), lacks),
+            (
+                unsaid_offsets(Code::OperationTimedOut),
+                "a transaction of another program",
+            ),
+            (unsaid_offsets(Code::NotCoordinator), "committed: NotCoord"),
         ] {
-            assert_eq!(known(wanted, committed.as_ref()), expected, "{wanted:?}");
+            assert!(said.contains(words), "{said}");
         }
     }
 

@@ -13,6 +13,7 @@ use rdkafka::util::Timeout;
 use tracing::debug;
 
 use super::super::LogError;
+use super::bootstrap::{Bootstrap, STATISTICS};
 use super::message::{RawHeader, raw_headers};
 use super::{ClientSettings, Kind, log_error, log_line};
 
@@ -80,11 +81,16 @@ impl Tail {
                 ("enable.partition.eof", "true"),
                 ("allow.auto.create.topics", "false"),
                 ("auto.offset.reset", "earliest"),
+                STATISTICS,
             ],
         );
+        let context = Context {
+            bootstrap: Bootstrap::new(settings),
+        };
         let consumer: StreamConsumer<Context> =
-            StreamConsumer::from_config_and_context(&config, Context)
+            StreamConsumer::from_config_and_context(&config, context)
                 .map_err(|error| LogError::Refused(format!("cannot make a consumer: {error}")))?;
+        consumer.context().bootstrap.is_of(consumer.client());
         let name = topic.to_owned();
         // librdkafka blocks on questions.
         let opened = tokio::task::spawn_blocking(move || {
@@ -174,7 +180,9 @@ fn partitions(consumer: &StreamConsumer<Context>, topic: &str) -> Result<BTreeSe
     Ok(partitions)
 }
 
-struct Context;
+struct Context {
+    bootstrap: Bootstrap,
+}
 
 impl ClientContext for Context {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
@@ -187,6 +195,10 @@ impl ClientContext for Context {
         } else {
             debug!(target: "librdkafka", "{error}: {reason}");
         }
+    }
+
+    fn stats_raw(&self, statistics: &[u8]) {
+        self.bootstrap.hear(statistics);
     }
 }
 

@@ -6,18 +6,20 @@ use std::time::Duration;
 
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication};
 use rdkafka::client::ClientContext;
-use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
-use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::config::{ClientConfig, FromClientConfigAndContext, RDKafkaLogLevel};
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::metadata::{Metadata, MetadataPartition, MetadataTopic};
 use rdkafka::producer::{DeliveryResult, Producer as _, ProducerContext};
 use rdkafka::util::Timeout;
 use tracing::{debug, info};
 
 use super::super::LogError;
+use super::bootstrap::{Bootstrap, STATISTICS};
 use super::polled::PolledProducer;
 use super::{ClientSettings, Kind, QuietContext, forbidden, log_error, log_line};
 use crate::delivery::seen::UNKNOWN_CLUSTER;
 use crate::pipeline::Topic;
+use crate::sync::lock;
 
 /// How long one question to the log may take.
 const ASK_TIMEOUT: Duration = Duration::from_secs(5);
@@ -37,13 +39,51 @@ const APPEAR_WAIT: Duration = Duration::from_millis(100);
 pub struct Admin {
     /// It produces nothing: of rdkafka's clients, only producers hand on why a connection failed.
     asker: Arc<PolledProducer<Asking>>,
-    creator: Arc<AdminClient<QuietContext>>,
+    creator: Arc<Creator>,
+}
+
+/// Makes topics and reads their settings. Rdkafka serves no callbacks of such a client, so nobody would know that it has
+/// forgotten all brokers (see [`Bootstrap`]): after any failure it is a new one.
+struct Creator {
+    config: ClientConfig,
+    client: Mutex<Arc<AdminClient<QuietContext>>>,
+}
+
+impl Creator {
+    fn new(config: ClientConfig) -> KafkaResult<Self> {
+        let client = AdminClient::from_config_and_context(&config, QuietContext)?;
+        let client = Mutex::new(Arc::new(client));
+        Ok(Self { config, client })
+    }
+
+    fn client(&self) -> Arc<AdminClient<QuietContext>> {
+        lock(&self.client).clone()
+    }
+
+    /// What a client answered; after an error the next question is another client's.
+    fn heard<T>(
+        &self,
+        client: Arc<AdminClient<QuietContext>>,
+        answer: KafkaResult<T>,
+    ) -> KafkaResult<T> {
+        if answer.is_err() {
+            match AdminClient::from_config_and_context(&self.config, QuietContext) {
+                Ok(new) => {
+                    let old = std::mem::replace(&mut *lock(&self.client), Arc::new(new));
+                    // It waits for its thread.
+                    tokio::task::spawn_blocking(move || drop((old, client)));
+                }
+                Err(error) => debug!("cannot make a new client: {error}"),
+            }
+        }
+        answer
+    }
 }
 
 /// Remembers what librdkafka said last of a connection that failed: its answers say only that one did.
-#[derive(Default)]
 struct Asking {
     trouble: Mutex<Option<String>>,
+    bootstrap: Bootstrap,
 }
 
 impl Asking {
@@ -70,6 +110,10 @@ impl ClientContext for Asking {
             *self.trouble() = Some(reason.to_string());
         }
     }
+
+    fn stats_raw(&self, statistics: &[u8]) {
+        self.bootstrap.hear(statistics);
+    }
 }
 
 impl ProducerContext for Asking {
@@ -85,12 +129,17 @@ impl Admin {
         let refuse = |error| LogError::Refused(format!("cannot make a client: {error}"));
         // librdkafka asks the broker that it asked last, while its connection stands.
         let ends = [("socket.timeout.ms", HANGS_AFTER_MS)];
-        let asks = settings.client_config(Kind::Admin, &ends, &[]);
-        let asker = PolledProducer::new(&asks, Asking::default());
-        let creator = AdminClient::from_config_and_context(&config, QuietContext);
+        let asks = settings.client_config(Kind::Admin, &ends, &[STATISTICS]);
+        let asking = Asking {
+            trouble: Mutex::default(),
+            bootstrap: Bootstrap::new(settings),
+        };
+        let asker = PolledProducer::new(&asks, asking).map_err(refuse)?;
+        asker.context().bootstrap.is_of(asker.client());
+        let creator = Creator::new(config).map_err(refuse)?;
         Ok(Self {
-            asker: Arc::new(asker.map_err(refuse)?),
-            creator: Arc::new(creator.map_err(refuse)?),
+            asker: Arc::new(asker),
+            creator: Arc::new(creator),
         })
     }
 
@@ -206,8 +255,10 @@ impl Admin {
     async fn min_in_sync(&self, topic: &str) -> Result<usize, LogError> {
         let options = AdminOptions::new().request_timeout(Some(ASK_TIMEOUT));
         let topic = ResourceSpecifier::Topic(topic);
-        let asked = self.creator.describe_configs([&topic], &options);
-        let resources = asked.await.map_err(|error| log_error(&error))?;
+        let client = self.creator.client();
+        let asked = client.describe_configs([&topic], &options).await;
+        let resources = self.creator.heard(client, asked);
+        let resources = resources.map_err(|error| log_error(&error))?;
         let resource = resources.into_iter().next().and_then(Result::ok);
         let entry = resource.and_then(|resource| {
             let entry = resource.get("min.insync.replicas")?;
@@ -277,11 +328,10 @@ impl Admin {
         let options = AdminOptions::new()
             .operation_timeout(Some(CREATE_TIMEOUT))
             .validate_only(only_looked_at);
-        let results = self
-            .creator
-            .create_topics(&new, &options)
-            .await
-            .map_err(|error| LogError::Unavailable(error.to_string()))?;
+        let client = self.creator.client();
+        let made = client.create_topics(&new, &options).await;
+        let results = self.creator.heard(client, made);
+        let results = results.map_err(|error| LogError::Unavailable(error.to_string()))?;
         for (result, (name, topic)) in results.into_iter().zip(missing) {
             match result {
                 Ok(_) if only_looked_at => {}
@@ -293,6 +343,12 @@ impl Admin {
                 Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
                 Err((_, code)) if is_passing(code) => {
                     return Err(LogError::Unavailable(format!("creating {name}: {code}")));
+                }
+                Err((_, code)) if forbidden(code).is_some() => {
+                    return Err(LogError::Unavailable(format!(
+                        "topic `{name}` is not there, or not to be seen, and can't be created: the host's Kafka user lacks DESCRIBE \
+                         on it, or CREATE ({code})"
+                    )));
                 }
                 Err((_, code)) => {
                     return Err(LogError::Refused(format!(
@@ -319,7 +375,7 @@ impl Admin {
             tokio::time::sleep(APPEAR_WAIT).await;
         }
         Err(LogError::Unavailable(
-            "topics were created and do not appear".into(),
+            "topics were created and do not appear, or the host's Kafka user lacks DESCRIBE on them".into(),
         ))
     }
 }

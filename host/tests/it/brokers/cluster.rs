@@ -3,7 +3,7 @@
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use rand::Rng;
@@ -27,11 +27,11 @@ const JVM: [&str; 4] = [
 /// The second broker leads and follows what it is given; group's offsets are the first one's.
 pub(super) struct Cluster {
     pub(super) brokers: String,
-    second: Broker,
+    second: Mutex<Broker>,
     first: Broker,
 }
 
-struct Broker {
+pub(super) struct Broker {
     process: Child,
     port: u16,
     folder: TempDir,
@@ -49,7 +49,7 @@ pub(super) struct Turn {
     _turn: tokio::sync::MutexGuard<'static, ()>,
 }
 
-/// The cluster; its second broker goes on when this is dropped.
+/// The cluster; its second broker goes on, or is there again, when this is dropped.
 pub(super) struct Going(Arc<Cluster>);
 
 impl std::ops::Deref for Going {
@@ -62,6 +62,7 @@ impl std::ops::Deref for Going {
 
 impl Drop for Going {
     fn drop(&mut self) {
+        self.0.come_back();
         self.0.hang(false);
     }
 }
@@ -132,7 +133,7 @@ impl Cluster {
         });
         Self {
             brokers,
-            second,
+            second: Mutex::new(second),
             first,
         }
     }
@@ -144,13 +145,51 @@ impl Cluster {
 
     /// The second broker as who asks for it is told of it.
     pub(super) fn second(&self) -> String {
-        format!("broker 2 at {}", self.second.address())
+        format!("broker 2 at {}", self.lock_second().address())
     }
 
     /// Stops the second broker in the middle of what it does, or has it go on.
     pub(super) fn hang(&self, hangs: bool) {
-        self.second
+        self.lock_second()
             .signal(if hangs { libc::SIGSTOP } else { libc::SIGCONT });
+    }
+
+    /// Ends the second broker, which takes leave of the cluster: nobody leads its partitions any more.
+    pub(super) fn leave(&self) {
+        let mut second = self.lock_second();
+        second.end();
+    }
+
+    /// Starts the second broker again, where it has ended.
+    pub(super) fn come_back(&self) {
+        let mut second = self.lock_second();
+        if second.process.try_wait().expect("its status").is_some() {
+            second.run();
+        }
+    }
+
+    /// Waits until these partitions of a topic have no leader, as who asks is told.
+    pub(super) fn wait_leaderless(&self, topic: &str, partitions: &[i32]) {
+        let member = member(&self.first());
+        until("partitions without a leader", || {
+            let metadata = member.fetch_metadata(Some(topic), ASK).ok()?;
+            let all = metadata.topics().first()?.partitions().iter();
+            let without = all.filter(|partition| partition.leader() < 0);
+            let without: Vec<_> = without.map(|partition| partition.id()).collect();
+            (without == partitions).then_some(())
+        });
+    }
+
+    fn lock_second(&self) -> MutexGuard<'_, Broker> {
+        self.second.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) async fn delete(&self, topic: &str) {
+        let admin: AdminClient<DefaultClientContext> =
+            config(&self.brokers).create().expect("an admin client");
+        let deleted = admin.delete_topics(&[topic], &AdminOptions::new()).await;
+        let deleted = deleted.expect("an answer").pop().expect("of the topic");
+        deleted.expect("the topic is deleted");
     }
 
     /// Makes a topic whose partitions lie on these brokers, the leader's first.
@@ -186,11 +225,68 @@ impl Cluster {
 }
 
 impl Broker {
-    fn address(&self) -> String {
+    /// A cluster of one, whose clients are told to come to this port, if it is not its own.
+    pub(super) fn alone(advertised: Option<u16>) -> Self {
+        let [controller, port] = free_ports();
+        let advertised = advertised.unwrap_or(port);
+        let folder = tempfile::tempdir().expect("a folder");
+        let settings = settings(folder.path(), &format!("1@127.0.0.1:{controller}"))
+            + &format!(
+                "process.roles=broker,controller\nnode.id=1\n\
+                 listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}\n\
+                 advertised.listeners=PLAINTEXT://127.0.0.1:{advertised}\n"
+            );
+        std::fs::write(folder.path().join("properties"), settings).expect("its settings");
+        let process = format(&folder, &cluster_id());
+        let mut broker = Self {
+            process,
+            port,
+            folder,
+        };
+        let done = broker.process.wait().expect("the formatting ends");
+        assert!(done.success(), "{}", broker.log());
+        broker.run();
+        broker
+    }
+
+    pub(super) fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Has it end in order.
+    pub(super) fn end(&mut self) {
+        self.signal(libc::SIGTERM);
+        until("a broker to end", || {
+            self.process.try_wait().expect("its status")
+        });
+    }
+
+    /// Copies what it has, once it has ended.
+    pub(super) fn save(&self) {
+        self.copy("data", "saved");
+    }
+
+    /// And has it have that again, and nothing else.
+    pub(super) fn restore(&self) {
+        let data = self.folder.path().join("data");
+        std::fs::remove_dir_all(data).expect("its data are removed");
+        self.copy("saved", "data");
+    }
+
+    fn copy(&self, from: &str, to: &str) {
+        let path = |name| self.folder.path().join(name);
+        let copied = Command::new("cp")
+            .arg("-a")
+            .args([path(from), path(to)])
+            .status();
+        assert!(copied.expect("cp").success());
+    }
+
+    pub(super) fn address(&self) -> String {
         format!("127.0.0.1:{}", self.port)
     }
 
-    fn run(&mut self) {
+    pub(super) fn run(&mut self) {
         self.process = java(&self.folder, "kafka.Kafka", &[]);
         let address = self.address();
         until("a broker to listen", || {
@@ -231,7 +327,7 @@ fn settings(folder: &Path, voters: &str) -> String {
          listener.security.protocol.map=CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT\nlog.dirs={}\n\
          broker.session.timeout.ms=60000\nreplica.lag.time.max.ms=2000\n\
          offsets.topic.replication.factor=1\noffsets.topic.num.partitions=1\n\
-         group.initial.rebalance.delay.ms=0\n",
+         group.initial.rebalance.delay.ms=0\nauto.create.topics.enable=false\n",
         folder.join("data").display()
     )
 }

@@ -6,9 +6,11 @@ use serde_json::{Value, json};
 use crate::support::{Host, Log, component, get, server, unique};
 
 mod pgbouncer;
+mod places;
 mod postgres;
 mod redis;
 mod servers;
+mod silent;
 mod sqlite;
 
 /// One stage of a test component on a store of its own.
@@ -63,13 +65,23 @@ impl Patient {
 
     /// The same, with this access.
     fn reads_and_writes(url: &str, lane: Lane, access: &str) -> Self {
+        Self::on_database_with(url, lane, access, Host::start)
+    }
+
+    /// The same, with how its host is started.
+    fn on_database_with(
+        url: &str,
+        lane: Lane,
+        access: &str,
+        start: impl FnOnce(&str) -> Host,
+    ) -> Self {
         let grant = format!(
             "sql = {{ db = {{ access = {access} }} }}\nredis = {{ cache = {{ prefix = \"p:\" }} }}"
         );
         let stores = format!(
             "[redis.cache]\nurl = \"memory:\"\n[sql.db]\nurl = \"{url}\"\nmax-connections = 3"
         );
-        Self::start("db", lane, &grant, &stores)
+        Self::with("db", lane, &grant, &stores, start)
     }
 
     fn start(store: &'static str, lane: Lane, grant: &str, stores: &str) -> Self {

@@ -7,19 +7,19 @@ use sqlx::{AssertSqlSafe, Connection, PgConnection, Row};
 
 use super::servers;
 use super::{Lane, Patient, inserts};
-use crate::support::{server, unique};
+use crate::support::{get, server, unique};
 
 const LANES: [Lane; 3] = [Lane::Ordered, Lane::Batches, Lane::Transactional];
 
 /// A database of its own with a role that stages log in as, and a table.
-struct Place {
+pub(super) struct Place {
     admin: String,
     name: String,
-    url: String,
+    pub(super) url: String,
 }
 
 impl Place {
-    async fn new() -> Self {
+    pub(super) async fn new() -> Self {
         Self::at(&server("DATABASE_URL"), "").await
     }
 
@@ -46,13 +46,13 @@ impl Place {
     }
 
     /// As whoever runs the database; `{role}` is the stages' role.
-    async fn run(&self, statements: &str) {
+    pub(super) async fn run(&self, statements: &str) {
         let statements = statements.replace("{role}", &self.name);
         run(&self.admin, &statements).await;
     }
 
     /// Ends the role's sessions, so that what holds for new ones holds.
-    async fn end_sessions(&self) {
+    pub(super) async fn end_sessions(&self) {
         self.run("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{role}'")
             .await;
     }
@@ -68,7 +68,7 @@ impl Place {
         other
     }
 
-    async fn numbers(&self) -> Vec<i64> {
+    pub(super) async fn numbers(&self) -> Vec<i64> {
         let mut connection = PgConnection::connect(&self.admin)
             .await
             .expect("PostgreSQL");
@@ -324,6 +324,51 @@ async fn a_lock_that_somebody_else_keeps_is_waited_for_and_named() {
             Vec::from_iter(0..20),
             "{lane:?}: {lock}"
         );
+    }
+}
+
+/// Whatever its sessions call themselves, those of the host's own and those of stages, and whatever PostgreSQL makes of it, and
+/// PgBouncer.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lock_that_another_host_has_for_a_moment_is_nobodys_trouble() {
+    let place = Place::new().await;
+    place
+        .run("REVOKE ALL ON SCHEMA public FROM {role}, public; GRANT USAGE ON SCHEMA public TO {role}")
+        .await;
+    let (own, stages) = ("own-".repeat(20), "Stufen-für-alle");
+    let stores = format!(
+        "[redis.cache]\nurl = \"memory:\"\n[sql.db]\nurl = \"{}?application_name={own}\"\n\
+         stage-url = \"{}?application_name={stages}\"",
+        place.admin, place.url
+    );
+    let through_pgbouncer = format!("{stages} - 10.0.0.1:6432");
+    let grant = "sql = [\"db\"]\nredis = { cache = { prefix = \"p:\" } }";
+    let patient = Patient::start("db", Lane::Ordered, grant, &stores);
+    patient.send(&inserts(0..10)).await;
+    patient.settle();
+    for (name, is_named) in [
+        (&*own, false),
+        (stages, false),
+        (&*through_pgbouncer, false),
+        ("another", true),
+    ] {
+        let lock = format!("SET application_name = '{name}'; UPDATE t SET n = n WHERE n = 0");
+        let mut other = place.left_open(&lock).await;
+        patient.send(&[update()]).await;
+        if is_named {
+            patient.says("wait for a lock");
+        } else {
+            // It is looked first after a quarter of that.
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            assert_eq!(
+                get(&patient.host.address("admin"), "/readyz").0,
+                200,
+                "{name}"
+            );
+        }
+        let ended = sqlx::raw_sql("ROLLBACK").execute(&mut other).await;
+        ended.expect("an end");
+        patient.goes_on();
     }
 }
 

@@ -1,5 +1,7 @@
 //! A Redis server that is sick.
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::time::Duration;
 
 use host::capability::redis::{Error, Set, Store, commands, system_clock};
@@ -60,6 +62,101 @@ async fn a_redis_that_is_read_only_or_without_its_replicas_is_waited_for_and_nam
     refuses(Lane::Ordered, "NOREPLICAS", &[alone], &[enough]).await;
 }
 
+/// A folder stands where the server would save.
+fn can_not_save(server: &Server) {
+    let saved = server.folder().join("dump.rdb");
+    let _ = std::fs::remove_file(&saved);
+    std::fs::create_dir_all(saved.join("in the way")).expect("a folder");
+    save(server, "rdb_last_bgsave_status:err");
+}
+
+fn can_save(server: &Server) {
+    let saved = server.folder().join("dump.rdb");
+    std::fs::remove_dir_all(&saved).expect("the folder is removed");
+    save(server, "rdb_last_bgsave_status:ok");
+}
+
+fn save(server: &Server, status: &str) {
+    cli(server, &["BGSAVE"]);
+    crate::support::until("the end of saving", || {
+        let info = cli(server, &["INFO", "persistence"]);
+        let is_over = info.contains("rdb_bgsave_in_progress:0");
+        (is_over && info.contains(status)).then_some(())
+    });
+}
+
+/// It refuses `PING`, too, by which a new connection is tried.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redis_that_can_not_save_is_read_on_new_connections() {
+    let redis = servers::redis(&["--save", "3600 1"]);
+    cli(&redis, &["SET", "p:1", "x"]);
+    let early = store(&url(redis.port)).await;
+    can_not_save(&redis);
+    assert!(cli(&redis, &["PING"]).contains("MISCONF"));
+    cli(&redis, &["CLIENT", "KILL", "TYPE", "normal"]);
+    // The first call finds that the connection is gone.
+    let _ = early.fetch(b"p:1").await;
+    let late = store(&url(redis.port)).await;
+    for store in [early, late] {
+        assert_eq!(store.fetch(b"p:1").await, Ok(Some(b"x".to_vec())));
+        assert!(store.probe("p:", &Action::Read).await.is_ok());
+        let probed = store.probe("p:", &Action::Write).await;
+        assert!(
+            matches!(&probed, Err(StoreError::Unavailable(why)) if why.contains("MISCONF")),
+            "{probed:?}"
+        );
+    }
+    can_save(&redis);
+}
+
+/// It hangs up with a word, which the connection's own error is not.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redis_that_has_no_place_for_a_client_is_named_and_waited_for() {
+    const FULL: &str = "max number of clients reached";
+    for (password, options) in [
+        ("", &["--maxclients", "1"][..]),
+        (
+            ":geheim@",
+            &["--maxclients", "1", "--requirepass", "geheim"],
+        ),
+    ] {
+        let redis = servers::redis(options);
+        let url = format!("redis://{password}127.0.0.1:{}", redis.port);
+        // Who looked whether it is there may have the place for a moment.
+        let client = crate::support::until("the place", || {
+            let mut client = TcpStream::connect(("127.0.0.1", redis.port)).ok()?;
+            client.write_all(b"PING\r\n").ok()?;
+            let mut answer = [0; 64];
+            let read = client.read(&mut answer).ok()?;
+            let is_in = !String::from_utf8_lossy(&answer[..read]).contains(FULL);
+            (read > 0 && is_in).then_some(client)
+        });
+        let open = Store::connect(&RedisUrl::Remote(url.clone()), system_clock()).await;
+        let open = open.map(drop);
+        assert!(
+            matches!(&open, Err(StoreError::Unavailable(why)) if why.contains(FULL)),
+            "{open:?}"
+        );
+        drop(client);
+        store(&url).await;
+    }
+}
+
+/// Of what a set takes, each has an answer of its own.
+#[tokio::test(flavor = "multi_thread")]
+async fn of_the_answers_to_a_set_the_one_that_speaks_of_redis_is_named() {
+    let redis = servers::redis(&[]);
+    let store = store(&user(&redis, &["~*", "+@all"])).await;
+    assert_eq!(store.set(one("p:1", None)).await, Ok(vec![true]));
+    allow(&redis, &["-del"]);
+    cli(&redis, &["REPLICAOF", "127.0.0.1", "1"]);
+    let set = store.set(one("p:1", None)).await;
+    assert!(
+        matches!(&set, Err(Error::Unavailable(why)) if why.starts_with("READONLY")),
+        "{set:?}"
+    );
+}
+
 /// One after the other on one server.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_redis_that_can_not_save_is_busy_loading_or_without_its_master_is_waited_for_and_named() {
@@ -78,24 +175,10 @@ async fn a_redis_that_can_not_save_is_busy_loading_or_without_its_master_is_wait
     let sent = send().await;
     well(sent);
 
-    // A folder stands where it would save.
-    let saved = redis.folder().join("dump.rdb");
-    let _ = std::fs::remove_file(&saved);
-    std::fs::create_dir_all(saved.join("in the way")).expect("a folder");
-    cli(&redis, &["BGSAVE"]);
-    let status = |words: &'static str| {
-        crate::support::until("the end of saving", || {
-            let info = cli(&redis, &["INFO", "persistence"]);
-            let is_over = info.contains("rdb_bgsave_in_progress:0");
-            (is_over && info.contains(words)).then_some(())
-        });
-    };
-    status("rdb_last_bgsave_status:err");
+    can_not_save(&redis);
     let sent = send().await;
     patient.says("MISCONF");
-    std::fs::remove_dir_all(&saved).expect("the folder is removed");
-    cli(&redis, &["BGSAVE"]);
-    status("rdb_last_bgsave_status:ok");
+    can_save(&redis);
     well(sent);
 
     // A script of somebody else's that never ends.
@@ -233,13 +316,76 @@ async fn a_right_that_a_redis_user_of_scripts_loses_for_a_while_costs_no_message
     let set = |n| json!({ "do": "redis", "store": "cache", "call": "set", "key": format!("p:{n}"), "value": "x", "version": 1 });
     patient.send(&(0..10).map(set).collect::<Vec<_>>()).await;
     patient.settle();
-    allow(&redis, &["-mset"]);
-    patient.send(&(10..20).map(set).collect::<Vec<_>>()).await;
-    patient.says("NOPERM");
-    tokio::time::sleep(Duration::from_secs(2)).await;
-    allow(&redis, &["+mset"]);
-    patient.goes_on();
-    done_once(&redis, 0..20);
+    for (first, right) in [(10, "mset"), (20, "script|load")] {
+        allow(&redis, &[&format!("-{right}")]);
+        // As after a restart.
+        cli(&redis, &["SCRIPT", "FLUSH"]);
+        let sets: Vec<_> = (first..first + 10).map(set).collect();
+        patient.send(&sets).await;
+        patient.says("NOPERM");
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        allow(&redis, &[&format!("+{right}")]);
+        patient.goes_on();
+    }
+    done_once(&redis, 0..30);
+}
+
+/// Commands for many keys only make it faster.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_keys_are_set_by_a_redis_user_who_may_set_one() {
+    const RIGHTS: &[&str] = &[
+        "~*",
+        "+ping",
+        "+evalsha",
+        "+script|load",
+        "+get",
+        "+set",
+        "+del",
+    ];
+    let redis = servers::redis(&[]);
+    let store = store(&user(&redis, RIGHTS)).await;
+    let many = |version| Set {
+        entries: (0..3)
+            .map(|n| (format!("p:{n}").into(), b"x".to_vec()))
+            .collect(),
+        version,
+        ..Set::default()
+    };
+    for (version, written) in [
+        (Some(2), true),
+        (Some(1), false),
+        (None, true),
+        (Some(1), true),
+    ] {
+        assert_eq!(
+            store.set(many(version)).await,
+            Ok(vec![written; 3]),
+            "{version:?}"
+        );
+    }
+}
+
+/// A set without a version or a condition needs no script.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plain_set_takes_set_and_del_of_a_redis_user() {
+    let redis = servers::redis(&[]);
+    let store = store(&user(&redis, &["~*", "+ping", "+multi", "+set", "+del"])).await;
+    let entries = [1, 2]
+        .map(|n| (format!("p:{n}").into(), b"x".to_vec()))
+        .into();
+    let set = Set {
+        entries,
+        ttl: Some(60_000),
+        ..Set::default()
+    };
+    assert_eq!(store.set(set.clone()).await, Ok(vec![true; 2]));
+    allow(&redis, &["-set"]);
+    let refused = store.set(set).await;
+    let missed = |why: &str| why.contains("NOPERM") && why.contains("'set'");
+    assert!(
+        matches!(&refused, Err(Error::Unavailable(why)) if missed(why)),
+        "{refused:?}"
+    );
 }
 
 /// The keys that the server gives its user are fewer than those of the grant, and the host's own are not among them.
@@ -342,13 +488,17 @@ async fn a_right_that_redis_takes_from_any_call_is_missed_until_it_is_given_back
         ("MGET", "mget"),
         ("GETDEL", "getdel"),
         ("set", "set"),
+        ("get", "script|load"),
         ("set-if", "mset"),
+        ("set-if", "script|load"),
         ("delete", "del"),
         ("EXISTS", "exists"),
     ] {
         let (what, probe) = (format!("{name} without {right}"), Action::Command(name));
         assert_eq!(call(&store, name, 1).await, Ok(()), "{what}");
         allow(&redis, &[&format!("-{right}")]);
+        // As after a restart.
+        cli(&redis, &["SCRIPT", "FLUSH"]);
         let refused = call(&store, name, 2).await;
         let missed = |why: &str| why.contains("refuses what it did before");
         assert!(

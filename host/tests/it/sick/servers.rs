@@ -5,7 +5,7 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex};
 
 use tempfile::TempDir;
@@ -252,7 +252,7 @@ pub(super) fn pgbouncer(to: u16, mode: &str, more: &str) -> Server {
     let file = folder.path().join("pgbouncer.ini");
     let settings = format!(
         "[databases]\n* = host=127.0.0.1 port={to}\n[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\n\
-         auth_type = any\npool_mode = {mode}\nunix_socket_dir =\n{more}\n"
+         auth_type = any\nadmin_users = postgres\npool_mode = {mode}\nunix_socket_dir =\n{more}\n"
     );
     // Everybody is let in as whom it says, and goes on as the server's user.
     let settings = settings.replace(
@@ -267,11 +267,21 @@ pub(super) fn pgbouncer(to: u16, mode: &str, more: &str) -> Server {
     Server::start(&mut command, port, folder)
 }
 
+/// Has PostgreSQL's own client run a command.
+pub(super) fn psql(url: &str, command: &str) {
+    let done = Command::new(postgres_file("psql"))
+        .args([url, "-c", command])
+        .output()
+        .expect("psql");
+    assert!(done.status.success(), "{command}: {done:?}");
+}
+
 /// A way to a local port that can lead to another.
 pub(super) struct Way {
     pub(super) port: u16,
     to: Arc<AtomicU16>,
     open: Arc<Mutex<Vec<TcpStream>>>,
+    is_shut: Arc<AtomicBool>,
 }
 
 impl Way {
@@ -281,10 +291,19 @@ impl Way {
             port: listener.local_addr().expect("its address").port(),
             to: Arc::new(AtomicU16::new(port)),
             open: Arc::default(),
+            is_shut: Arc::default(),
         };
-        let (to, open) = (way.to.clone(), way.open.clone());
+        way.listen(listener);
+        way
+    }
+
+    fn listen(&self, listener: TcpListener) {
+        let (to, open, is_shut) = (self.to.clone(), self.open.clone(), self.is_shut.clone());
         std::thread::spawn(move || {
             for client in listener.incoming().map_while(Result::ok) {
+                if is_shut.load(Ordering::SeqCst) {
+                    return;
+                }
                 let to = to.load(Ordering::SeqCst);
                 let Ok(server) = TcpStream::connect(("127.0.0.1", to)) else {
                     continue;
@@ -298,7 +317,26 @@ impl Way {
                 open.lock().expect("no panic").extend([client, server]);
             }
         });
-        way
+    }
+
+    /// Ends all connections, and refuses new ones.
+    pub(super) fn shut(&self) {
+        self.is_shut.store(true, Ordering::SeqCst);
+        until("the way to be shut", || {
+            TcpStream::connect(("127.0.0.1", self.port))
+                .is_err()
+                .then_some(())
+        });
+        self.cut();
+    }
+
+    /// Takes connections again.
+    pub(super) fn reopen(&self) {
+        let listener = until("its port", || {
+            TcpListener::bind(("127.0.0.1", self.port)).ok()
+        });
+        self.is_shut.store(false, Ordering::SeqCst);
+        self.listen(listener);
     }
 
     /// From now on, new connections lead there; those that are open stay.

@@ -1,14 +1,14 @@
 //! A SQLite file that is sick.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use host::capability::sql::{Database, Value};
 use host::pipeline::SqlUrl;
 use serde_json::json;
 use sqlx::sqlite::SqliteConnectOptions;
-use sqlx::{ConnectOptions, Row};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Row};
 
 use super::{Lane, Patient, inserts};
 use crate::support::Host;
@@ -84,4 +84,95 @@ async fn a_full_disk_under_sqlite_is_waited_for_and_named() {
         let counts = count.await.expect("a count").rows;
         assert_eq!(counts, [[Value::Int64(40), Value::Int64(40)]], "{lane:?}");
     }
+}
+
+/// As whoever runs the file has it.
+async fn run(file: &Path, statements: &str) {
+    let options = SqliteConnectOptions::new()
+        .filename(file)
+        .busy_timeout(Duration::from_secs(5));
+    let mut other = options.connect().await.expect("the file");
+    let run = sqlx::raw_sql(AssertSqlSafe(statements)).execute(&mut other);
+    run.await
+        .unwrap_or_else(|error| panic!("{statements}: {error}"));
+    other.close().await.expect("an end");
+}
+
+async fn counts(file: &Path) -> (i64, i64) {
+    let options = SqliteConnectOptions::new().filename(file);
+    let mut other = options.connect().await.expect("the file");
+    let count = sqlx::query("SELECT count(*), count(DISTINCT n) FROM t").fetch_one(&mut other);
+    let count = count.await.expect("a count");
+    (count.get(0), count.get(1))
+}
+
+/// Whoever changes the tables under a running host, and puts them back.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_of_sqlite_that_is_changed_and_put_back_costs_no_message() {
+    const RENAMED: [&str; 3] = [
+        "no such table: t",
+        "ALTER TABLE t RENAME TO u",
+        "ALTER TABLE u RENAME TO t",
+    ];
+    const WIDER: [&str; 3] = [
+        "table t has 2 columns but 1 values were supplied",
+        "ALTER TABLE t ADD COLUMN more BIGINT",
+        "ALTER TABLE t DROP COLUMN more",
+    ];
+    for (lane, [words, sicken, heal]) in [
+        (Lane::Ordered, RENAMED),
+        (Lane::Batches, RENAMED),
+        (Lane::Transactional, RENAMED),
+        (Lane::Ordered, WIDER),
+    ] {
+        let patient = Patient::on_database("sqlite:db.sqlite", lane);
+        let file = patient.host.folder().path().join("db.sqlite");
+        of_host(file.clone()).await;
+        run(&file, "CREATE TABLE t (n BIGINT)").await;
+        patient.send(&inserts(0..10)).await;
+        patient.settle();
+        run(&file, sicken).await;
+        patient.send(&inserts(10..40)).await;
+        patient.says(words);
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        assert_eq!(patient.dead(), Vec::<String>::new(), "{lane:?}: {sicken}");
+        run(&file, heal).await;
+        patient.goes_on();
+        assert_eq!(counts(&file).await, (40, 40), "{lane:?}: {sicken}");
+    }
+}
+
+/// What a stage asks for that was never there, or that is wrong in itself, is its message's own.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_sqlite_never_had_is_the_messages_own() {
+    let patient = Patient::on_database("sqlite:db.sqlite", Lane::Ordered);
+    patient.send(&inserts(0..1)).await;
+    patient.settle();
+    let dead = patient.dead();
+    assert!(
+        dead.len() == 1 && dead[0].contains("no such table: t"),
+        "{dead:?}"
+    );
+    patient.host.ready();
+}
+
+/// A copy that lacks a table, where no migration makes it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sqlite_file_without_the_tables_of_the_one_before_is_waited_for_and_named() {
+    let patient = Patient::on_database("sqlite:db.sqlite", Lane::Ordered);
+    let file = patient.host.folder().path().join("db.sqlite");
+    of_host(file.clone()).await;
+    let copy = file.with_extension("copy");
+    of_host(copy.clone()).await.close().await;
+    run(&file, "CREATE TABLE t (n BIGINT)").await;
+    patient.send(&inserts(0..10)).await;
+    patient.settle();
+    std::fs::rename(&copy, &file).expect("the copy is in its place");
+    patient.send(&inserts(10..20)).await;
+    patient.says("no such table: t");
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(patient.dead(), Vec::<String>::new());
+    run(&file, "CREATE TABLE t (n BIGINT)").await;
+    patient.goes_on();
+    assert_eq!(counts(&file).await, (10, 10));
 }

@@ -184,10 +184,10 @@ impl Broker {
             .extend(ids.into_iter().map(|id| (topic.clone(), id)));
     }
 
-    /// Another one of the same name has another.
+    /// Another one of the same name has another. With slashes, as the log's may be, and an end as theirs.
     pub(crate) fn topic_id(&self, topic: &str) -> String {
         let made = self.state().made.get(topic).copied().unwrap_or(0);
-        format!("{topic}-{made}")
+        format!("{made}/{topic}/w")
     }
 
     /// The topic is deleted and made anew, and with it the groups' offsets go.

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use host::log::committed::{Committed, Mark, RowMark};
+use host::log::committed::{self, Committed, Mark, RowMark};
 use host::log::{BatchLimits, Gap, Source, Started};
 use host::record::Record;
 use tokio::sync::Notify;
@@ -36,6 +36,8 @@ pub(crate) struct Slot {
 struct Settled {
     offset: Option<i64>,
     row: Option<RowMark>,
+    /// Whether its lane keeps no row, and has delivered all below.
+    at_least_once: bool,
     committed: Option<i64>,
 }
 
@@ -56,8 +58,9 @@ impl Slot {
         let settled = lock(&self.settled);
         let offset = settled.offset?;
         let mark = Mark {
-            topic: None,
             row: settled.row,
+            at_least_once: settled.at_least_once,
+            ..Mark::default()
         };
         (settled.committed != Some(offset)).then_some(Committed {
             offset,
@@ -74,6 +77,27 @@ impl Slot {
         let mut settled = lock(&self.settled);
         if offset.is_some() && settled.offset > offset {
             *settled = Settled::default();
+        }
+    }
+
+    /// What is no record is done with all below it. A lane that has a row says so there, which is what is looked at.
+    fn passes(&self, from: i64, end: i64) {
+        let mut settled = lock(&self.settled);
+        let is_done = settled
+            .offset
+            .is_some_and(|offset| (from..end).contains(&offset));
+        if is_done && settled.row.is_none() {
+            settled.offset = Some(end);
+            self.dirty.notify_one();
+        }
+    }
+
+    /// A lane that has no row begins here. It says so, and says nothing of what is below.
+    fn begins_at(&self, offset: i64) {
+        let mut settled = lock(&self.settled);
+        if settled.offset.is_none() {
+            settled.offset = Some(offset);
+            self.dirty.notify_one();
         }
     }
 }
@@ -150,13 +174,18 @@ impl Source for PartitionSource {
         }
         self.process.world().travel().await;
         let committed = self.broker.group_commit(self.slot.seat);
-        let known = known(offset, committed.as_ref());
+        let known = committed::known(offset, committed.as_ref());
         let (first, end) = self.broker.range(&self.topic, self.partition());
         self.note("start at", [known.unwrap_or(-1), end]);
         match known {
             Some(expected) if expected < first => return Err(Gap::Removed { expected, first }),
             Some(expected) if expected > end => return Err(Gap::Recreated { expected, end }),
             known => self.position = Some(known.unwrap_or(first)),
+        }
+        let is_of_a_row = committed.as_ref().is_some_and(|c| c.row().is_some());
+        // Where a row counts, its lane says what is done.
+        if offset.is_none() && !is_of_a_row {
+            self.slot.begins_at(known.unwrap_or(first));
         }
         self.process.point("started").await;
         // Of some, the log tells it only when they are read.
@@ -180,6 +209,9 @@ impl Source for PartitionSource {
                 self.note("batch", [first.offset, last.offset]);
                 return Ok(Some(taken));
             }
+            if let Some((from, end)) = self.position.zip(self.passed()) {
+                self.slot.passes(from, end);
+            }
             tokio::select! {
                 biased;
                 () = self.slot.stopping.cancelled() => {}
@@ -198,6 +230,7 @@ impl Source for PartitionSource {
         let mut settled = lock(&self.slot.settled);
         settled.offset = settled.offset.max(Some(next_offset));
         settled.row = row;
+        settled.at_least_once = row.is_none();
         drop(settled);
         self.slot.dirty.notify_one();
     }
@@ -205,7 +238,9 @@ impl Source for PartitionSource {
     fn passed(&self) -> Option<i64> {
         let (_, end) = self.broker.range(&self.topic, self.partition());
         let records = self.broker.end_of_records(&self.topic, self.partition());
-        self.position.filter(|at| *at >= records).map(|_| end)
+        // Behind what was taken, or behind what are no records where that was all.
+        let behind = |at| if at >= records { end } else { at };
+        self.position.map(behind)
     }
 
     fn topic_id(&self) -> Option<String> {
@@ -215,20 +250,6 @@ impl Source for PartitionSource {
     fn stopping(&self) -> CancellationToken {
         self.slot.stopping.clone()
     }
-}
-
-/// Where to go on, as the host's own source decides: where the lane says, and else where the group has got to, which may
-/// know of markers behind the lane's offset.
-fn known(wanted: Option<i64>, committed: Option<&Committed>) -> Option<i64> {
-    let Some(wanted) = wanted else {
-        return committed.map(|committed| committed.offset);
-    };
-    let is_of_it = |committed: &&Committed| {
-        let row = committed.row();
-        row.is_some_and(|row| row.next_offset == wanted)
-    };
-    let passed = committed.filter(is_of_it);
-    Some(passed.map_or(wanted, |committed| committed.offset.max(wanted)))
 }
 
 impl Drop for PartitionSource {

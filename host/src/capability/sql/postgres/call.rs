@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use postgres_protocol::message::backend::DataRowBody;
 
+use super::super::done::Done as DoneBefore;
 use super::super::statement::Dialect;
 use super::super::{
     Answer, Bracket, Done, Error, Failure, MAX_ANSWER_BYTES, MAX_ANSWER_ROWS, Rows, SqlAccess,
     Value, Work,
 };
 use super::client::{Client, Whose};
-use super::done::Done as DoneBefore;
 use super::error::STALE_PLAN;
 use super::plans::Plan;
 use super::value::{self, Parameters};
@@ -172,7 +172,7 @@ async fn query(
             answer.push(value::row(&plan.columns, row)?)
         })
         .await?;
-    done.note(&plan);
+    done.note(&plan.noted);
     Ok(answer.finish())
 }
 
@@ -187,7 +187,7 @@ async fn execute(
     let affected = client
         .run(&plan, parameters, &mut |row| unasked.count(row))
         .await?;
-    done.note(&plan);
+    done.note(&plan.noted);
     Ok(affected)
 }
 
@@ -252,7 +252,7 @@ async fn execute_many(
                 }
             }
             let affected = client.finish(&mut |row| unasked.count(row)).await?;
-            done.note(&plan);
+            done.note(&plan.noted);
             Ok(affected)
         })
         .await?;

@@ -16,7 +16,6 @@ use postgres_protocol::message::backend::{
 use postgres_protocol::message::frontend;
 
 use super::super::{Error, Failure, MAX_ANSWER_BYTES, Value};
-use super::done;
 use super::error::Spoken;
 use super::locks::Limits;
 use super::plans::{MAX_KEPT_TEXT, Plan, Plans};
@@ -84,10 +83,12 @@ type Take<'a> = &'a mut (dyn FnMut(&DataRowBody) -> Result<(), Error> + Send);
 impl Client {
     pub(super) fn new(mut wire: Wire, process: i32) -> Self {
         (wire.limit, wire.patience) = (MAX_MESSAGE_BYTES, MAX_UNWANTED_BYTES);
+        // Where a pooler gives it a session that another one had before, it finds none of that one's statements by its own names.
+        let session: u64 = rand::random();
         Self {
             wire,
-            plans: Plans::new('g'),
-            own_plans: Plans::new('h'),
+            plans: Plans::new(format!("g{session:x}_")),
+            own_plans: Plans::new(format!("h{session:x}_")),
             open: 0,
             before: 0,
             opening: 0,
@@ -181,8 +182,10 @@ impl Client {
         let keep = text.len() <= MAX_KEPT_TEXT;
         let (name, evicted) = match keep {
             true => self.plans(whose).make_room(),
-            // Replaced by the next one of this kind.
-            false => (String::new(), None),
+            false => {
+                let name = self.plans(whose).unkept();
+                (name.clone(), Some(name))
+            }
         };
         let output = &mut self.wire.output;
         if let Some(evicted) = evicted {
@@ -202,7 +205,7 @@ impl Client {
             columns.push(Column { name, kind });
         }
         let plan = Arc::new(match whose {
-            Whose::Guest => Plan::of_guest(name, columns, done::hash(text)),
+            Whose::Guest => Plan::of_guest(name, columns, text),
             Whose::Host => Plan::new(name, columns),
         });
         if keep {

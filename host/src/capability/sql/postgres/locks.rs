@@ -12,6 +12,7 @@ use super::super::{Error, Failure, Value};
 use super::client::Client;
 use super::value::Parameters;
 use super::{Postgres, in_time};
+use crate::capability::SILENCE;
 
 /// After how long it is looked whether a statement waits for a lock. Half of the server's limit, where that is shorter.
 const FIRST_LOOK: Duration = Duration::from_millis(250);
@@ -26,6 +27,11 @@ const TAG: &str = "pg_catalog.concat_ws('/', locktype, database, relation, page,
 /// And whose it is: transactions have numbers of their own.
 const WHOSE: &str = "mode, virtualtransaction";
 
+/// Has a session answer what others see that it is called: not what it asked for, where that is long or not ASCII.
+pub(super) const OWN_NAME: &str = "SELECT application_name FROM pg_catalog.pg_stat_activity WHERE pid = pg_catalog.pg_backend_pid()";
+/// What PgBouncer's `application_name_add_host` appends to a name, of each connection.
+const ADDED_HOST: &str = " - [^ ]+:[0-9]+$";
+
 /// Which sessions and prepared transactions have the locks that a session waits for, those between that are hosts' passed over:
 /// hosts are in each other's way now and then. What a prepared transaction has stands beside no process, and it is asked for
 /// what is in the way by the table of PostgreSQL's lock modes.
@@ -38,13 +44,16 @@ static WHO_IS_IN_THE_WAY: LazyLock<String> = LazyLock::new(|| {
                        'ShareUpdateExclusiveLock', 'ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock',
                        'AccessExclusiveLock'], mode) AS strength
             FROM pg_catalog.pg_locks
+        ), hosts AS (
+            SELECT pg_catalog.regexp_replace(name, '{ADDED_HOST}', '') AS name
+            FROM (SELECT pg_catalog.unnest($2) UNION {OWN_NAME}) AS n(name)
         ), waiting AS (
             SELECT $1 AS pid
             UNION
             SELECT b.pid FROM waiting AS w
             CROSS JOIN LATERAL pg_catalog.unnest(pg_catalog.pg_blocking_pids(w.pid)) AS b(pid)
             JOIN pg_catalog.pg_stat_activity AS a ON a.pid = b.pid
-                AND a.application_name = pg_catalog.current_setting('application_name')
+                AND pg_catalog.regexp_replace(a.application_name, '{ADDED_HOST}', '') IN (SELECT name FROM hosts)
         ), blocked AS (
             SELECT w.pid, l.tag, l.strength, pg_catalog.pg_blocking_pids(w.pid) AS by,
                    CASE WHEN l.locktype = 'relation' THEN l.relation::regclass::text
@@ -75,7 +84,8 @@ static WHO_IS_IN_THE_WAY: LazyLock<String> = LazyLock::new(|| {
             ON held.pid IS NULL AND p.transaction IN (
                 SELECT x.transactionid FROM locks AS x
                 WHERE x.pid IS NULL AND x.virtualtransaction = held.virtualtransaction)
-        WHERE coalesce(a.application_name, '') <> pg_catalog.current_setting('application_name')
+        WHERE coalesce(pg_catalog.regexp_replace(a.application_name, '{ADDED_HOST}', ''), '')
+            NOT IN (SELECT name FROM hosts)
         AND (held.pid = ANY (blocked.by) OR held.pid IS NULL AND 0 = ANY (blocked.by)
             AND (ARRAY[128, 192, 240, 248, 236, 252, 254, 255])[blocked.strength] & (1 << held.strength - 1) <> 0)
         "
@@ -154,6 +164,8 @@ pub(super) struct Ended {
     /// What it waited for when it was looked at last.
     pub(super) wait: std::sync::Arc<LockWait>,
     pub(super) took: Duration,
+    /// For how long the server had answered nothing to anybody then, as far as it was asked.
+    pub(super) silence: Duration,
     pub(super) limits: Limits,
 }
 
@@ -173,29 +185,47 @@ impl Postgres {
                 break answer;
             }
             // What is seldom done is in a box: a call's future is moved with all that it may come to.
-            let look = Box::pin(self.locks_before(process));
+            let look = Box::pin(self.locks_before(process, || sight.asked()));
+            let looked = Instant::now();
             tokio::select! {
                 biased;
                 answer = &mut statement => break answer,
                 // A look that is given up changes nothing.
-                held = look => match held {
-                    Ok(held) => wait.set_held(held),
-                    Err(error) => debug!("locks can't be looked at: {error:?}"),
-                },
+                held = look => {
+                    // Who refuses answers.
+                    if held.is_ok() || looked.elapsed() < SILENCE {
+                        sight.heard();
+                    }
+                    match held {
+                        Ok(held) => wait.set_held(held),
+                        Err(error) => debug!("locks can't be looked at: {error:?}"),
+                    }
+                }
             }
             pause = LOOK_INTERVAL;
         };
-        sight.end();
-        let took = since.elapsed();
-        let ended = Ended { wait, took, limits };
+        let (_, silence) = sight.take(since);
+        let ended = Ended {
+            wait,
+            took: since.elapsed(),
+            silence,
+            limits,
+        };
         (answer, ended)
     }
 
-    /// The locks that a session waits for, and who has them, unless that is a host.
-    async fn locks_before(&self, process: i32) -> Result<Vec<HeldLock>, Error> {
+    /// The locks that a session waits for, and who has them, unless that is a host. `asked` is told when the server is.
+    async fn locks_before(
+        &self,
+        process: i32,
+        asked: impl FnOnce(),
+    ) -> Result<Vec<HeldLock>, Error> {
+        let names = self.stage_name.iter().map(|name| (**name).to_owned());
+        let names = Value::TextArray(names.collect());
         let mut parameters = Parameters::default();
         parameters.int4(process);
-        let rows = self.look(&WHO_IS_IN_THE_WAY, &parameters).await?;
+        parameters.add(&names)?;
+        let rows = self.look(&WHO_IS_IN_THE_WAY, &parameters, asked).await?;
         let lock = |row: Vec<Value>| match <[Value; 2]>::try_from(row) {
             Ok([Value::Text(key), Value::Text(words)]) => Some(HeldLock { key, words }),
             _ => None,
@@ -207,7 +237,7 @@ impl Postgres {
     pub(in super::super) async fn probe_locks(&self, wait: &LockWait) -> Result<(), Error> {
         let held = match wait.held() {
             // It was given up before anybody looked, and the server goes on with it for a moment.
-            held if held.is_empty() => self.locks_before(wait.process).await?,
+            held if held.is_empty() => self.locks_before(wait.process, || ()).await?,
             held => self.still_held(held).await?,
         };
         wait.set_held(held);
@@ -220,7 +250,7 @@ impl Postgres {
     async fn still_held(&self, mut held: Vec<HeldLock>) -> Result<Vec<HeldLock>, Error> {
         let keys = held.iter().map(|held| held.key.clone()).collect();
         let parameters = Parameters::of(&[Value::TextArray(keys)])?;
-        let there = self.look(&WHICH_ARE_HELD, &parameters).await?;
+        let there = self.look(&WHICH_ARE_HELD, &parameters, || ()).await?;
         held.retain(|held| {
             let is_it =
                 |row: &Vec<Value>| matches!(&row[..], [Value::Text(key)] if *key == held.key);
@@ -231,8 +261,15 @@ impl Postgres {
 
     /// Asks on a connection made for it, since those of the pool may all wait for the same; it is closed at once, for the role
     /// may have as many as the pool has.
-    async fn look(&self, text: &str, parameters: &Parameters) -> Result<Vec<Vec<Value>>, Error> {
-        let mut lease = self.looks.take().await?;
+    async fn look(
+        &self,
+        text: &str,
+        parameters: &Parameters,
+        asked: impl FnOnce(),
+    ) -> Result<Vec<Vec<Value>>, Error> {
+        let place = self.looks.place().await?;
+        asked();
+        let mut lease = self.looks.take_at(place).await?;
         let rows = in_time(lease.ask(text, parameters)).await;
         lease.is_spent = true;
         rows.map_err(Failure::into_error)

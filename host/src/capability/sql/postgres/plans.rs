@@ -2,10 +2,10 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 
 use postgres_protocol::Oid;
 
+use super::super::done::Noted;
 use super::value::Column;
 
 /// Statements that a session keeps of one owner.
@@ -15,35 +15,33 @@ pub(super) const MAX_KEPT_TEXT: usize = 16 * 1024;
 
 /// A prepared statement.
 pub(super) struct Plan {
-    /// Empty for one that is not kept.
+    /// Empty for one that is run as soon as it is prepared.
     pub(super) name: String,
     pub(super) columns: Vec<Column>,
-    /// The hash of its text, where it is a guest's.
-    pub(super) text: u64,
-    /// For which stage it is noted that it has run, and how often.
-    pub(super) noted: AtomicU64,
+    /// Where it is a guest's: whether it is noted that it has run.
+    pub(super) noted: Noted,
 }
 
 impl Plan {
     /// A plan of the host's own.
     pub(super) fn new(name: String, columns: Vec<Column>) -> Self {
-        Self::of_guest(name, columns, 0)
+        Self::of_guest(name, columns, "")
     }
 
-    /// A plan of a guest's statement, whose text has this hash.
-    pub(super) fn of_guest(name: String, columns: Vec<Column>, text: u64) -> Self {
+    /// A plan of a guest's statement of this text.
+    pub(super) fn of_guest(name: String, columns: Vec<Column>, text: &str) -> Self {
         Self {
             name,
             columns,
-            text,
-            noted: AtomicU64::new(0),
+            noted: Noted::new(text),
         }
     }
 }
 
 /// Prepared statements, by their texts and their parameters' types: what the server has prepared depends on both.
 pub(super) struct Plans {
-    prefix: char,
+    /// Of all names.
+    prefix: String,
     named: u64,
     /// How often one was found, as a clock.
     now: u64,
@@ -58,7 +56,7 @@ struct Kept {
 }
 
 impl Plans {
-    pub(super) fn new(prefix: char) -> Self {
+    pub(super) fn new(prefix: String) -> Self {
         Self {
             prefix,
             named: 0,
@@ -82,6 +80,11 @@ impl Plans {
         let name = format!("{}{}", self.prefix, self.named);
         let evicted = (self.count >= MAX_PLANS).then(|| self.evict()).flatten();
         (name, evicted)
+    }
+
+    /// The name of one that is not kept: the next of this kind takes its place.
+    pub(super) fn unkept(&self) -> String {
+        format!("{}0", self.prefix)
     }
 
     fn evict(&mut self) -> Option<String> {
@@ -129,7 +132,7 @@ mod tests {
 
     #[test]
     fn the_least_used_makes_room() {
-        let mut plans = Plans::new('g');
+        let mut plans = Plans::new("g".to_owned());
         let insert = |plans: &mut Plans, text: &str, types: &[Oid]| {
             let (name, evicted) = plans.make_room();
             let columns = Vec::new();

@@ -31,6 +31,8 @@ struct Inner {
     idle: Mutex<Vec<Session>>,
     /// It was said that the server ends transactions before stages do.
     was_warned: AtomicBool,
+    /// A pooler is between: the server's process was another one than it had said.
+    is_pooled: AtomicBool,
     /// Why no session could be made, when that was tried last.
     unmade: Mutex<Option<String>>,
 }
@@ -58,6 +60,7 @@ impl Pool {
             places: Arc::new(Semaphore::new(size as usize)),
             idle: Mutex::default(),
             was_warned: AtomicBool::new(false),
+            is_pooled: AtomicBool::new(false),
             unmade: Mutex::default(),
         }))
     }
@@ -66,11 +69,25 @@ impl Pool {
         &self.0.server
     }
 
+    /// Whether a pooler was between when a session was made last.
+    pub(super) fn is_pooled(&self) -> bool {
+        self.0.is_pooled.load(Ordering::Relaxed)
+    }
+
     pub(super) async fn take(&self) -> Result<Lease, Error> {
+        let place = self.place().await?;
+        self.take_at(place).await
+    }
+
+    /// A place, which others may have.
+    pub(super) async fn place(&self) -> Result<OwnedSemaphorePermit, Error> {
         let place = self.0.places.clone().acquire_owned();
         let place = tokio::time::timeout(ACQUIRE_TIMEOUT, place).await;
         let place = place.map_err(|_| self.no_place())?;
-        let place = place.map_err(|_| Error::Unavailable("the database was closed".to_owned()))?;
+        place.map_err(|_| Error::Unavailable("the database was closed".to_owned()))
+    }
+
+    pub(super) async fn take_at(&self, place: OwnedSemaphorePermit) -> Result<Lease, Error> {
         let session = self.session_in_time().await?;
         Ok(Lease {
             session: Some(session),
@@ -125,8 +142,11 @@ impl Pool {
                 Error::Unavailable(format!("{}: {why}", self.0.server.place()))
             }
         })?;
+        let told = client.process;
         let applied = self.0.settings.apply(&mut client).await;
         applied.map_err(super::Failure::into_error)?;
+        let is_pooled = client.process != told;
+        self.0.is_pooled.store(is_pooled, Ordering::Relaxed);
         self.warn_of(client.limits);
         let made = Instant::now();
         Ok(Session { client, made })

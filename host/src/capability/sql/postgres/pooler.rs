@@ -7,13 +7,17 @@ use std::time::Duration;
 
 use super::super::{Failure, StoreError};
 use super::client::Client;
+use super::pool::Pool;
 use super::server::Server;
-use super::{connect, in_time};
+use super::{Postgres, connect, in_time};
 
 /// How often two sessions are asked who serves them.
 const ROUNDS: usize = 3;
 /// A pooler may have no second session to give. Then it does not share the first.
 const SECOND_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How long it may take to find out while lanes wait.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// Refuses a server that is a pooler which shares sessions.
 pub(super) async fn check(server: &Server, first: &mut Client) -> Result<(), StoreError> {
@@ -41,6 +45,38 @@ pub(super) async fn check(server: &Server, first: &mut Client) -> Result<(), Sto
                 .to_owned(),
         )),
         Ok(Ok(false) | Err(_)) | Err(_) => Ok(()),
+    }
+}
+
+impl Postgres {
+    /// Whether a pooler shares sessions by now: its settings may have been changed, or another one has the address.
+    pub(in super::super) async fn probe_pooler(&self) -> Result<(), StoreError> {
+        probe(&self.pool).await?;
+        match self.secret {
+            Some(_) => probe(&self.own).await,
+            None => Ok(()),
+        }
+    }
+}
+
+/// In sessions of its own, which may be more than there is room for: what does not come about says nothing.
+async fn probe(pool: &Pool) -> Result<(), StoreError> {
+    if !pool.is_pooled() {
+        return Ok(());
+    }
+    let server = pool.server();
+    let checked = tokio::time::timeout(PROBE_TIMEOUT, async {
+        let mut first = connect(server).await.ok()?;
+        let checked = check(server, &mut first).await;
+        first.close().await;
+        checked.err()
+    });
+    match checked.await {
+        Ok(Some(StoreError::Refused(why))) => Err(StoreError::Unavailable(format!(
+            "{}: {why}",
+            server.place()
+        ))),
+        _ => Ok(()),
     }
 }
 

@@ -12,7 +12,7 @@ use super::error::{READ_ONLY, concern};
 use super::locks::Ended;
 use super::value::Parameters;
 use super::{Postgres, in_time};
-use crate::capability::Concern;
+use crate::capability::{Concern, SILENCE};
 
 /// Bytes that are written to see whether something can be, random so that they take as much room as they are: more than fits
 /// into the pages that a table has.
@@ -38,9 +38,14 @@ fn of_store(error: Error) -> Error {
 }
 
 /// What it says that a statement or its transaction was ended for its time, by the server or the host: of who waited for a lock of
-/// somebody else's, that this one has it; of who did not, that it is slow.
+/// somebody else's, that this one has it; of who did not, that it is slow, unless the server answered nobody else either.
 fn of_time(why: &str, ended: Ended, access: SqlAccess) -> Option<Refusal> {
-    let Ended { wait, took, limits } = ended;
+    let Ended {
+        wait,
+        took,
+        silence,
+        limits,
+    } = ended;
     if why.starts_with(ENDED) {
         return Some(Refusal::slow(Error::Unavailable(why.to_owned())));
     }
@@ -57,11 +62,16 @@ fn of_time(why: &str, ended: Ended, access: SqlAccess) -> Option<Refusal> {
         wait.set_seen();
         return Some(Refusal::away(why.to_owned(), Action::Lock(wait)));
     }
+    let limit = limits.statement;
+    let is_limit = !limit.is_zero() && took + CLOCKS >= limit;
+    if silence >= SILENCE && (is_late || is_limit) {
+        let why = format!("{why}, and nobody else had an answer");
+        return Some(Refusal::of(Error::Unavailable(why), access));
+    }
     if is_late {
         return Some(Refusal::slow(out_of_time()));
     }
-    let limit = limits.statement;
-    Some(match !limit.is_zero() && took + CLOCKS >= limit {
+    Some(match is_limit {
         true => Refusal::slow(out_of(limit)),
         // By an administrator, say. One does it once, and one that does it whenever the message comes has its reasons.
         false => Refusal::of(

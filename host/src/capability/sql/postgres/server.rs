@@ -4,22 +4,22 @@ use std::io;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use bytes::BytesMut;
+use bytes::{BufMut, BytesMut};
 use fallible_iterator::FallibleIterator;
 use postgres_protocol::authentication::md5_hash;
 use postgres_protocol::authentication::sasl::{
     ChannelBinding, SCRAM_SHA_256, SCRAM_SHA_256_PLUS, ScramSha256,
 };
-use postgres_protocol::message::backend::{AuthenticationSaslBody, Message};
+use postgres_protocol::message::backend::{AuthenticationSaslBody, Header, Message};
 use postgres_protocol::message::frontend;
 use sqlx::ConnectOptions;
 use sqlx::postgres::{PgConnectOptions, PgSslMode};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 
 use super::super::StoreError;
 use super::client::Client;
-use super::error::Spoken;
+use super::error::{Spoken, is_of_way};
 use super::wire::{Eager, Incoming, Stream, Wire};
 use crate::diagnostics::nearest;
 
@@ -27,6 +27,9 @@ use crate::diagnostics::nearest;
 const APPLICATION_NAME: &str = "stagehost";
 /// Bytes of the largest message before a session has begun.
 const MAX_GREETING_BYTES: usize = 64 * 1024;
+
+/// Bytes that are read of an error that comes before anything else.
+const MAX_HASTY_BYTES: usize = 8 * 1024;
 
 /// What a certificate or key begins with, where it stands in the URL itself.
 const PEM: &str = "-----BEGIN";
@@ -278,17 +281,24 @@ impl Server {
         stream.write_all(&request).await?;
         match stream.read_u8().await? {
             b'S' => {}
-            b'N' | b'E' if matches!(mode, PgSslMode::Prefer) => return Ok(plain(stream)),
-            other if !matches!(other, b'N' | b'E') => return Err(foreign()),
-            _ => {
+            b'N' if matches!(mode, PgSslMode::Prefer) => return Ok(plain(stream)),
+            b'N' => {
                 let why = "the server does not support TLS, which sslmode asks for";
                 return Err(LoginError::Refused(why.to_owned()));
             }
+            b'E' => return Err(LoginError::Away(hasty_words(&mut stream).await)),
+            _ => return Err(foreign()),
         }
         let connector = self.connector().await.map_err(LoginError::Refused)?;
         let host = self.options.get_host();
         let stream = connector.connect(host, stream).await;
-        let stream = stream.map_err(|error| LoginError::Refused(format!("TLS: {error}")))?;
+        let stream = stream.map_err(|error| {
+            let why = format!("TLS: {error}");
+            match is_of_way(&error) {
+                true => LoginError::Away(why),
+                false => LoginError::Refused(why),
+            }
+        })?;
         // A certificate with an unknown signature has none.
         let end_point = stream.get_ref().tls_server_end_point();
         let end_point = end_point.unwrap_or_default();
@@ -321,6 +331,54 @@ impl Server {
         built
             .map(Into::into)
             .map_err(|error| format!("TLS: {error}"))
+    }
+}
+
+/// What a server says that answers with an error whatever it was asked, whose first byte was read: a message, or, where it
+/// could make no process for us, a line of text.
+async fn hasty_words(stream: &mut (impl AsyncRead + Unpin)) -> String {
+    let mut said = BytesMut::from(&b"E"[..]);
+    // Where it says no more, what has come is what it said.
+    while !is_whole(&said) {
+        let room = MAX_HASTY_BYTES.saturating_sub(said.len());
+        let read = stream.read_buf(&mut (&mut said).limit(room)).await;
+        if !matches!(read, Ok(1..)) {
+            break;
+        }
+    }
+    let line = said[1..].split(|byte| *byte == 0).next();
+    let line = String::from_utf8_lossy(line.unwrap_or_default())
+        .trim()
+        .to_owned();
+    // Letters read as a length would have memory taken for a message of gigabytes.
+    let message = match length(&said) {
+        Some(length) if length <= said.len() => Message::parse(&mut said).ok().flatten(),
+        _ => None,
+    };
+    let words = match message {
+        Some(Message::ErrorResponse(body)) => Spoken::read(&body).message,
+        _ => line,
+    };
+    match words.is_empty() {
+        true => "the server answered with an error, and no words".to_owned(),
+        false => words,
+    }
+}
+
+fn is_whole(said: &[u8]) -> bool {
+    match length(said) {
+        Some(length) if length < MAX_HASTY_BYTES => said.len() >= length,
+        // Letters, read as a length.
+        Some(_) => said[1..].contains(&0),
+        None => false,
+    }
+}
+
+/// Bytes of the message that has begun, once its header is there.
+fn length(said: &[u8]) -> Option<usize> {
+    match Header::parse(said) {
+        Ok(header) => Some(1 + usize::try_from(header?.len()).unwrap_or(MAX_HASTY_BYTES)),
+        Err(_) => Some(MAX_HASTY_BYTES),
     }
 }
 
@@ -440,4 +498,97 @@ impl Login<'_> {
 
 fn refused(error: io::Error) -> LoginError {
     LoginError::Refused(error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    /// Bytes of a request for TLS.
+    const REQUEST: usize = 8;
+    /// How long the server reads what else may come.
+    const READING: Duration = Duration::from_millis(100);
+
+    /// What comes of a login with TLS at a server that answers these bytes to the request for it, and goes.
+    async fn answered(mode: &str, bytes: &'static [u8], resets: bool) -> StoreError {
+        let listener = TcpListener::bind("127.0.0.1:0").await;
+        let listener = listener.expect("a free port");
+        let port = listener.local_addr().expect("its address").port();
+        tokio::spawn(async move {
+            let (mut client, _) = listener.accept().await.expect("a client");
+            client
+                .read_exact(&mut [0; REQUEST])
+                .await
+                .expect("a request");
+            client.write_all(bytes).await.expect("an answer");
+            if resets {
+                client.set_zero_linger().expect("no linger");
+            } else {
+                // It reads what comes, so that its end is an end.
+                let mut bytes = [0; 4096];
+                let reading = client.read(&mut bytes);
+                tokio::time::timeout(READING, reading).await.ok();
+            }
+        });
+        let url = format!("postgres://me@127.0.0.1:{port}/db?sslmode={mode}");
+        let server = Server::new(&url).expect("a URL");
+        match server.connect().await {
+            Ok(_) => panic!("{bytes:?}: a session"),
+            Err(error) => error.into(),
+        }
+    }
+
+    fn message(kind: u8, fields: &str) -> &'static [u8] {
+        let mut message = vec![kind];
+        let length = u32::try_from(4 + fields.len()).expect("a length");
+        message.extend(length.to_be_bytes());
+        message.extend(fields.as_bytes());
+        message.leak()
+    }
+
+    #[tokio::test]
+    async fn an_error_in_the_place_of_tls_is_the_servers_state_in_its_own_words() {
+        let line = b"Ecould not fork new process for connection: Cannot allocate memory\n\0";
+        let full = "SFATAL\0VFATAL\0C53300\0Msorry, too many clients already\0\0";
+        let endless = [b"E".as_slice(), &[b'x'; 2 * MAX_HASTY_BYTES]].concat();
+        for mode in ["prefer", "require"] {
+            for (bytes, words) in [
+                (
+                    line.as_slice(),
+                    "could not fork new process for connection: Cannot allocate memory",
+                ),
+                (message(b'E', full), "sorry, too many clients already"),
+                (b"E", "the server answered with an error, and no words"),
+                (b"Ecould not fork", "could not fork"),
+            ] {
+                match answered(mode, bytes, false).await {
+                    StoreError::Unavailable(why) => assert_eq!(why, words, "{mode}"),
+                    other => panic!("{mode}: {words}: {other}"),
+                }
+            }
+            match answered(mode, endless.clone().leak(), false).await {
+                StoreError::Unavailable(why) => assert!(why.len() < MAX_HASTY_BYTES),
+                other => panic!("{mode}: {other}"),
+            }
+        }
+        match answered("require", b"N", false).await {
+            StoreError::Refused(why) => assert!(why.contains("does not support TLS"), "{why}"),
+            other => panic!("{other}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_handshake_that_breaks_off_is_tried_again_and_one_that_fails_is_not() {
+        for resets in [true, false] {
+            let error = answered("require", b"S", resets).await;
+            assert!(matches!(error, StoreError::Unavailable(_)), "{error}");
+        }
+        // No version of TLS.
+        let error = answered("require", b"SHTTP/1.1 400 Bad Request\r\n\r\n", false).await;
+        assert!(matches!(error, StoreError::Refused(_)), "{error}");
+    }
 }

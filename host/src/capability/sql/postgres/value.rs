@@ -64,7 +64,7 @@ impl Parameters {
         output.put_slice(&self.bytes);
     }
 
-    fn add(&mut self, value: &Value) -> Result<(), Error> {
+    pub(super) fn add(&mut self, value: &Value) -> Result<(), Error> {
         match value {
             // The server infers the type, as it does for a literal NULL.
             Value::Null => self.null(Type::UNKNOWN),

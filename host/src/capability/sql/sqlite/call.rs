@@ -1,14 +1,19 @@
 //! A statement of a guest, on a connection.
 
+use std::sync::Arc;
+
 use rusqlite::types::ValueRef;
 
+use super::super::done::Done as DoneBefore;
 use super::super::statement::{self, Dialect};
+use super::super::transaction::words;
 use super::super::{
-    Answer, Bracket, Done, Error, Failure, MAX_ANSWER_BYTES, SqlAccess, Value, Work, database_error,
+    Answer, Bracket, Done, Error, Failure, MAX_ANSWER_BYTES, SqlAccess, Value, WAS_DONE, Work,
+    database_error,
 };
 use super::connection::{Connection, IsBusy, Params, bind, marked};
-use super::error::{error_of, failure_of};
-use super::{authorizer, memory, value};
+use super::error::{error_of, failure_of, is_of_text};
+use super::{Sqlite, authorizer, memory, value};
 
 /// A statement that may be sent, with its parameters as SQLite takes them.
 pub(in super::super) struct Call {
@@ -20,6 +25,8 @@ pub(in super::super) struct Call {
     lists: Vec<Params>,
     /// What is wrong with the list behind the last of these.
     unsupported: Option<Error>,
+    /// Where it is noted that it was done.
+    done: Arc<DoneBefore>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -36,7 +43,12 @@ impl IsBusy for Failure {
 }
 
 impl Call {
-    pub(super) fn new(access: SqlAccess, text: &str, work: Work<'_>) -> Result<Self, Error> {
+    pub(super) fn new(
+        database: &Sqlite,
+        access: SqlAccess,
+        text: &str,
+        work: Work<'_>,
+    ) -> Result<Self, Error> {
         let keyword = work.check(Dialect::Sqlite, access, text)?;
         authorizer::check_text(&keyword, text).map_err(statement::not_supported)?;
         let purpose = match work {
@@ -55,6 +67,7 @@ impl Call {
             purpose,
             lists,
             unsupported,
+            done: database.done.clone(),
         })
     }
 
@@ -113,7 +126,13 @@ impl Call {
 
     /// Runs it as it is.
     pub(super) fn run(&self, connection: &mut Connection) -> Result<Done, Failure> {
-        let (done, wanted_more) = memory::bounded(|| self.run_all(connection));
+        let (done, wanted_more) = memory::bounded(|| match self.run_all(connection) {
+            Ok(done) => {
+                self.done.note_text(&self.text);
+                Ok(done)
+            }
+            Err(failure) => Err(self.judge(connection, failure)),
+        });
         match done {
             Err(_) if wanted_more => {
                 const OUT_OF_MEMORY: &str = "53200";
@@ -124,6 +143,24 @@ impl Call {
                 Err(Failure::Statement(database_error(OUT_OF_MEMORY, message)))
             }
             done => done,
+        }
+    }
+
+    /// Where the file's tables have no place any more for what was done before, it is not what it was. Who makes and drops tables
+    /// knows what is there.
+    fn judge(&self, connection: &mut Connection, failure: Failure) -> Failure {
+        let may_be = matches!(&failure, Failure::Statement(Error::Database(said)) if said.sqlstate.is_none())
+            && self.access != SqlAccess::DataDefinition
+            && self.done.contains(&self.text);
+        if !may_be {
+            return failure;
+        }
+        match connection.try_to_prepare(self.access, &self.text) {
+            Err(error) if is_of_text(&error) => {
+                let said = words(error_of(&error));
+                Failure::Statement(Error::Unavailable(format!("{WAS_DONE}{said}")))
+            }
+            _ => failure,
         }
     }
 

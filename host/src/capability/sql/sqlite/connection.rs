@@ -13,6 +13,7 @@ use rusqlite::{CachedStatement, OpenFlags, Statement, StatementStatus, ToSql};
 use super::super::{
     MAX_ANSWER_BYTES, MAX_PARAMETERS, MAX_STATEMENT_BYTES, STATEMENT_TIMEOUT, SqlAccess,
 };
+use super::error::is_of_text;
 use super::file::FileId;
 use super::guard::Guard;
 use super::{authorizer, functions, memory, pattern};
@@ -192,16 +193,16 @@ impl Connection {
             self.sql.flush_prepared_statement_cache();
             self.json.clear();
         }
-        self.limit_values(MAX_VALUE_BYTES)?;
-        self.guard.note_full(false);
-        self.guard.renew(STATEMENT_TIMEOUT);
-        self.guard.with_sender(|sender| {
-            sender.access = Some(access);
-            sender.is_running = false;
-            sender.uses_json = false;
-            sender.refusal = None;
-        });
-        let statement = self.sql.prepare_cached(text)?;
+        self.begin_to_prepare(access)?;
+        let statement = match self.sql.prepare_cached(text) {
+            Err(error) if is_of_text(&error) => {
+                // Others may have changed the tables since.
+                self.see_tables();
+                self.guard.begin_to_prepare(access);
+                self.sql.prepare_cached(text)?
+            }
+            prepared => prepared?,
+        };
         let uses_json = self.guard.with_sender(|sender| sender.uses_json);
         let uses_json = uses_json || self.json.contains(text);
         if uses_json && !self.json.contains(text) {
@@ -226,6 +227,31 @@ impl Connection {
             self.max_value = bytes;
         }
         Ok(statement)
+    }
+
+    fn begin_to_prepare(&mut self, access: SqlAccess) -> rusqlite::Result<()> {
+        self.limit_values(MAX_VALUE_BYTES)?;
+        self.guard.note_full(false);
+        self.guard.renew(STATEMENT_TIMEOUT);
+        self.guard.begin_to_prepare(access);
+        Ok(())
+    }
+
+    /// Has SQLite see what others have made of the file's tables: it looks when a statement runs, and not again for each that it
+    /// refuses to prepare.
+    fn see_tables(&self) {
+        const LOOK: &str = "SELECT 1 FROM main.sqlite_schema LIMIT 1";
+        self.guard
+            .with_sender(|sender| *sender = Default::default());
+        // Where it can't, the next statement can't either, and says why.
+        self.sql.query_row(LOOK, [], |_| Ok(())).ok();
+    }
+
+    /// Sees whether the file's tables, as they are now, have what a guest's statement speaks of.
+    pub(super) fn try_to_prepare(&mut self, access: SqlAccess, text: &str) -> rusqlite::Result<()> {
+        self.see_tables();
+        self.begin_to_prepare(access)?;
+        self.sql.prepare(text).map(drop)
     }
 
     /// A command of the host's own that takes the file's lock: asked again for a while, as long as somebody waits for it.

@@ -30,6 +30,13 @@ pub(super) fn error_of(error: &rusqlite::Error) -> Error {
     })
 }
 
+/// Whether it is what a statement is refused with that the file's tables have no place for: they, and nothing that it is run with,
+/// decide whether it can be prepared.
+pub(super) fn is_of_text(error: &rusqlite::Error) -> bool {
+    let code = error.sqlite_error().map(|error| error.extended_code);
+    code.is_some_and(|code| code & 0xff == ERROR)
+}
+
 /// What is known of the connection after a statement that failed.
 pub(super) fn failure_of(error: &rusqlite::Error, guard: &Guard) -> Failure {
     // SQLite says nothing of what the authorizer and the functions know better.
@@ -62,6 +69,7 @@ fn concern(code: i32) -> Concern {
 }
 
 // SQLite's result codes.
+const ERROR: i32 = 1;
 const PERMISSION: i32 = 3;
 const BUSY: i32 = 5;
 const LOCKED: i32 = 6;
@@ -150,7 +158,7 @@ mod tests {
             (NO_MEMORY, Concern::Others),
             (CONSTRAINT, Concern::Message),
             (TOO_BIG, Concern::Message),
-            (1, Concern::Message),
+            (ERROR, Concern::Message),
         ];
         for (code, expected) in cases {
             assert_eq!(concern(code), expected, "{code}");

@@ -74,6 +74,16 @@ impl Guard {
             || self.start.elapsed().as_nanos() >= u128::from(self.ends.load(Ordering::Relaxed))
     }
 
+    /// What comes next is prepared for a guest that may do so much.
+    pub(super) fn begin_to_prepare(&self, access: SqlAccess) {
+        self.with_sender(|sender| {
+            *sender = Sender {
+                access: Some(access),
+                ..Sender::default()
+            };
+        });
+    }
+
     pub(super) fn with_sender<T>(&self, work: impl FnOnce(&mut Sender) -> T) -> T {
         work(&mut self.sender.lock().unwrap_or_else(PoisonError::into_inner))
     }

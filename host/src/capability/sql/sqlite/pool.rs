@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::{OwnedMutexGuard, OwnedSemaphorePermit, Semaphore, oneshot};
 use tracing::error;
 
-use super::super::{ACQUIRE_TIMEOUT, Error};
+use super::super::{ACQUIRE_TIMEOUT, Error, StoreError};
+use super::Newcomer;
 use super::connection::{Connection, STACK_BYTES};
 use super::error::error_of;
 use super::file::{FileId, log_of, put_log_aside};
@@ -42,14 +43,17 @@ impl Worker {
         let thread = std::thread::Builder::new()
             .name("sqlite".to_owned())
             .stack_size(STACK_BYTES);
-        let started = thread.spawn(move || match Connection::open(&file, its) {
-            Ok(connection) => {
-                if opened.send(Ok(connection.id)).is_ok() {
-                    work_off(connection, &received);
+        let started = thread.spawn(move || {
+            crate::slice::shed();
+            match Connection::open(&file, its) {
+                Ok(connection) => {
+                    if opened.send(Ok(connection.id)).is_ok() {
+                        work_off(connection, &received);
+                    }
                 }
-            }
-            Err(error) => {
-                opened.send(Err(error_of(&error))).ok();
+                Err(error) => {
+                    opened.send(Err(error_of(&error))).ok();
+                }
             }
         });
         started
@@ -89,6 +93,10 @@ pub(super) struct Pool {
     permits: Arc<Semaphore>,
     size: u32,
     idle: Mutex<Idle>,
+    /// Where there are migrations.
+    newcomer: Option<Arc<Newcomer>>,
+    /// Held while they run on a file that has come.
+    preparing: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// Connections at rest.
@@ -99,15 +107,19 @@ struct Idle {
     file: Option<FileId>,
     /// And its log of writes, once there is one.
     log: Option<FileId>,
+    /// It has come in the place of another, and the migrations have not been run on it yet.
+    is_unprepared: bool,
 }
 
 impl Pool {
-    pub(super) fn new(file: PathBuf, size: u32) -> Self {
+    pub(super) fn new(file: PathBuf, size: u32, newcomer: Option<Newcomer>) -> Self {
         Self {
             file,
             permits: Arc::new(Semaphore::new(size as usize)),
             size,
             idle: Mutex::default(),
+            newcomer: newcomer.map(Arc::new),
+            preparing: Arc::default(),
         }
     }
 
@@ -126,7 +138,10 @@ impl Pool {
         };
         let worker = match self.at_rest()? {
             Some(worker) => worker,
-            None => Worker::start(self.file.clone()).await?,
+            None => {
+                self.prepare_newcomer().await?;
+                Worker::start(self.file.clone()).await?
+            }
         };
         Ok(Lease {
             pool: self.clone(),
@@ -151,7 +166,10 @@ impl Pool {
                 )));
             }
             put_log_aside(&self.file, idle.log).map_err(unavailable)?;
-            *idle = Idle::default();
+            *idle = Idle {
+                is_unprepared: true,
+                ..Idle::default()
+            };
             error!(
                 "{place} is another file than it was: somebody has put it in the place of the one that the host had open. It is \
                  the one that counts from now on; what stood in the -wal of the one before is in {place}-wal.before"
@@ -159,6 +177,58 @@ impl Pool {
         }
         idle.file = now;
         Ok(idle.workers.pop())
+    }
+
+    /// Runs the migrations on a file that has come in the place of another: without them, statements would be refused that are in
+    /// order. They go on where nobody waits for them any more.
+    async fn prepare_newcomer(self: &Arc<Self>) -> Result<(), Error> {
+        let Some(newcomer) = &self.newcomer else {
+            return Ok(());
+        };
+        if !self.idle().is_unprepared {
+            return Ok(());
+        }
+        let (pool, newcomer) = (self.clone(), newcomer.clone());
+        let prepared = async {
+            let turn = self.preparing.clone().lock_owned().await;
+            let runtime = tokio::runtime::Handle::current();
+            let run = tokio::task::spawn_blocking(move || {
+                let _turn = turn;
+                runtime.block_on(pool.prepare(&newcomer))
+            });
+            let ran = run.await;
+            ran.unwrap_or_else(|error| Err(StoreError::Unavailable(error.to_string())))
+        };
+        let place = self.file.display();
+        let waited = tokio::time::timeout(ACQUIRE_TIMEOUT, prepared).await;
+        let prepared = waited.map_err(|_| {
+            Error::Unavailable(format!(
+                "{place} is another file than it was, and its migrations are running"
+            ))
+        })?;
+        prepared.map_err(|error| {
+            Error::Unavailable(format!(
+                "{place} is another file than it was, and its migrations can't be run: {error}"
+            ))
+        })
+    }
+
+    /// Unless somebody else has done so.
+    async fn prepare(&self, newcomer: &Newcomer) -> Result<(), StoreError> {
+        let file = {
+            let idle = self.idle();
+            if !idle.is_unprepared {
+                return Ok(());
+            }
+            idle.file
+        };
+        newcomer.prepare().await?;
+        let mut idle = self.idle();
+        // There may be yet another one by now.
+        if idle.file == file {
+            idle.is_unprepared = false;
+        }
+        Ok(())
     }
 
     /// A connection is at rest, if its file is the one that is there.

@@ -93,7 +93,7 @@ impl Session {
         text: &str,
         work: Work<'_>,
     ) -> Result<Call, NotReady> {
-        let call = Call::new(self.access, text, work).map_err(NotReady::Refused)?;
+        let call = Call::new(&self.database, self.access, text, work).map_err(NotReady::Refused)?;
         if call.is_empty() {
             return Ok(call);
         }
@@ -147,7 +147,12 @@ impl Session {
         }
     }
 
-    pub(in super::super) async fn call(&mut self, mode: Mode, call: Call) -> Outcome {
+    pub(in super::super) async fn call(&mut self, mode: Mode, text: &str, call: Call) -> Outcome {
+        let outcome = self.run(mode, call).await;
+        outcome.judged(|error| Sqlite::judge(SqlAccess::Data, text, error))
+    }
+
+    async fn run(&mut self, mode: Mode, call: Call) -> Outcome {
         let Some(open) = &mut self.open else {
             return Outcome::done(super::super::Done::affected(0));
         };

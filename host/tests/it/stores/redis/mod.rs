@@ -296,9 +296,55 @@ async fn versions() {
         set d 3 -version 1                        -> [true]
         increment d 1                             -> 4
         set d 5 -version 1                        -> [false]
+        set e 1 f 1 e 2 -version 3                -> [true, true, false]
+        get-many e f                              -> "1" "1"
+        set e 4 f 4 g 4 -version 4                -> [true, true, true]
+        set f 5                                   -> [true]
+        set e 3 f 3 g 3 -version 3                -> [false, true, false]
+        get-many e f g                            -> "4" "3" "4"
         "#,
     )
     .await;
+}
+
+/// More than a script takes at once.
+#[tokio::test]
+async fn thousands_of_keys_are_set_by_their_versions() {
+    const KEYS: usize = 2_500;
+    for (what, store) in Fixture::all().await {
+        let set = |version| Set {
+            entries: (0..KEYS)
+                .map(|n| (store.key(&format!("many-{n}")), b"x".to_vec()))
+                .collect(),
+            version: Some(version),
+            ..Set::default()
+        };
+        assert_eq!(
+            store.store.set(set(1)).await,
+            Ok(vec![true; KEYS]),
+            "{what}"
+        );
+        let newer = store.set(&["many-0", "y", "many-1500", "y", "-version", "2"]);
+        assert_eq!(store.store.set(newer).await, Ok(vec![true; 2]), "{what}");
+        assert_eq!(
+            store.store.set(set(1)).await,
+            Ok(vec![false; KEYS]),
+            "{what}"
+        );
+        let written = store.store.set(set(2)).await.expect(what);
+        let kept = (0..KEYS).filter(|n| !written[*n]);
+        assert_eq!(kept.collect::<Vec<_>>(), [0, 1_500], "{what}");
+        assert_eq!(
+            store.store.fetch(&store.key("many-1500")).await,
+            Ok(Some(b"y".to_vec())),
+            "{what}"
+        );
+        assert_eq!(
+            store.store.fetch(&store.key("many-2499")).await,
+            Ok(Some(b"x".to_vec())),
+            "{what}"
+        );
+    }
 }
 
 #[tokio::test]

@@ -5,7 +5,6 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::plans::Plan;
 use crate::sync::lock;
 
 /// Texts of one stage that are remembered of those that were run once on a connection, and of those that were run again: a stage
@@ -30,6 +29,24 @@ struct Texts {
     again: Recent,
 }
 
+/// What is known with a prepared statement of the runs that were noted of it.
+#[derive(Debug)]
+pub(super) struct Noted {
+    /// The hash of its text.
+    text: u64,
+    /// For which stage, and how many.
+    runs: AtomicU64,
+}
+
+impl Noted {
+    pub(super) fn new(text: &str) -> Self {
+        Self {
+            text: hash(text),
+            runs: AtomicU64::new(0),
+        }
+    }
+}
+
 impl Done {
     pub(super) fn new() -> Self {
         static STAGES: AtomicU64 = AtomicU64::new(1);
@@ -39,17 +56,27 @@ impl Done {
         }
     }
 
-    /// The plan's statement has run.
-    pub(super) fn note(&self, plan: &Plan) {
-        let noted = plan.noted.load(Ordering::Relaxed);
+    /// A prepared statement has run.
+    pub(super) fn note(&self, statement: &Noted) {
+        let noted = statement.runs.load(Ordering::Relaxed);
         let (stage, runs) = (noted / (NOTED_RUNS + 1), noted % (NOTED_RUNS + 1));
         let runs = if stage == self.stage { runs } else { 0 };
         if runs == NOTED_RUNS {
             return;
         }
-        lock(&self.texts).add(plan.text, runs > 0);
+        lock(&self.texts).add(statement.text, runs > 0);
         let noted = self.stage * (NOTED_RUNS + 1) + runs + 1;
-        plan.noted.store(noted, Ordering::Relaxed);
+        statement.runs.store(noted, Ordering::Relaxed);
+    }
+
+    /// The same of one that somebody else keeps prepared.
+    pub(super) fn note_text(&self, text: &str) {
+        let hash = hash(text);
+        let mut texts = lock(&self.texts);
+        if !texts.again.contains(hash) {
+            let again = texts.once.contains(hash);
+            texts.add(hash, again);
+        }
     }
 
     pub(super) fn contains(&self, text: &str) -> bool {
@@ -93,7 +120,7 @@ impl Recent {
     }
 }
 
-pub(super) fn hash(text: &str) -> u64 {
+fn hash(text: &str) -> u64 {
     let mut hasher = DefaultHasher::new();
     text.hash(&mut hasher);
     hasher.finish()
@@ -103,19 +130,15 @@ pub(super) fn hash(text: &str) -> u64 {
 mod tests {
     use super::*;
 
-    fn plan(text: &str) -> Plan {
-        Plan::of_guest(String::new(), Vec::new(), hash(text))
-    }
-
     #[test]
     fn texts_that_a_stage_makes_up_push_out_neither_its_others_nor_another_stages() {
         let (makes_up, other) = (Done::new(), Done::new());
-        let shared = plan("shared");
+        let shared = Noted::new("shared");
         makes_up.note(&shared);
         makes_up.note(&shared);
         other.note(&shared);
         for n in 0..MAX_TEXTS * 2 {
-            makes_up.note(&plan(&n.to_string()));
+            makes_up.note(&Noted::new(&n.to_string()));
         }
         assert!(makes_up.contains("shared") && other.contains("shared"));
         assert!(makes_up.contains(&(MAX_TEXTS * 2 - 1).to_string()));
@@ -124,5 +147,18 @@ mod tests {
         let texts = lock(&makes_up.texts);
         assert_eq!(texts.once.order.len(), MAX_TEXTS);
         assert_eq!(texts.once.known.len(), MAX_TEXTS);
+    }
+
+    #[test]
+    fn texts_that_are_noted_by_themselves_are_kept_as_those_of_prepared_statements_are() {
+        let done = Done::new();
+        for _ in 0..3 {
+            done.note_text("often");
+        }
+        for n in 0..MAX_TEXTS * 2 {
+            done.note_text(&n.to_string());
+        }
+        assert!(done.contains("often") && done.contains(&(MAX_TEXTS * 2 - 1).to_string()));
+        assert!(!done.contains("0"));
     }
 }
