@@ -21,7 +21,9 @@ use crate::readiness::Readiness;
 /// What log and metrics call the listener.
 const LISTENER: &str = "admin";
 /// Operators and scrapers are few.
-const MAX_CONNECTIONS: usize = 64;
+const MAX_CONNECTIONS: usize = 128;
+/// Of them, those whose requests are worked for at one time.
+const MAX_REQUESTS: usize = 64;
 /// How long requests may take once the host stops: it has done all else by then, and no answer here takes long.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -36,6 +38,7 @@ pub async fn serve(
 ) {
     let limits = http::Limits {
         connections: MAX_CONNECTIONS,
+        requests: MAX_REQUESTS,
         drain_timeout: DRAIN_TIMEOUT,
         ..http::Limits::default()
     };

@@ -26,18 +26,20 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 
 pub(crate) use self::body::Bodies;
-use self::places::{Admission, Place, Places};
+use self::places::{Connections, LOOK_EVERY, Place, Requests};
 use self::room::Room;
 use self::stream::{Link, MAX_HEAD, Stream};
 use crate::metrics::Metrics;
 
-/// Connections served at once. Below the usual 1,024 file descriptors of a process, so that the log
-/// and the stores keep theirs.
-const MAX_CONNECTIONS: usize = 768;
+/// Connections at once. Below the usual 1,024 file descriptors of a process, so that the log and the
+/// stores keep theirs.
+const MAX_CONNECTIONS: usize = 832;
+/// Requests that are worked for at once. The other connections are of those that wait for a place.
+const MAX_REQUESTS: usize = 768;
 /// Bytes of the bodies that are read or worked on at once.
 const MAX_BODY_BYTES: usize = 256 * 1024 * 1024;
 /// Bytes of the answers that their clients have yet to take.
@@ -63,8 +65,11 @@ const RETRY_AFTER_SECONDS: HeaderValue = HeaderValue::from_static("1");
 /// The bounds of a server.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Connections served at once; where all are taken, one that idles makes room, or the new one is answered 503.
+    /// Connections at once; where all are taken, one that idles makes room, or the new one is closed.
     pub connections: usize,
+    /// Requests that are worked for at once, bodies and answers on their way included; others wait for their turn for a
+    /// moment, and are answered 503 then.
+    pub requests: usize,
     /// Bytes of the bodies that are read or worked on at once, or those of a few of the largest if that
     /// is more; a request whose body has no room is answered 503.
     pub body_bytes: usize,
@@ -88,6 +93,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             connections: MAX_CONNECTIONS,
+            requests: MAX_REQUESTS,
             body_bytes: MAX_BODY_BYTES,
             answer_bytes: MAX_ANSWER_BYTES,
             own_bytes: room::OWN_BYTES,
@@ -123,35 +129,39 @@ pub(crate) async fn serve<H: Handler>(
     metrics: Arc<Metrics>,
     shutdown: CancellationToken,
 ) {
+    let requests = Requests::new(H::LISTENER, metrics, limits.requests);
     let server = Arc::new(Server {
         handler,
         limits,
+        requests: Arc::new(requests),
         answers: Arc::new(Room::new(limits.answer_bytes, limits.own_bytes)),
         shutdown: shutdown.clone(),
     });
-    let mut places = Places::new(H::LISTENER, metrics, limits.connections);
+    let mut open = Connections::new(Arc::clone(&server.requests), limits.connections);
+    let mut look = interval(LOOK_EVERY);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut connections = JoinSet::new();
     loop {
-        // All three are cancel-safe: none takes a connection or a task's end without returning it.
+        // All are cancel-safe: none takes a connection or a task's end without returning it, and news are kept.
         tokio::select! {
             biased;
             () = shutdown.cancelled() => break,
             Some(ended) = connections.join_next_with_id() => {
-                places.remove(ended.map_or_else(|error| error.id(), |(id, ())| id));
+                open.remove(ended.map_or_else(|error| error.id(), |(id, ())| id));
             }
-            accepted = listener.accept(), if connections.len() < places.max_tasks() => {
+            _ = look.tick(), if server.requests.wait() => open.make_room(),
+            () = server.requests.news() => {}
+            accepted = listener.accept(), if connections.len() < open.max_tasks() => {
                 match accepted {
                     Ok((stream, _)) => {
-                        let admission = places.admit();
-                        if admission == Admission::Close {
+                        let Some(place) = open.admit() else {
                             continue;
-                        }
-                        let (full, place) = (admission == Admission::Refuse, places.place());
-                        let serving = connection(stream, Arc::clone(&server), Arc::clone(&place), full);
-                        places.insert(place, !full, connections.spawn(serving));
+                        };
+                        let serving = connection(stream, Arc::clone(&server), Arc::clone(&place));
+                        open.insert(place, connections.spawn(serving));
                     }
                     Err(error) => {
-                        places.cannot_accept(&error);
+                        open.cannot_accept(&error);
                         tokio::time::sleep(ACCEPT_PAUSE).await;
                     }
                 }
@@ -175,23 +185,19 @@ pub(crate) async fn serve<H: Handler>(
 struct Server<H> {
     handler: H,
     limits: Limits,
+    requests: Arc<Requests>,
     /// Room for what their clients have yet to take.
     answers: Arc<Room>,
     shutdown: CancellationToken,
 }
 
-async fn connection<H: Handler>(
-    socket: TcpStream,
-    server: Arc<Server<H>>,
-    place: Arc<Place>,
-    full: bool,
-) {
+async fn connection<H: Handler>(socket: TcpStream, server: Arc<Server<H>>, place: Arc<Place>) {
     // Answers are written whole: waiting for more to send would only delay them.
     let _ = socket.set_nodelay(true);
     let limits = &server.limits;
     let mut stream = Stream::new(socket, Arc::clone(&place), limits.write_timeout);
     let link = stream.link();
-    let service = service_fn(|request| answer(&server, request, &link, full));
+    let service = service_fn(|request| answer(&server, request, &link));
     let served = {
         let mut served = pin!(
             http1::Builder::new()
@@ -221,6 +227,7 @@ async fn connection<H: Handler>(
     if let Err(error) = served {
         tracing::debug!(%error, "an HTTP connection ended early");
     }
+    link.taken();
     place.waits();
     linger(stream.into_socket()).await;
 }
@@ -242,16 +249,18 @@ async fn answer<H: Handler>(
     server: &Server<H>,
     request: Request<Incoming>,
     link: &Link,
-    full: bool,
 ) -> Result<Answer, Infallible> {
-    let refused = match link.refusal() {
-        Some(refusal) => Some(text(refusal.status, refusal.why)),
-        None => full.then(|| busy("too many connections")),
+    let place = match link.refusal() {
+        Some(refusal) => Err(text(refusal.status, refusal.why)),
+        None => (server.requests.place().await).ok_or_else(|| busy("too many requests")),
     };
-    if let Some(refused) = refused {
-        let status = refused.status();
-        server.handler.refused(request.method(), status);
-        return Ok(closing(refused));
+    match place {
+        Ok(place) => link.has(place),
+        Err(refused) => {
+            let status = refused.status();
+            server.handler.refused(request.method(), status);
+            return Ok(closing(refused));
+        }
     }
     let what = format!("{} {}", request.method(), request.uri().path());
     let is_chunked = request.headers().contains_key(TRANSFER_ENCODING);
@@ -264,8 +273,11 @@ async fn answer<H: Handler>(
     if link.holds(&server.answers, length).is_err() {
         answer = busy("too many large answers wait for their clients");
     }
-    // Where its body ended, hyper alone knows: see `Stream`.
-    Ok(if is_chunked { closing(answer) } else { answer })
+    // Where a body in chunks ended, hyper alone knows: see `Stream`.
+    Ok(match is_chunked || server.requests.want_a_connection() {
+        true => closing(answer),
+        false => answer,
+    })
 }
 
 /// An answer of one line of text.

@@ -11,7 +11,7 @@ use bytes::{Buf, BytesMut};
 use hyper::StatusCode;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, OwnedSemaphorePermit};
 use tokio::time::{Instant, Sleep, sleep};
 
 use super::head::{Framing, Refusal, Scanner, check};
@@ -42,14 +42,26 @@ pub(super) struct Stream {
 pub(super) struct Link {
     /// Why a head was refused. It is set before hyper sees the request that stands in for it.
     refusal: OnceLock<Refusal>,
-    /// Room for the answer that the client has yet to take.
-    answer: Mutex<Option<Hold>>,
+    request: Mutex<Held>,
     gives_way: Arc<Notify>,
+}
+
+/// What a request holds until the client has taken its answer.
+#[derive(Debug, Default)]
+struct Held {
+    place: Option<OwnedSemaphorePermit>,
+    /// Room for the answer.
+    room: Option<Hold>,
 }
 
 impl Link {
     pub(super) fn refusal(&self) -> Option<&Refusal> {
         self.refusal.get()
+    }
+
+    /// There is a place for the request.
+    pub(super) fn has(&self, place: OwnedSemaphorePermit) {
+        self.request().place = Some(place);
     }
 
     /// The client is to take an answer of so many bytes.
@@ -60,7 +72,7 @@ impl Link {
         }
         let mut hold = room.hold(Arc::clone(&self.gives_way));
         hold.resize(bytes)?;
-        *self.answer() = Some(hold);
+        self.request().room = Some(hold);
         Ok(())
     }
 
@@ -71,16 +83,16 @@ impl Link {
 
     /// Whether there is an answer that holds room: the news that it is given to another may be of one that was taken meanwhile.
     pub(super) fn holds_an_answer(&self) -> bool {
-        self.answer().is_some()
+        self.request().room.is_some()
     }
 
-    /// The client has taken its answer.
-    fn taken(&self) {
-        self.answer().take();
+    /// The client has taken its answer, or takes no more of it.
+    pub(super) fn taken(&self) {
+        *self.request() = Held::default();
     }
 
-    fn answer(&self) -> MutexGuard<'_, Option<Hold>> {
-        self.answer.lock().unwrap_or_else(PoisonError::into_inner)
+    fn request(&self) -> MutexGuard<'_, Held> {
+        self.request.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

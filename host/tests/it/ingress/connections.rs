@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use host::http;
 use host::ingress::Limits;
+use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use super::fixture::{FORM, Fault, GOOD, Server, get, limits, post, set};
@@ -13,9 +14,10 @@ use crate::wire::{Client, exchange, request};
 /// How long anything may take.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-fn places(connections: usize) -> Limits {
+fn places(connections: usize, requests: usize) -> Limits {
     let mut limits = limits();
     limits.http.connections = connections;
+    limits.http.requests = requests;
     limits
 }
 
@@ -29,11 +31,11 @@ fn check_metrics(server: &Server, lines: &[&str]) {
 #[tokio::test]
 async fn where_all_are_worked_for_the_next_is_sent_away() {
     let (log, asked, permits) = Fault::slow();
-    let server = Server::start(log, places(1)).await;
+    let server = Server::start(log, places(2, 1)).await;
     let mut first = Client::connect(server.address).await;
     first.send(post(GOOD)).await;
     asked.acquire().await.unwrap().forget();
-    let too_many = "503 [retry-after: 1] too many connections";
+    let too_many = "503 [retry-after: 1] too many requests";
     server.check(&get("/post/a"), too_many).await;
     permits.add_permits(1);
     assert!(first.rest().await.starts_with("HTTP/1.1 201"));
@@ -50,7 +52,7 @@ async fn where_all_are_worked_for_the_next_is_sent_away() {
 
 #[tokio::test]
 async fn the_longest_idle_connection_gives_way_to_a_new_one() {
-    let server = Server::start(Fault::Away, places(2)).await;
+    let server = Server::start(Fault::Away, places(2, 2)).await;
     let mut kept = Vec::new();
     for _ in 0..2 {
         let mut client = Client::connect(server.address).await;
@@ -77,7 +79,7 @@ async fn the_longest_idle_connection_gives_way_to_a_new_one() {
 
 #[tokio::test]
 async fn connections_that_send_nothing_or_half_a_head_keep_nobody_out() {
-    let server = Server::start(Fault::Away, places(10)).await;
+    let server = Server::start(Fault::Away, places(10, 10)).await;
     let mut held = Vec::new();
     for sent in ["", "G", "GET /post/a HTTP/1.1\r\nhost: te", "\r\n"].repeat(50) {
         let mut client = Client::connect(server.address).await;
@@ -93,12 +95,34 @@ async fn connections_that_send_nothing_or_half_a_head_keep_nobody_out() {
 }
 
 #[tokio::test]
+async fn requests_one_behind_the_other_keep_nobody_out() {
+    let server = Server::start(Fault::Away, places(8, 2)).await;
+    let (address, mut greedy) = (server.address, JoinSet::new());
+    for _ in 0..4 {
+        greedy.spawn(async move {
+            let many = request(&["GET /post/a HTTP/1.1"], "").repeat(1000);
+            loop {
+                let mut client = Client::connect(address).await;
+                client.try_send(&many).await;
+                client.some_rest().await;
+            }
+        });
+    }
+    for _ in 0..20 {
+        let answer = timeout(PATIENCE, exchange(address, &get("/post/a"))).await;
+        assert!(answer.unwrap().starts_with("HTTP/1.1 404"));
+    }
+    greedy.shutdown().await;
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn slow_bodies_and_answers_give_way_where_all_places_are_taken() {
     // More than the kernel buffers for a sender.
     const LARGE: usize = 15 << 20;
     let topic = unique("test");
     let url = server("REDIS_URL");
-    let server = Server::with(Fault::Away, places(2), &topic, &url).await;
+    let server = Server::with(Fault::Away, places(2, 2), &topic, &url).await;
     set(&url, &format!("{topic}:large"), &"x".repeat(LARGE)).await;
     let mut sender = Client::connect(server.address).await;
     let half = post(GOOD);
@@ -182,7 +206,7 @@ async fn answers_that_are_not_taken_give_their_room_to_others() {
 
 #[tokio::test]
 async fn announced_bodies_take_no_room() {
-    let mut narrow = places(300);
+    let mut narrow = places(300, 300);
     narrow.http.body_bytes = 0;
     narrow.http.own_bytes = 16;
     let server = Server::start(Fault::Away, narrow).await;

@@ -80,6 +80,7 @@ pub(crate) fn limits() -> Limits {
     Limits {
         http: http::Limits {
             connections: 100,
+            requests: 100,
             body_bytes: 1 << 20,
             answer_bytes: 64 << 20,
             own_bytes: 0,
