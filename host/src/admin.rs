@@ -6,14 +6,15 @@ use std::fmt::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hyper::body::Incoming;
 use hyper::header::{AUTHORIZATION, HeaderMap, HeaderValue, WWW_AUTHENTICATE};
 use hyper::{Method, Request, StatusCode};
 use sha2::{Digest, Sha256};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::http::{self, Answer, Handler, content, method_not_allowed, not_found, text};
+use crate::http::{
+    self, Answer, Handler, RequestBody, content, method_not_allowed, not_found, text,
+};
 use crate::metrics::{self, Metrics};
 use crate::pipeline::Secret;
 use crate::readiness::Readiness;
@@ -64,7 +65,7 @@ struct Admin {
 impl Handler for Admin {
     const LISTENER: &'static str = LISTENER;
 
-    async fn handle(&self, request: Request<Incoming>) -> Answer {
+    async fn handle(&self, request: Request<RequestBody>) -> Answer {
         if let Some(refusal) = self.refusal(&request) {
             self.refused(request.method(), refusal.status());
             return refusal;
@@ -90,7 +91,7 @@ impl Handler for Admin {
 
 impl Admin {
     /// The answer to a request that is not for this listener, or not from whom it may be.
-    fn refusal(&self, request: &Request<Incoming>) -> Option<Answer> {
+    fn refusal(&self, request: &Request<RequestBody>) -> Option<Answer> {
         // Who has the token may call the host what they like: a page that was led here has none.
         if self.token.is_none() && !origin::is_loopback(request) {
             return Some(text(

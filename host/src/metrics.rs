@@ -154,7 +154,7 @@ impl Metrics {
         );
         registry.register(
             "stagehost_http_connections_turned_away",
-            "Connections that were closed or refused because all places were taken",
+            "Connections that were closed, or whose requests were refused, because all places were taken",
             self.connections_turned_away.clone(),
         );
         registry.register(

@@ -1,15 +1,18 @@
 //! Bodies of requests, as they arrive: their size, their room in memory, and their pace.
 
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::BodyExt;
 use hyper::StatusCode;
-use hyper::body::{Body, Frame, Incoming};
+use hyper::body::{Body, Frame, Incoming, SizeHint};
 use tokio::time::{Instant, timeout_at};
 
 use super::room::{Hold, NoRoom, Room};
+use super::stream::Link;
 use super::{Answer, Limits, busy, closing, text};
 
 /// Bodies of the largest size for which there is room in any case.
@@ -20,6 +23,47 @@ const MIN_PACE: usize = 4 * 1024;
 const MIN_PIECE: usize = 16;
 /// Pieces that may be as small as they like.
 const SMALL_PIECES: usize = 4096;
+
+/// The body of a request. Its connection is told if it is let go of before its end.
+pub(crate) struct RequestBody {
+    incoming: Incoming,
+    link: Arc<Link>,
+}
+
+impl RequestBody {
+    pub(super) fn new(incoming: Incoming, link: &Arc<Link>) -> Self {
+        let link = Arc::clone(link);
+        Self { incoming, link }
+    }
+}
+
+impl Drop for RequestBody {
+    fn drop(&mut self) {
+        if !self.incoming.is_end_stream() {
+            self.link.leaves_a_body();
+        }
+    }
+}
+
+impl Body for RequestBody {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        Pin::new(&mut self.incoming).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.incoming.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.incoming.size_hint()
+    }
+}
 
 /// Reads the bodies of a server's requests.
 pub(crate) struct Bodies {
@@ -49,7 +93,7 @@ impl Bodies {
     }
 
     /// The whole body, or the answer that says why not: 413 above `max` bytes, 503 without room, 408, 400.
-    pub(crate) async fn read(&self, mut body: Incoming) -> Result<HeldBody, Answer> {
+    pub(crate) async fn read(&self, mut body: RequestBody) -> Result<HeldBody, Answer> {
         let size = body.size_hint();
         if size.lower() > self.max as u64 {
             return Err(self.too_large());
@@ -131,7 +175,7 @@ impl Pace {
     /// The body's next piece.
     async fn next(
         &mut self,
-        body: &mut Incoming,
+        body: &mut RequestBody,
         hold: &Hold,
     ) -> Result<Option<Frame<Bytes>>, Answer> {
         loop {

@@ -26,11 +26,11 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 
-pub(crate) use self::body::Bodies;
-use self::places::{Connections, LOOK_EVERY, Place, Requests};
+pub(crate) use self::body::{Bodies, RequestBody};
+use self::places::{Connections, LOOK_EVERY, PLACE_TIMEOUT, Place, Requests};
 use self::room::Room;
 use self::stream::{Link, MAX_HEAD, Stream};
 use crate::metrics::Metrics;
@@ -42,6 +42,8 @@ const MAX_CONNECTIONS: usize = 832;
 const MAX_REQUESTS: usize = 768;
 /// Bytes of the bodies that are read or worked on at once.
 const MAX_BODY_BYTES: usize = 256 * 1024 * 1024;
+/// Bytes of an answer that a socket takes at once.
+const SMALL_ANSWER: u64 = 16 * 1024;
 /// Bytes of the answers that their clients have yet to take.
 const MAX_ANSWER_BYTES: usize = 256 * 1024 * 1024;
 /// How long a request's head may take. hyper starts this clock when it begins to wait for a request,
@@ -65,7 +67,8 @@ const RETRY_AFTER_SECONDS: HeaderValue = HeaderValue::from_static("1");
 /// The bounds of a server.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Connections at once; where all are taken, one that idles makes room, or the new one is closed.
+    /// Connections at once, at most. From `requests` on, each new one takes the place of one that idles, or of the oldest; where
+    /// there is no room, it waits for a moment, and is closed then.
     pub connections: usize,
     /// Requests that are worked for at once, bodies and answers on their way included; others wait for their turn for a
     /// moment, and are answered 503 then.
@@ -114,10 +117,10 @@ pub(crate) trait Handler: Send + Sync + 'static {
     /// What log and metrics call the listener.
     const LISTENER: &'static str;
 
-    /// Answers a request. Dropped when the client is gone.
-    fn handle(&self, request: Request<Incoming>) -> impl Future<Output = Answer> + Send;
+    /// Answers a request. Dropped when its connection ends.
+    fn handle(&self, request: Request<RequestBody>) -> impl Future<Output = Answer> + Send;
 
-    /// A request was answered so without being handled: it is malformed, or there are too many connections.
+    /// A request was answered so without being handled: it is malformed, or there are too many.
     fn refused(&self, _method: &Method, _status: StatusCode) {}
 }
 
@@ -137,10 +140,12 @@ pub(crate) async fn serve<H: Handler>(
         answers: Arc::new(Room::new(limits.answer_bytes, limits.own_bytes)),
         shutdown: shutdown.clone(),
     });
-    let mut open = Connections::new(Arc::clone(&server.requests), limits.connections);
+    let mut open = Connections::new(Arc::clone(&server.requests), &limits);
     let mut look = interval(LOOK_EVERY);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut connections = JoinSet::new();
+    // A connection that is to be served next.
+    let mut next: Option<(TcpStream, Instant)> = None;
     loop {
         // All are cancel-safe: none takes a connection or a task's end without returning it, and news are kept.
         tokio::select! {
@@ -149,28 +154,43 @@ pub(crate) async fn serve<H: Handler>(
             Some(ended) = connections.join_next_with_id() => {
                 open.remove(ended.map_or_else(|error| error.id(), |(id, ())| id));
             }
-            _ = look.tick(), if server.requests.wait() => open.make_room(),
-            () = server.requests.news() => {}
-            accepted = listener.accept(), if connections.len() < open.max_tasks() => {
+            _ = look.tick(), if server.requests.wait() || next.is_some() => open.make_room(),
+            accepted = listener.accept(), if next.is_none() && connections.len() < open.max_tasks() => {
                 match accepted {
-                    Ok((stream, _)) => {
-                        let Some(place) = open.admit() else {
-                            continue;
-                        };
-                        let serving = connection(stream, Arc::clone(&server), Arc::clone(&place));
-                        open.insert(place, connections.spawn(serving));
-                    }
+                    Ok((stream, _)) => next = Some((stream, Instant::now())),
                     Err(error) => {
                         open.cannot_accept(&error);
                         tokio::time::sleep(ACCEPT_PAUSE).await;
                     }
                 }
             }
+            // So that the clock above is looked at.
+            () = server.requests.news() => {}
+        }
+        // Those behind it wait, too.
+        let Some((stream, since)) = next.take() else {
+            continue;
+        };
+        match open.admit() {
+            Some(place) => {
+                let serving = connection(stream, Arc::clone(&server), Arc::clone(&place));
+                open.insert(place, connections.spawn(serving));
+            }
+            None if since.elapsed() < PLACE_TIMEOUT => next = Some((stream, since)),
+            None => open.refuse(),
         }
     }
     drop(listener);
     let drained = timeout(limits.drain_timeout, async {
-        while connections.join_next().await.is_some() {}
+        loop {
+            // Both are cancel-safe.
+            tokio::select! {
+                ended = connections.join_next() => if ended.is_none() {
+                    return;
+                },
+                _ = look.tick() => open.make_room(),
+            }
+        }
     });
     if drained.await.is_err() {
         tracing::warn!(
@@ -197,7 +217,7 @@ async fn connection<H: Handler>(socket: TcpStream, server: Arc<Server<H>>, place
     let limits = &server.limits;
     let mut stream = Stream::new(socket, Arc::clone(&place), limits.write_timeout);
     let link = stream.link();
-    let service = service_fn(|request| answer(&server, request, &link));
+    let service = service_fn(|request| answer(&server, request, &link, &place));
     let served = {
         let mut served = pin!(
             http1::Builder::new()
@@ -248,14 +268,15 @@ async fn linger(mut socket: TcpStream) {
 async fn answer<H: Handler>(
     server: &Server<H>,
     request: Request<Incoming>,
-    link: &Link,
+    link: &Arc<Link>,
+    place: &Place,
 ) -> Result<Answer, Infallible> {
-    let place = match link.refusal() {
+    let has_place = match link.refusal() {
         Some(refusal) => Err(text(refusal.status, refusal.why)),
-        None => (server.requests.place().await).ok_or_else(|| busy("too many requests")),
+        None => (server.requests.place(place).await).ok_or_else(|| busy("too many requests")),
     };
-    match place {
-        Ok(place) => link.has(place),
+    match has_place {
+        Ok(permit) => link.has(permit),
         Err(refused) => {
             let status = refused.status();
             server.handler.refused(request.method(), status);
@@ -263,7 +284,9 @@ async fn answer<H: Handler>(
         }
     }
     let what = format!("{} {}", request.method(), request.uri().path());
+    // Where a body in chunks ended, hyper alone knows: see `Stream`.
     let is_chunked = request.headers().contains_key(TRANSFER_ENCODING);
+    let request = request.map(|body| RequestBody::new(body, link));
     let handled = AssertUnwindSafe(server.handler.handle(request)).catch_unwind();
     let mut answer = handled.await.unwrap_or_else(|_| {
         tracing::error!(request = what, "the handler of a request panicked");
@@ -273,8 +296,10 @@ async fn answer<H: Handler>(
     if link.holds(&server.answers, length).is_err() {
         answer = busy("too many large answers wait for their clients");
     }
-    // Where a body in chunks ended, hyper alone knows: see `Stream`.
-    Ok(match is_chunked || server.requests.want_a_connection() {
+    place.works();
+    // hyper looks for the end of what is left of a body, and then for the next request, though this answer may not be taken yet.
+    let goes_on_too_soon = link.has_body_left() && length > SMALL_ANSWER;
+    Ok(match is_chunked || goes_on_too_soon || place.ends() {
         true => closing(answer),
         false => answer,
     })

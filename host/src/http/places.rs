@@ -1,6 +1,7 @@
-//! The places that a listener has, for connections and for their requests. Where all are taken, a connection that its client
-//! holds without need gives way to a new one: whoever opens many and sends nothing must not keep others out. Requests wait for
-//! their places in the order in which they came, one a connection: whoever sends one behind the other must not, either.
+//! The places that a listener has, for requests and for connections. Whoever opens many connections and sends nothing, or one
+//! request behind the other, must not keep others out. So requests wait for their places in the order in which they came, one a
+//! connection. And where there are as many connections as there are places for requests, each new one takes that of another: of one
+//! that its client holds without need or, if there is none, of the oldest, which ends with its next answer.
 
 use std::collections::HashMap;
 use std::io;
@@ -12,13 +13,16 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::task::{AbortHandle, Id};
 use tokio::time::timeout;
 
+use super::Limits;
 use crate::metrics::{Metrics, TurnedAway};
 
-/// How long a request waits for a place.
-const PLACE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a request waits for a place, and a new connection.
+pub(super) const PLACE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a client may take over a body or an answer before its place may be given to another.
 const STALLED: Duration = Duration::from_secs(1);
-/// How often such clients are looked for while requests wait.
+/// A client that we wait for a shorter time for does not count as idle: its request is on its way.
+const FRESH: Duration = Duration::from_millis(50);
+/// How often stalled clients are looked for while somebody waits.
 pub(super) const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// How often the log says that places run out.
 const NOTICE_EVERY: Duration = Duration::from_secs(10);
@@ -30,6 +34,12 @@ pub(super) struct Place {
     began: Instant,
     /// 0 while it is our turn; else the milliseconds after `began`, and in the lowest bit whether a message is under way.
     turn: AtomicU64,
+    /// What `turn` was when the client first let us wait for the message that is under way; 0 if it did not.
+    first: AtomicU64,
+    /// Its request waits for a place.
+    queues: AtomicBool,
+    /// It ends with its next answer.
+    ends: AtomicBool,
 }
 
 /// What a client has to do next.
@@ -44,43 +54,61 @@ enum Turn {
 
 impl Place {
     fn new(began: Instant) -> Self {
-        let place = Self {
+        Self {
             began,
             turn: AtomicU64::new(0),
-        };
-        place.waits();
-        place
+            first: AtomicU64::new(0),
+            queues: AtomicBool::new(false),
+            ends: AtomicBool::new(false),
+        }
     }
 
     /// The client is to send a request.
     pub(super) fn waits(&self) {
         if !matches!(self.turn(), Turn::Waiting(_)) {
-            self.set(0);
+            self.turn.store(self.now(), Ordering::Relaxed);
         }
     }
 
     /// The client is to send more of a body, or to take more of an answer. A little of either does not begin its turn anew.
     pub(super) fn transfers(&self) {
-        if self.turn() == Turn::Ours {
-            self.set(1);
+        if self.turn.load(Ordering::Relaxed) == 0 {
+            if self.first.load(Ordering::Relaxed) == 0 {
+                self.first.store(self.now() | 1, Ordering::Relaxed);
+            }
+            (self.turn).store(self.first.load(Ordering::Relaxed), Ordering::Relaxed);
         }
     }
 
-    /// We are to answer.
+    /// The client has sent or taken a little.
+    pub(super) fn moved(&self) {
+        if matches!(self.turn(), Turn::Transfer(_)) {
+            self.turn.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// We are to answer: a message, or our part in it, begins.
     pub(super) fn works(&self) {
+        self.first.store(0, Ordering::Relaxed);
         self.turn.store(0, Ordering::Relaxed);
     }
 
-    fn set(&self, kind: u64) {
-        let now = millis(self.began.elapsed());
-        self.turn.store((now + 1) << 1 | kind, Ordering::Relaxed);
+    /// Whether the connection is to end with this answer.
+    pub(super) fn ends(&self) -> bool {
+        self.ends.load(Ordering::Relaxed)
+    }
+
+    /// A client's turn that begins now, to send a request.
+    fn now(&self) -> u64 {
+        (millis(self.began.elapsed()) + 1) << 1
     }
 
     fn turn(&self) -> Turn {
         match self.turn.load(Ordering::Relaxed) {
+            _ if self.queues.load(Ordering::Relaxed) => Turn::Ours,
             0 => Turn::Ours,
-            turn if turn & 1 == 0 => Turn::Waiting(turn >> 1),
-            turn => Turn::Transfer(turn >> 1),
+            turn if turn & 1 == 0 => Turn::Waiting((turn >> 1) - 1),
+            turn => Turn::Transfer((turn >> 1) - 1),
         }
     }
 }
@@ -91,17 +119,20 @@ pub(super) struct Requests {
     waiting: AtomicUsize,
     /// One more waits.
     news: Notify,
-    /// Whether a connection is to end with its next answer.
-    is_wanted: AtomicBool,
     notices: Notices,
 }
 
 /// A request that waits for a place.
-struct Waiting<'a>(&'a AtomicUsize);
+struct Queued<'a> {
+    waiting: &'a AtomicUsize,
+    place: &'a Place,
+}
 
-impl Drop for Waiting<'_> {
+impl Drop for Queued<'_> {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        self.waiting.fetch_sub(1, Ordering::Relaxed);
+        self.place.works();
+        self.place.queues.store(false, Ordering::Relaxed);
     }
 }
 
@@ -111,25 +142,30 @@ impl Requests {
             places: Arc::new(Semaphore::new(max)),
             waiting: AtomicUsize::new(0),
             news: Notify::new(),
-            is_wanted: AtomicBool::new(false),
             notices: Notices::new(listener, metrics, max),
         }
     }
 
-    /// A place for a request, until it is dropped. None where none came free in time.
-    pub(super) async fn place(&self) -> Option<OwnedSemaphorePermit> {
+    /// A place for the request of a connection, until it is dropped. None where none came free in time.
+    pub(super) async fn place(&self, of: &Place) -> Option<OwnedSemaphorePermit> {
         if let Ok(place) = Arc::clone(&self.places).try_acquire_owned() {
             return Some(place);
         }
-        self.waiting.fetch_add(1, Ordering::Relaxed);
-        let _waiting = Waiting(&self.waiting);
-        self.news.notify_one();
+        let _queued = self.queue(of);
         let place = timeout(PLACE_TIMEOUT, Arc::clone(&self.places).acquire_owned());
         let place = place.await.ok().and_then(Result::ok);
         if place.is_none() {
             self.notices.turned_away(TurnedAway::Full);
         }
         place
+    }
+
+    fn queue<'a>(&'a self, place: &'a Place) -> Queued<'a> {
+        place.queues.store(true, Ordering::Relaxed);
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        self.news.notify_one();
+        let waiting = &self.waiting;
+        Queued { waiting, place }
     }
 
     /// Whether any wait.
@@ -141,33 +177,36 @@ impl Requests {
     pub(super) async fn news(&self) {
         self.news.notified().await;
     }
-
-    /// Whether the connection that is being answered is to make room for others.
-    pub(super) fn want_a_connection(&self) -> bool {
-        self.is_wanted.load(Ordering::Relaxed) && self.is_wanted.swap(false, Ordering::Relaxed)
-    }
 }
 
 /// All connections of a listener.
 pub(super) struct Connections {
     requests: Arc<Requests>,
+    /// As many as there are places for requests: above, each new one takes the place of another.
+    enough: usize,
     max: usize,
     began: Instant,
     taken: HashMap<Id, Taken>,
+    /// Connections so far.
+    count: u64,
 }
 
 struct Taken {
     place: Arc<Place>,
     task: AbortHandle,
+    /// Which one it is.
+    number: u64,
 }
 
 impl Connections {
-    pub(super) fn new(requests: Arc<Requests>, max: usize) -> Self {
+    pub(super) fn new(requests: Arc<Requests>, limits: &Limits) -> Self {
         Self {
             requests,
-            max,
+            enough: limits.requests,
+            max: limits.connections,
             began: Instant::now(),
             taken: HashMap::new(),
+            count: 0,
         }
     }
 
@@ -176,18 +215,37 @@ impl Connections {
         2 * self.max
     }
 
-    /// The place of a new connection. None where it is to be closed at once.
+    /// The place of a new connection, once there is room for it. Where there is none, one comes free as soon as some answer is done.
     pub(super) fn admit(&mut self) -> Option<Arc<Place>> {
-        if self.taken.len() >= self.max && !self.give_up_one(true) {
-            self.requests.is_wanted.store(true, Ordering::Relaxed);
-            self.requests.notices.turned_away(TurnedAway::Full);
-            return None;
+        let has_room =
+            self.taken.len() < self.enough || self.give_up_one(true) || self.taken.len() < self.max;
+        if self.taken.len() >= self.enough {
+            self.let_the_oldest_end();
         }
-        Some(Arc::new(Place::new(self.began)))
+        has_room.then(|| Arc::new(Place::new(self.began)))
+    }
+
+    /// A new connection is closed, as there was no room for it for so long.
+    pub(super) fn refuse(&self) {
+        self.requests.notices.turned_away(TurnedAway::Full);
+    }
+
+    fn let_the_oldest_end(&self) {
+        let going_on = self.taken.values().filter(|taken| !taken.place.ends());
+        if let Some(oldest) = going_on.min_by_key(|taken| taken.number) {
+            oldest.place.ends.store(true, Ordering::Relaxed);
+        }
     }
 
     pub(super) fn insert(&mut self, place: Arc<Place>, task: AbortHandle) {
-        self.taken.insert(task.id(), Taken { place, task });
+        self.count += 1;
+        let (id, number) = (task.id(), self.count);
+        let taken = Taken {
+            place,
+            task,
+            number,
+        };
+        self.taken.insert(id, taken);
     }
 
     pub(super) fn remove(&mut self, task: Id) {
@@ -209,14 +267,15 @@ impl Connections {
         self.give_up_one(true);
     }
 
-    /// Ends the connection on whose client we have waited for longest: for the rest of a message or, of those that may idle
-    /// no longer, for a request.
+    /// Ends the connection on whose client we have waited for longest: for the rest of a message or, if it may be an idle one, for a
+    /// request.
     fn give_up_one(&mut self, idle_too: bool) -> bool {
         let now = millis(self.began.elapsed());
-        let stalled = now.saturating_sub(millis(STALLED));
+        let before = |time| now.saturating_sub(millis(time));
+        let (stalled, idle) = (before(STALLED), before(FRESH));
         let candidates = self.taken.iter().filter_map(|(id, taken)| {
             let (why, since) = match taken.place.turn() {
-                Turn::Waiting(since) if idle_too => (TurnedAway::Idle, since),
+                Turn::Waiting(since) if idle_too && since <= idle => (TurnedAway::Idle, since),
                 Turn::Transfer(since) if since <= stalled => (TurnedAway::Stalled, since),
                 _ => return None,
             };
@@ -278,7 +337,7 @@ impl Notices {
                 listener = self.listener,
                 requests = self.requests,
                 turned_away = said.unsaid,
-                "all connections are taken: idle and slow ones are closed for new ones, and where there is none, new ones refused"
+                "all places are taken: idle and slow connections are closed for new ones, and where there is none, new ones refused"
             );
             said.unsaid = 0;
         }

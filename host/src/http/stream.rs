@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -43,6 +44,8 @@ pub(super) struct Link {
     /// Why a head was refused. It is set before hyper sees the request that stands in for it.
     refusal: OnceLock<Refusal>,
     request: Mutex<Held>,
+    /// Whether a body was not read to its end.
+    body_left: AtomicBool,
     gives_way: Arc<Notify>,
 }
 
@@ -86,9 +89,19 @@ impl Link {
         self.request().room.is_some()
     }
 
+    /// A body is let go of before its end.
+    pub(super) fn leaves_a_body(&self) {
+        self.body_left.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn has_body_left(&self) -> bool {
+        self.body_left.load(Ordering::Relaxed)
+    }
+
     /// The client has taken its answer, or takes no more of it.
     pub(super) fn taken(&self) {
         *self.request() = Held::default();
+        self.body_left.store(false, Ordering::Relaxed);
     }
 
     fn request(&self) -> MutexGuard<'_, Held> {
@@ -123,7 +136,6 @@ impl Stream {
         cx: &mut Context<'_>,
         scrap: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<bool>> {
-        self.place.waits();
         self.writing.rest();
         self.link.taken();
         if self.link.refusal().is_some() {
@@ -149,7 +161,11 @@ impl Stream {
                 }
             }
             let before = scrap.filled().len();
-            ready!(Pin::new(&mut self.socket).poll_read(cx, scrap))?;
+            let read = Pin::new(&mut self.socket).poll_read(cx, scrap);
+            if read.is_pending() {
+                self.place.waits();
+            }
+            ready!(read)?;
             let read = &scrap.filled()[before..];
             if read.is_empty() {
                 return Poll::Ready(Ok(false));
@@ -192,8 +208,9 @@ impl Stream {
         let given = if self.held.is_empty() {
             let before = buf.filled().len();
             let read = Pin::new(&mut self.socket).poll_read(cx, buf);
-            if read.is_pending() {
-                self.place.transfers();
+            match read.is_pending() {
+                true => self.place.transfers(),
+                false => self.place.moved(),
             }
             ready!(read)?;
             let read = buf.filled().len() - before;
@@ -282,7 +299,10 @@ impl Stream {
                 self.place.transfers();
                 self.writing.blocked(cx)?;
             }
-            Poll::Ready(Ok(count)) => self.writing.took(count),
+            Poll::Ready(Ok(count)) => {
+                self.place.moved();
+                self.writing.took(count);
+            }
             Poll::Ready(Err(_)) => {}
         }
         written

@@ -13,7 +13,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use hyper::body::Incoming;
 use hyper::{Method, Request, StatusCode};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
@@ -26,7 +25,9 @@ use self::read::{Read, plain_keys};
 use self::router::{Found, Router};
 pub use self::starting::Starting;
 use crate::capability::redis::Store;
-use crate::http::{self, Answer, Bodies, Handler, busy, method_not_allowed, not_found, text};
+use crate::http::{
+    self, Answer, Bodies, Handler, RequestBody, busy, method_not_allowed, not_found, text,
+};
 use crate::log::Sink;
 use crate::metrics::Metrics;
 use crate::pipeline::{Action, Http, NoKey, Route};
@@ -154,7 +155,7 @@ impl Endpoint {
 impl<S: Sink + 'static> Handler for Ingress<S> {
     const LISTENER: &'static str = LISTENER;
 
-    async fn handle(&self, request: Request<Incoming>) -> Answer {
+    async fn handle(&self, request: Request<RequestBody>) -> Answer {
         let started = Instant::now();
         let method = request.method().clone();
         let (route, answer) = self.dispatch(request).await;
@@ -171,7 +172,7 @@ impl<S: Sink + 'static> Handler for Ingress<S> {
 
 impl<S: Sink + 'static> Ingress<S> {
     /// The label of the route, and its answer.
-    async fn dispatch(&self, request: Request<Incoming>) -> (&Arc<str>, Answer) {
+    async fn dispatch(&self, request: Request<RequestBody>) -> (&Arc<str>, Answer) {
         let path = request.uri().path().to_owned();
         match self.router.find(request.method(), &path) {
             Found::Nothing => (&self.no_route, not_found()),
@@ -189,7 +190,7 @@ impl<S: Sink + 'static> Ingress<S> {
     async fn produce(
         &self,
         route: &Arc<Produce>,
-        request: Request<Incoming>,
+        request: Request<RequestBody>,
     ) -> Result<Answer, Answer> {
         let (head, body) = request.into_parts();
         let kind = body::kind(&head.headers)

@@ -6,12 +6,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hyper::Request;
-use hyper::body::Incoming;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::http::{self, Answer, Handler, busy};
+use crate::http::{self, Answer, Handler, RequestBody, busy};
 use crate::metrics::Metrics;
 
 /// How long answers that are under way may take once the routes are served: each is made at once.
@@ -56,7 +55,7 @@ struct NotYet;
 impl Handler for NotYet {
     const LISTENER: &'static str = super::LISTENER;
 
-    async fn handle(&self, _request: Request<Incoming>) -> Answer {
+    async fn handle(&self, _request: Request<RequestBody>) -> Answer {
         busy("the pipeline is starting")
     }
 }

@@ -337,7 +337,7 @@ async fn a_thousand_connections_keep_no_operator_out() {
     let line = r#"stagehost_http_connections_turned_away_total{listener="admin",reason="idle"}"#;
     assert!(metrics.contains(line), "{metrics}");
     let log = host.log();
-    let said = log.matches("all connections are taken").count();
+    let said = log.matches("all places are taken").count();
     assert!((1..20).contains(&said), "said {said} times: {log}");
     drop(held);
     assert!(host.stop().0.success());

@@ -228,30 +228,91 @@ fn admin_of_a_start(bench: &Bench) -> String {
     address.expect("its address").to_owned()
 }
 
-/// A topic that may not be seen is not there, for all that the host can tell: at the start it waits, and names both.
-#[tokio::test(flavor = "multi_thread")]
-async fn an_input_that_may_not_be_seen_at_the_start_is_said_and_waited_for() {
+/// A right that is missing at the start is said, and waited for.
+async fn check_missing_at_the_start(kind: &str, operation: &str, words: &str) {
     let mut guarded = Guarded::start("transactional");
     let bench = &mut guarded.bench;
     let emit = json!({ "do": "emit", "topic": bench.output, "value": 1 });
     bench.deliver(std::slice::from_ref(&emit)).await;
-    let input = bench.input.clone();
-    let topic = ["--topic", input.as_str(), "--operation", "Describe"];
-    let deny = [&topic[..], &["--deny-principal", "User:stagehost"]].concat();
-    acl(&[&["--add"][..], &deny].concat());
+    let name = match kind {
+        "--group" => bench.group.clone(),
+        _ => bench.input.clone(),
+    };
+    let right = |whose: &str, operation: &str| {
+        let right = [
+            kind,
+            &name,
+            "--operation",
+            operation,
+            whose,
+            "User:stagehost",
+        ];
+        right.map(str::to_owned)
+    };
+    let change = |how: &[&str], right: &[String]| {
+        let right: Vec<_> = right.iter().map(String::as_str).collect();
+        acl(&[how, &right].concat());
+    };
+    // Where one right is denied, Kafka gives those only that it is told of.
+    let seen = (operation == "Read").then(|| right("--allow-principal", "Describe"));
+    let denied = right("--deny-principal", operation);
+    for right in seen.iter().chain([&denied]) {
+        change(&["--add"], right);
+    }
     bench.host.signal(libc::SIGTERM);
     bench.host.wait_for_end();
     bench.restart();
-    said_in_log(bench, "lacks DESCRIBE");
-    let (status, said) = get(&admin_of_a_start(bench), "/readyz");
-    assert!(
-        status == 503 && said.contains("lacks DESCRIBE"),
-        "{status}: {said}"
-    );
-    acl(&[&["--remove", "--force"][..], &deny].concat());
+    said_in_log(bench, words);
+    let admin = admin_of_a_start(bench);
+    bench.host.wait_for("readiness to name it", || {
+        let (status, said) = get(&admin, "/readyz");
+        (status == 503 && said.contains(words) && said.contains(&name)).then_some(())
+    });
+    for right in seen.iter().chain([&denied]) {
+        change(&["--remove", "--force"], right);
+    }
     bench.host.ready();
-    bench.deliver(std::slice::from_ref(&emit)).await;
-    assert_eq!(bench.log.read(&bench.output).len(), 2);
+    let (outputs, dead) = bench.deliver(std::slice::from_ref(&emit)).await;
+    assert_eq!((outputs.len(), dead.len()), (2, 0));
+}
+
+/// A topic that may not be seen is not there, for all that the host can tell: at the start it waits, and names both.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_input_that_may_not_be_seen_at_the_start_is_said_and_waited_for() {
+    check_missing_at_the_start("--topic", "Describe", "lacks DESCRIBE").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_input_that_may_not_be_read_at_the_start_is_said_and_waited_for() {
+    check_missing_at_the_start("--topic", "Read", "READ on inputs").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_that_may_not_be_joined_at_the_start_is_said_and_waited_for() {
+    check_missing_at_the_start("--group", "Read", "READ on the consumer group").await;
+}
+
+/// A letter is one more output.
+#[tokio::test(flavor = "multi_thread")]
+async fn letters_that_may_not_be_written_any_more_hold_their_lane() {
+    for delivery in ["transactional", "at-least-once"] {
+        let guarded = Guarded::start(delivery);
+        let bench = &guarded.bench;
+        let reject = json!({ "do": "reject", "value": "no" });
+        bench.deliver(std::slice::from_ref(&reject)).await;
+        let letters = format!("{}.dlq", bench.input);
+        let right = ["--topic", letters.as_str(), "--operation", "Write"];
+        let deny = [&right[..], &["--deny-principal", "User:stagehost"]].concat();
+        acl(&[&["--add"][..], &deny].concat());
+        bench.send(std::slice::from_ref(&reject)).await;
+        let said = bench.not_ready(&["Kafka user lacks", "WRITE on outputs"]);
+        assert!(said.contains(&letters), "{delivery}: {said}");
+        assert!(waiting(bench, "log"), "{delivery}");
+        acl(&[&["--remove", "--force"][..], &deny].concat());
+        bench.log.wait_committed(&bench.group, &bench.input);
+        bench.host.ready();
+        assert_eq!(bench.log.read(&letters).len(), 2, "{delivery}");
+    }
 }
 
 /// By its name, Kafka tells who may not see a topic from who asks for none.

@@ -631,7 +631,7 @@ impl Poller {
     fn report_error(&mut self, what: &str, error: &KafkaError) {
         let text = match error.rdkafka_error_code().and_then(forbidden) {
             Some(lacks) => {
-                let text = format!("{what}{lacks}: {error}");
+                let text = format!("{what}{lacks}: {error}; the group is `{}`", self.group());
                 // One that waits to be read says enough.
                 let _ = self.forbid.try_send(text.clone());
                 text

@@ -365,18 +365,26 @@ impl Admin {
         &self,
         missing: &[(&String, &Topic)],
     ) -> Result<BTreeMap<String, usize>, LogError> {
+        let mut unseen = Vec::new();
         for _ in 0..APPEAR_TRIES {
             let there = self.partitions().await?;
-            if missing.iter().all(|(name, topic)| {
-                there.get(*name).copied().unwrap_or(0) >= partitions_wanted(topic)
-            }) {
+            let is_unseen = |(name, topic): &&(&String, &Topic)| {
+                there.get(*name).copied().unwrap_or(0) < partitions_wanted(topic)
+            };
+            unseen = missing
+                .iter()
+                .filter(is_unseen)
+                .map(|(name, _)| format!("`{name}`"))
+                .collect();
+            if unseen.is_empty() {
                 return Ok(there);
             }
             tokio::time::sleep(APPEAR_WAIT).await;
         }
-        Err(LogError::Unavailable(
-            "topics were created and do not appear, or the host's Kafka user lacks DESCRIBE on them".into(),
-        ))
+        Err(LogError::Unavailable(format!(
+            "topics that were created do not appear, or the host's Kafka user lacks DESCRIBE on them: {}",
+            unseen.join(", ")
+        )))
     }
 }
 

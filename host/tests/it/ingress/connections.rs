@@ -98,7 +98,8 @@ async fn connections_that_send_nothing_or_half_a_head_keep_nobody_out() {
 async fn requests_one_behind_the_other_keep_nobody_out() {
     let server = Server::start(Fault::Away, places(8, 2)).await;
     let (address, mut greedy) = (server.address, JoinSet::new());
-    for _ in 0..4 {
+    // As many as may be connected.
+    for _ in 0..8 {
         greedy.spawn(async move {
             let many = request(&["GET /post/a HTTP/1.1"], "").repeat(1000);
             loop {
@@ -145,6 +146,22 @@ async fn slow_bodies_and_answers_give_way_where_all_places_are_taken() {
         &server,
         &[r#"stagehost_http_connections_turned_away_total{listener="http",reason="stalled"} 2"#],
     );
+    server.stop().await;
+}
+
+/// Its place and its room would be given to others before it is taken: behind what is left of the body, the next request is
+/// looked for.
+#[tokio::test]
+async fn a_large_answer_whose_request_has_a_body_left_is_the_last_one() {
+    const LARGE: usize = 1 << 20;
+    let topic = unique("test");
+    let url = server("REDIS_URL");
+    let server = Server::with(Fault::Away, limits(), &topic, &url).await;
+    set(&url, &format!("{topic}:large"), &"x".repeat(LARGE)).await;
+    let with_body = request(&["GET /post/large HTTP/1.1"], "x");
+    let answer = timeout(PATIENCE, exchange(server.address, &with_body)).await;
+    let answer = answer.expect("it ends");
+    assert!(answer.contains("connection: close") && answer.len() > LARGE);
     server.stop().await;
 }
 

@@ -222,30 +222,58 @@ async fn a_changed_password_of_a_database_is_waited_for_and_named() {
     assert_eq!((count.get::<i64, _>(0), count.get::<i64, _>(1)), (40, 40));
 }
 
-/// The address leads to another server: sessions that are open stay with the one that is read-only now.
+/// The standby is promoted and the address leads to it; sessions that are open stay with the old primary, which takes no more
+/// writes.
 #[tokio::test(flavor = "multi_thread")]
 async fn after_a_failover_of_postgresql_the_new_primary_is_found() {
-    let place = Place::new().await;
-    let url = url::Url::parse(&place.url).expect("a URL");
-    let port = url.port().expect("a port");
-    let way = servers::Way::to(port);
-    let mut through = url.clone();
-    through.set_port(Some(way.port)).expect("a port");
-    let patient = Patient::on_database(through.as_str(), Lane::Transactional);
+    let old = servers::postgres();
+    let url_at =
+        |user: &str, port: u16| format!("postgres://{user}:geheim@127.0.0.1:{port}/postgres");
+    let primary = url_at("postgres", old.port);
+    run(
+        &primary,
+        "CREATE TABLE t (n BIGINT); CREATE ROLE stages LOGIN PASSWORD 'geheim'; \
+         GRANT ALL ON TABLE t TO stages; GRANT ALL ON SCHEMA public TO stages",
+    )
+    .await;
+    let new = servers::standby(&old);
+    let standby = url_at("postgres", new.port);
+    let way = servers::Way::to(old.port);
+    let patient = Patient::on_database(&url_at("stages", way.port), Lane::Transactional);
     patient.send(&inserts(0..10)).await;
     patient.settle();
-    place
-        .run("ALTER ROLE {role} SET default_transaction_read_only = on")
-        .await;
-    way.cut();
+    run(
+        &primary,
+        "ALTER SYSTEM SET default_transaction_read_only = on",
+    )
+    .await;
+    run(&primary, "SELECT pg_reload_conf()").await;
     patient.send(&inserts(10..20)).await;
     patient.says("read-only");
-    // Of those that are open, none is ended: new ones would be fine.
-    place
-        .run("ALTER ROLE {role} RESET default_transaction_read_only")
-        .await;
+    let written = one::<String>(&primary, "SELECT pg_current_wal_lsn()::text").await;
+    let replayed = format!("SELECT pg_last_wal_replay_lsn() >= '{written}'::pg_lsn");
+    while !one::<bool>(&standby, &replayed).await {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    run(&standby, "SELECT pg_promote()").await;
+    way.lead(new.port);
+    patient.send(&inserts(20..40)).await;
     patient.goes_on();
-    assert_eq!(place.numbers().await, Vec::from_iter(0..20));
+    let count = "SELECT count(*) * 1000 + count(DISTINCT n) FROM t";
+    assert_eq!(one::<i64>(&standby, count).await, 40 * 1000 + 40);
+    assert_eq!(one::<i64>(&primary, count).await, 10 * 1000 + 10);
+}
+
+/// The one value of a query.
+async fn one<T>(url: &str, query: &str) -> T
+where
+    T: Send + Unpin + sqlx::Type<sqlx::Postgres> + for<'r> sqlx::Decode<'r, sqlx::Postgres>,
+{
+    let mut connection = PgConnection::connect(url).await.expect("PostgreSQL");
+    let value = sqlx::query_scalar(AssertSqlSafe(query)).fetch_one(&mut connection);
+    value
+        .await
+        .unwrap_or_else(|error| panic!("{query}: {error}"))
 }
 
 /// What its grant does not allow is the message's own, though the database says the same of it as of a standby.

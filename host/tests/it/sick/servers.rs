@@ -219,6 +219,28 @@ pub(super) fn postgres() -> Server {
         .output()
         .expect("initdb");
     assert!(made.status.success(), "{made:?}");
+    start_postgres(folder, port)
+}
+
+/// A standby of it, which follows it until it is promoted.
+pub(super) fn standby(of: &Server) -> Server {
+    let (folder, port) = (tempfile::tempdir().expect("a folder"), free_port());
+    std::fs::create_dir(folder.path().join("small")).expect("a folder");
+    give_away(folder.path(), "postgres");
+    let made = postgres_program("pg_basebackup")
+        .args(["-h", "127.0.0.1", "-p", &of.port.to_string()])
+        .args(["-U", "postgres", "-R", "-X", "stream", "-c", "fast", "-D"])
+        .arg(folder.path().join("data"))
+        .env("PGPASSWORD", "geheim")
+        .output()
+        .expect("pg_basebackup");
+    assert!(made.status.success(), "{made:?}");
+    start_postgres(folder, port)
+}
+
+/// A server of the data in a folder.
+fn start_postgres(folder: TempDir, port: u16) -> Server {
+    let (data, small) = (folder.path().join("data"), folder.path().join("small"));
     let mut command = postgres_beside_small_disk(&small);
     command
         .arg("-D")
