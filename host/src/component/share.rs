@@ -16,19 +16,15 @@ use std::time::{Duration, Instant};
 use rustix::time::{ClockId, clock_gettime};
 use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::task::{block_in_place, coop};
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 use wasmtime::UpdateDeadline;
 
 use super::clock::{Clock, TICK};
 use super::turns::{StageId, Turns};
 use crate::slice::LongSlice;
 
-/// Processor time that a guest may take before its calls are run in turns.
+/// Processor time that a guest may take before others get their turn.
 const SLICE: Duration = Duration::from_millis(4);
-/// That of a turn, before others get theirs.
-const TURN: Duration = Duration::from_millis(8);
-/// Between two turns the processor is left to everybody else for so long, about, if it was wanted lately.
-const REST: Duration = Duration::from_millis(1);
 /// Epochs between two looks at it.
 pub(super) const EPOCHS_PER_LOOK: u64 = 1;
 /// For a slice that one of its calls used up, a stage's calls begin in turns for so long.
@@ -80,8 +76,7 @@ static PAUSES_LEFT: AtomicU32 = AtomicU32::new(0);
 pub(super) fn look() -> UpdateDeadline {
     let (used, now) = (USED.get(), thread_time());
     let since = used.since.unwrap_or(now);
-    let most = if used.is_in_turn { TURN } else { SLICE };
-    let all = now.saturating_sub(since) >= most;
+    let all = now.saturating_sub(since) >= SLICE;
     if used.is_in_turn {
         let_others_run(used.last, now);
     }
@@ -113,11 +108,6 @@ fn let_others_run(last: Option<(Duration, Instant)>, now: Duration) {
         }
         None => std::thread::yield_now(),
     }
-}
-
-/// Whether somebody else wanted the processor of a guest in its turn lately.
-fn is_crowded() -> bool {
-    PAUSES_LEFT.load(Ordering::Relaxed) > 0
 }
 
 /// The processor time of this thread.
@@ -171,12 +161,7 @@ impl Share {
             let polled = match self.is_in_turns() {
                 true => {
                     let _turn = self.turns.take(self.stage).await;
-                    let polled =
-                        poll_fn(|cx| Poll::Ready(self.poll_apart(call.as_mut(), cx))).await;
-                    if USED.get().all && is_crowded() {
-                        sleep(REST).await;
-                    }
-                    polled
+                    poll_fn(|cx| Poll::Ready(self.poll_apart(call.as_mut(), cx))).await
                 }
                 false => poll_fn(|cx| Poll::Ready(self.poll(call.as_mut(), cx))).await,
             };

@@ -145,7 +145,7 @@ pub(crate) async fn serve<H: Handler>(
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut connections = JoinSet::new();
     // A connection that is to be served next.
-    let mut next: Option<(TcpStream, Instant)> = None;
+    let mut next: Option<Next> = None;
     loop {
         // All are cancel-safe: none takes a connection or a task's end without returning it, and news are kept.
         tokio::select! {
@@ -154,10 +154,15 @@ pub(crate) async fn serve<H: Handler>(
             Some(ended) = connections.join_next_with_id() => {
                 open.remove(ended.map_or_else(|error| error.id(), |(id, ())| id));
             }
-            _ = look.tick(), if server.requests.wait() || next.is_some() => open.make_room(),
+            _ = look.tick(), if server.requests.wait() || next.is_some() => {
+                open.make_room();
+                if next.is_some() {
+                    open.let_the_oldest_end();
+                }
+            }
             accepted = listener.accept(), if next.is_none() && connections.len() < open.max_tasks() => {
                 match accepted {
-                    Ok((stream, _)) => next = Some((stream, Instant::now())),
+                    Ok((stream, _)) => next = Some(Next { stream, since: Instant::now(), is_first: true }),
                     Err(error) => {
                         open.cannot_accept(&error);
                         tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -168,19 +173,30 @@ pub(crate) async fn serve<H: Handler>(
             () = server.requests.news() => {}
         }
         // Those behind it wait, too.
-        let Some((stream, since)) = next.take() else {
+        let Some(Next {
+            stream,
+            since,
+            is_first,
+        }) = next.take()
+        else {
             continue;
         };
-        match open.admit() {
+        match open.admit(is_first) {
             Some(place) => {
                 let serving = connection(stream, Arc::clone(&server), Arc::clone(&place));
                 open.insert(place, connections.spawn(serving));
             }
-            None if since.elapsed() < PLACE_TIMEOUT => next = Some((stream, since)),
+            None if since.elapsed() < PLACE_TIMEOUT => {
+                next = Some(Next {
+                    stream,
+                    since,
+                    is_first: false,
+                })
+            }
             None => open.refuse(),
         }
     }
-    drop(listener);
+    drop((listener, next));
     let drained = timeout(limits.drain_timeout, async {
         loop {
             // Both are cancel-safe.
@@ -199,6 +215,14 @@ pub(crate) async fn serve<H: Handler>(
         );
         connections.shutdown().await;
     }
+}
+
+/// A connection that waits for room.
+struct Next {
+    stream: TcpStream,
+    since: Instant,
+    /// Whether it was not looked for yet.
+    is_first: bool,
 }
 
 /// What all connections share.

@@ -42,6 +42,9 @@ pub(super) struct Place {
     ends: AtomicBool,
 }
 
+/// The turn of a connection that was given up.
+const GONE: u64 = u64::MAX;
+
 /// What a client has to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Turn {
@@ -87,6 +90,19 @@ impl Place {
         }
     }
 
+    /// A request has come. False where the connection was given up at that moment: nothing of it may be begun then.
+    pub(super) fn begins(&self) -> bool {
+        let was = self.turn.swap(0, Ordering::Relaxed);
+        self.first.store(0, Ordering::Relaxed);
+        was != GONE
+    }
+
+    /// Gives the connection up, if its client still is where it was.
+    fn give_up(&self, turn: u64) -> bool {
+        let given = (self.turn).compare_exchange(turn, GONE, Ordering::Relaxed, Ordering::Relaxed);
+        given.is_ok()
+    }
+
     /// We are to answer: a message, or our part in it, begins.
     pub(super) fn works(&self) {
         self.first.store(0, Ordering::Relaxed);
@@ -106,7 +122,7 @@ impl Place {
     fn turn(&self) -> Turn {
         match self.turn.load(Ordering::Relaxed) {
             _ if self.queues.load(Ordering::Relaxed) => Turn::Ours,
-            0 => Turn::Ours,
+            0 | GONE => Turn::Ours,
             turn if turn & 1 == 0 => Turn::Waiting((turn >> 1) - 1),
             turn => Turn::Transfer((turn >> 1) - 1),
         }
@@ -215,13 +231,13 @@ impl Connections {
         2 * self.max
     }
 
-    /// The place of a new connection, once there is room for it. Where there is none, one comes free as soon as some answer is done.
-    pub(super) fn admit(&mut self) -> Option<Arc<Place>> {
-        let has_room =
-            self.taken.len() < self.enough || self.give_up_one(true) || self.taken.len() < self.max;
-        if self.taken.len() >= self.enough {
+    /// The place of a new connection, once there is room for it. Where there is none at first, another one is to end.
+    pub(super) fn admit(&mut self, is_first: bool) -> Option<Arc<Place>> {
+        let gave_way = self.taken.len() < self.enough || self.give_up_one(true);
+        if is_first && !gave_way {
             self.let_the_oldest_end();
         }
+        let has_room = gave_way || self.taken.len() < self.max;
         has_room.then(|| Arc::new(Place::new(self.began)))
     }
 
@@ -230,7 +246,8 @@ impl Connections {
         self.requests.notices.turned_away(TurnedAway::Full);
     }
 
-    fn let_the_oldest_end(&self) {
+    /// Has a connection end with its next answer.
+    pub(super) fn let_the_oldest_end(&self) {
         let going_on = self.taken.values().filter(|taken| !taken.place.ends());
         if let Some(oldest) = going_on.min_by_key(|taken| taken.number) {
             oldest.place.ends.store(true, Ordering::Relaxed);
@@ -274,16 +291,24 @@ impl Connections {
         let before = |time| now.saturating_sub(millis(time));
         let (stalled, idle) = (before(STALLED), before(FRESH));
         let candidates = self.taken.iter().filter_map(|(id, taken)| {
+            let raw = taken.place.turn.load(Ordering::Relaxed);
             let (why, since) = match taken.place.turn() {
                 Turn::Waiting(since) if idle_too && since <= idle => (TurnedAway::Idle, since),
                 Turn::Transfer(since) if since <= stalled => (TurnedAway::Stalled, since),
                 _ => return None,
             };
-            Some((why, since, *id))
+            Some((why, since, raw, *id))
         });
-        let Some((why, _, id)) = candidates.min_by_key(|(_, since, _)| *since) else {
+        let Some((why, _, raw, id)) = candidates.min_by_key(|(_, since, ..)| *since) else {
             return false;
         };
+        if !self
+            .taken
+            .get(&id)
+            .is_some_and(|taken| taken.place.give_up(raw))
+        {
+            return false;
+        }
         if let Some(taken) = self.taken.remove(&id) {
             taken.task.abort();
         }

@@ -174,8 +174,10 @@ impl Stream {
             scrap.set_filled(before);
         }
         self.scanner = Scanner::default();
-        self.place.works();
-        Poll::Ready(Ok(true))
+        match self.place.begins() {
+            true => Poll::Ready(Ok(true)),
+            false => Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into())),
+        }
     }
 
     /// How many bytes hyper may have, if a whole head is held.
