@@ -9,6 +9,7 @@ mod stream;
 
 use std::convert::Infallible;
 use std::future::Future;
+use std::mem;
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::sync::Arc;
@@ -173,26 +174,15 @@ pub(crate) async fn serve<H: Handler>(
             () = server.requests.news() => {}
         }
         // Those behind it wait, too.
-        let Some(Next {
-            stream,
-            since,
-            is_first,
-        }) = next.take()
-        else {
+        let Some(mut waiting) = next.take() else {
             continue;
         };
-        match open.admit(is_first) {
+        match open.admit(mem::take(&mut waiting.is_first)) {
             Some(place) => {
-                let serving = connection(stream, Arc::clone(&server), Arc::clone(&place));
+                let serving = connection(waiting.stream, Arc::clone(&server), Arc::clone(&place));
                 open.insert(place, connections.spawn(serving));
             }
-            None if since.elapsed() < PLACE_TIMEOUT => {
-                next = Some(Next {
-                    stream,
-                    since,
-                    is_first: false,
-                })
-            }
+            None if waiting.since.elapsed() < PLACE_TIMEOUT => next = Some(waiting),
             None => open.refuse(),
         }
     }

@@ -90,23 +90,17 @@ impl Place {
         }
     }
 
-    /// A request has come. False where the connection was given up at that moment: nothing of it may be begun then.
-    pub(super) fn begins(&self) -> bool {
-        let was = self.turn.swap(0, Ordering::Relaxed);
+    /// We are to work: a request has come, or our part in its answer begins. False where the connection was given up at that
+    /// moment: nothing of it may be begun then.
+    pub(super) fn works(&self) -> bool {
         self.first.store(0, Ordering::Relaxed);
-        was != GONE
+        self.turn.swap(0, Ordering::Relaxed) != GONE
     }
 
     /// Gives the connection up, if its client still is where it was.
     fn give_up(&self, turn: u64) -> bool {
         let given = (self.turn).compare_exchange(turn, GONE, Ordering::Relaxed, Ordering::Relaxed);
         given.is_ok()
-    }
-
-    /// We are to answer: a message, or our part in it, begins.
-    pub(super) fn works(&self) {
-        self.first.store(0, Ordering::Relaxed);
-        self.turn.store(0, Ordering::Relaxed);
     }
 
     /// Whether the connection is to end with this answer.
@@ -120,7 +114,12 @@ impl Place {
     }
 
     fn turn(&self) -> Turn {
-        match self.turn.load(Ordering::Relaxed) {
+        self.turn_of(self.turn.load(Ordering::Relaxed))
+    }
+
+    /// What `turn` says.
+    fn turn_of(&self, turn: u64) -> Turn {
+        match turn {
             _ if self.queues.load(Ordering::Relaxed) => Turn::Ours,
             0 | GONE => Turn::Ours,
             turn if turn & 1 == 0 => Turn::Waiting((turn >> 1) - 1),
@@ -291,22 +290,19 @@ impl Connections {
         let before = |time| now.saturating_sub(millis(time));
         let (stalled, idle) = (before(STALLED), before(FRESH));
         let candidates = self.taken.iter().filter_map(|(id, taken)| {
-            let raw = taken.place.turn.load(Ordering::Relaxed);
-            let (why, since) = match taken.place.turn() {
+            // Looked at once: what is judged is what is given up.
+            let turn = taken.place.turn.load(Ordering::Relaxed);
+            let (why, since) = match taken.place.turn_of(turn) {
                 Turn::Waiting(since) if idle_too && since <= idle => (TurnedAway::Idle, since),
                 Turn::Transfer(since) if since <= stalled => (TurnedAway::Stalled, since),
                 _ => return None,
             };
-            Some((why, since, raw, *id))
+            Some((since, why, turn, *id, &taken.place))
         });
-        let Some((why, _, raw, id)) = candidates.min_by_key(|(_, since, ..)| *since) else {
+        let Some((_, why, turn, id, place)) = candidates.min_by_key(|(since, ..)| *since) else {
             return false;
         };
-        if !self
-            .taken
-            .get(&id)
-            .is_some_and(|taken| taken.place.give_up(raw))
-        {
+        if !place.give_up(turn) {
             return false;
         }
         if let Some(taken) = self.taken.remove(&id) {

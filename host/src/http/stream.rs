@@ -174,7 +174,7 @@ impl Stream {
             scrap.set_filled(before);
         }
         self.scanner = Scanner::default();
-        match self.place.begins() {
+        match self.place.works() {
             true => Poll::Ready(Ok(true)),
             false => Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into())),
         }
