@@ -200,7 +200,8 @@ impl Pending {
             was_gone: silence >= SILENCE.min(time / 2),
             ..Away::silent(store)
         };
-        let Some(wait) = wait else {
+        // Of a lock that nobody saw, where nobody had an answer, there is nothing to say.
+        let Some(wait) = wait.filter(|wait| wait.was_seen() || !silent.was_gone) else {
             return Some(silent);
         };
         Some(Away {

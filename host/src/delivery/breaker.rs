@@ -233,11 +233,11 @@ impl Breaker {
 /// What is wrong with a store that does not do this.
 fn state(action: &Action) -> &'static str {
     match action {
-        Action::Answer => "is away",
+        Action::Lock(wait) if wait.was_seen() => "keeps statements waiting for a lock",
+        Action::Answer | Action::Lock(_) => "is away",
         Action::Read => "can't be read",
         Action::Write => "takes no writes",
         Action::Statement(..) | Action::Command(_) => "refuses what it did before",
-        Action::Lock(_) => "keeps statements waiting for a lock",
     }
 }
 

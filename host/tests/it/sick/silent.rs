@@ -51,6 +51,29 @@ async fn a_database_that_answers_nobody_for_a_moment_costs_no_message() {
     }
 }
 
+/// It is looked for locks meanwhile, and nobody answers whether there are any.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_answers_nobody_for_long_is_called_away_and_not_locked() {
+    let url = url::Url::parse(&server("DATABASE_URL")).expect("a URL");
+    for lane in [Lane::Ordered, Lane::Transactional] {
+        let proxy = Proxy::start(url.port().expect("a port"));
+        let mut through = url.clone();
+        through.set_port(Some(proxy.port)).expect("a port");
+        let stores = format!("[redis.cache]\nurl = \"memory:\"\n[sql.db]\nurl = \"{through}\"");
+        let patient = Patient::start("db", lane, GRANT, &stores);
+        let sleep = json!({ "do": "sql", "store": "db", "statement": "SELECT pg_sleep(0.4)" });
+        patient.send(&[sleep]).await;
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        proxy.stall(true);
+        patient.says("did not answer within");
+        proxy.stall(false);
+        patient.goes_on();
+        let log = patient.host.log();
+        assert!(log.contains("SQL store `db` is away"), "{lane:?}: {log}");
+        assert!(!log.contains("for a lock"), "{lane:?}: {log}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_redis_that_answers_nobody_for_a_moment_costs_no_message() {
     let redis = servers::redis(&[]);
