@@ -94,12 +94,7 @@ async fn plaintext_to_a_port_that_speaks_tls_is_named() {
     let text = text.replace("\"sasl.username\" = \"stagehost\"", "");
     let folder = Arc::new(tempfile::tempdir().expect("a folder"));
     let host = Host::spawn(folder, &text, &[]);
-    // It prints where it listens only once it has started.
-    let admin = host.wait_for("the admin listener", || {
-        let log = host.log();
-        let (_, rest) = log.split_once("admin listens on http://")?;
-        Some(rest.split_whitespace().next()?.to_owned())
-    });
+    let admin = host.admin_of_a_start();
     host.wait_for("the cause", || {
         let (status, said) = crate::support::get(&admin, "/readyz");
         (status == 503 && said.contains("speaks TLS")).then_some(())

@@ -181,6 +181,15 @@ impl Host {
         })
     }
 
+    /// The admin address of a host that has not started yet: what it prints once it runs, it logs before.
+    pub(crate) fn admin_of_a_start(&self) -> String {
+        self.wait_for("the admin listener", || {
+            let log = self.log();
+            let (_, rest) = log.split_once("admin listens on http://")?;
+            Some(rest.split_whitespace().next()?.to_owned())
+        })
+    }
+
     /// Waits until `/readyz` answers 200 and every stage has said what it was assigned.
     pub(crate) fn ready(&self) {
         let admin = self.address("admin");

@@ -220,14 +220,6 @@ async fn a_transaction_of_another_program_that_stays_open_is_named() {
     assert_eq!(bench.log.read(&bench.output).len(), 3);
 }
 
-/// Where it can be asked that has not started yet: what it prints once it runs, it logs before.
-fn admin_of_a_start(bench: &Bench) -> String {
-    let log = bench.host.log();
-    let listens = log.split_once("admin listens on http://");
-    let address = listens.and_then(|(_, rest)| rest.split_whitespace().next());
-    address.expect("its address").to_owned()
-}
-
 /// A right that is missing at the start is said, and waited for.
 async fn check_missing_at_the_start(kind: &str, operation: &str, words: &str) {
     let mut guarded = Guarded::start("transactional");
@@ -263,7 +255,7 @@ async fn check_missing_at_the_start(kind: &str, operation: &str, words: &str) {
     bench.host.wait_for_end();
     bench.restart();
     said_in_log(bench, words);
-    let admin = admin_of_a_start(bench);
+    let admin = bench.host.admin_of_a_start();
     bench.host.wait_for("readiness to name it", || {
         let (status, said) = get(&admin, "/readyz");
         (status == 503 && said.contains(words) && said.contains(&name)).then_some(())
@@ -342,7 +334,7 @@ async fn an_input_that_is_not_declared_and_may_not_be_seen_at_the_start_is_waite
     bench.restart();
     let lacks = format!("lacks DESCRIBE on topic `{}` of stage `probe`", bench.input);
     said_in_log(bench, &lacks);
-    let admin = admin_of_a_start(bench);
+    let admin = bench.host.admin_of_a_start();
     bench.host.wait_for("readiness to name it", || {
         let (status, said) = get(&admin, "/readyz");
         let near = format!("did you mean `{}x`?", bench.input);

@@ -1,6 +1,8 @@
 //! Stores that are sick and not gone: full, read-only, refused, paused, another's. No message pays for it, readiness, metrics
 //! and the log say what it is, and all goes on by itself.
 
+use std::sync::Arc;
+
 use serde_json::{Value, json};
 
 use crate::support::{Host, Log, component, get, server, unique};
@@ -18,8 +20,103 @@ struct Patient {
     host: Host,
     log: Log,
     input: String,
+    output: String,
     group: String,
     store: &'static str,
+}
+
+/// Stores of a pipeline's, and what its stage is granted of them.
+struct Stores {
+    tables: String,
+    grant: String,
+}
+
+impl Stores {
+    fn new(grant: &str, tables: &str) -> Self {
+        Self {
+            tables: tables.to_owned(),
+            grant: grant.to_owned(),
+        }
+    }
+
+    /// Redis at this URL, and a database in a file.
+    fn redis(url: &str) -> Self {
+        let grant =
+            "redis = { cache = { prefix = \"p:\", commands = [\"APPEND\"] } }\nsql = [\"db\"]";
+        let redis = format!("[redis.cache]\nurl = \"{url}\"");
+        Self::new(
+            grant,
+            &format!("{redis}\n[sql.db]\nurl = \"sqlite:db.sqlite\""),
+        )
+    }
+
+    /// A database at this URL with this access, and a Redis in memory.
+    fn database(url: &str, access: &str) -> Self {
+        let redis = "redis = { cache = { prefix = \"p:\" } }";
+        let grant = format!("sql = {{ db = {{ access = {access} }} }}\n{redis}");
+        let database = format!("[sql.db]\nurl = \"{url}\"\nmax-connections = 3");
+        Self::new(
+            &grant,
+            &format!("[redis.cache]\nurl = \"memory:\"\n{database}"),
+        )
+    }
+
+    /// What a host says that refuses at its start to run on them.
+    fn refused(&self) -> String {
+        let text = pipeline(Lane::Ordered, self, &["in", "out", "group"].map(unique));
+        let (status, said) = spawn(&text, &[]).ended();
+        assert_eq!(status.code(), Some(1), "{said}");
+        let error = said.lines().find(|line| line.starts_with("error: "));
+        error
+            .unwrap_or_else(|| panic!("no error: {said}"))
+            .to_owned()
+    }
+}
+
+/// Starts a host, and does not wait until it is ready.
+fn spawn(pipeline: &str, variables: &[(&str, &str)]) -> Host {
+    let folder = tempfile::tempdir().expect("a folder");
+    Host::spawn(Arc::new(folder), pipeline, variables)
+}
+
+/// Waits until a host that has not started yet says on readiness and in its log what it waits for.
+fn says_at_the_start(host: &Host, store: &str, words: &str) {
+    let (admin, condition) = (host.admin_of_a_start(), format!("store {store}: "));
+    host.wait_for(&format!("readiness to say {words:?}"), || {
+        let (status, said) = get(&admin, "/readyz");
+        let says = |line: &str| line.starts_with(&condition) && line.contains(words);
+        (status == 503 && said.lines().any(says)).then_some(())
+    });
+    let (log, waiting) = (host.log(), format!("store `{store}`, next try in "));
+    let says = |line: &str| line.contains(&waiting) && line.contains(words);
+    assert!(log.lines().any(says), "{log}");
+}
+
+/// One stage between these topics, in this group.
+fn pipeline(lane: Lane, stores: &Stores, [input, output, group]: &[String; 3]) -> String {
+    let (brokers, component) = (server("KAFKA_BROKERS"), component(lane.guest()));
+    let (settings, Stores { tables, grant }) = (lane.settings(), stores);
+    format!(
+        r#"
+        name = "sick"
+        [kafka]
+        brokers = "{brokers}"
+        [topics."{input}"]
+        partitions = 1
+        [topics."{output}"]
+        {tables}
+        [stages.probe]
+        component = "{component}"
+        input = ["{input}"]
+        group = "{group}"
+        output = ["{output}"]
+        retry = {{ max-attempts = 2, initial = "10ms", max = "20ms" }}
+        {grant}
+        {settings}
+        [admin]
+        listen = "127.0.0.1:0"
+        "#
+    )
 }
 
 /// How its lanes work.
@@ -51,11 +148,7 @@ impl Lane {
 impl Patient {
     /// On Redis at this URL.
     fn on_redis(url: &str, lane: Lane) -> Self {
-        let grant = "redis = { cache = { prefix = \"p:\", commands = [\"APPEND\"] } }";
-        let grant = format!("{grant}\nsql = [\"db\"]");
-        let stores =
-            format!("[redis.cache]\nurl = \"{url}\"\n[sql.db]\nurl = \"sqlite:db.sqlite\"");
-        Self::start("cache", lane, &grant, &stores)
+        Self::with("cache", lane, &Stores::redis(url), Host::start)
     }
 
     /// On a database at this URL.
@@ -75,57 +168,41 @@ impl Patient {
         access: &str,
         start: impl FnOnce(&str) -> Host,
     ) -> Self {
-        let grant = format!(
-            "sql = {{ db = {{ access = {access} }} }}\nredis = {{ cache = {{ prefix = \"p:\" }} }}"
-        );
-        let stores = format!(
-            "[redis.cache]\nurl = \"memory:\"\n[sql.db]\nurl = \"{url}\"\nmax-connections = 3"
-        );
-        Self::with("db", lane, &grant, &stores, start)
+        Self::with("db", lane, &Stores::database(url, access), start)
     }
 
-    fn start(store: &'static str, lane: Lane, grant: &str, stores: &str) -> Self {
-        Self::with(store, lane, grant, stores, Host::start)
+    fn start(store: &'static str, lane: Lane, grant: &str, tables: &str) -> Self {
+        Self::with(store, lane, &Stores::new(grant, tables), Host::start)
     }
 
     fn with(
         store: &'static str,
         lane: Lane,
-        grant: &str,
-        stores: &str,
+        stores: &Stores,
         start: impl FnOnce(&str) -> Host,
     ) -> Self {
-        let (input, group, output) = (unique("in"), unique("group"), unique("out"));
-        let (brokers, component) = (server("KAFKA_BROKERS"), component(lane.guest()));
-        let settings = lane.settings();
-        let pipeline = format!(
-            r#"
-            name = "sick"
-            [kafka]
-            brokers = "{brokers}"
-            [topics."{input}"]
-            partitions = 1
-            [topics."{output}"]
-            {stores}
-            [stages.probe]
-            component = "{component}"
-            input = ["{input}"]
-            group = "{group}"
-            output = ["{output}"]
-            retry = {{ max-attempts = 2, initial = "10ms", max = "20ms" }}
-            {grant}
-            {settings}
-            [admin]
-            listen = "127.0.0.1:0"
-            "#
-        );
+        let names = ["in", "out", "group"].map(unique);
+        let host = start(&pipeline(lane, stores, &names));
+        let [input, output, group] = names;
         Self {
-            host: start(&pipeline),
-            log: Log::new(&brokers),
+            host,
+            log: Log::new(&server("KAFKA_BROKERS")),
             input,
+            output,
             group,
             store,
         }
+    }
+
+    /// Stops the host, and starts it again once this was changed in its pipeline.
+    fn restart(&mut self, before: &str, after: &str) {
+        self.host.signal(libc::SIGTERM);
+        self.host.wait_for_end();
+        let file = self.host.folder().path().join("pipeline.toml");
+        let pipeline = std::fs::read_to_string(file).expect("its pipeline");
+        assert!(pipeline.contains(before), "{before}");
+        let pipeline = pipeline.replace(before, after);
+        self.host = Host::spawn(self.host.folder(), &pipeline, &[]);
     }
 
     async fn send(&self, messages: &[Value]) {

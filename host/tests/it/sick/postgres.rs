@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use sqlx::{AssertSqlSafe, Connection, PgConnection, Row};
 
-use super::servers;
-use super::{Lane, Patient, inserts};
+use super::servers::{self, Certificate};
+use super::{Lane, Patient, Stores, inserts};
 use crate::support::{get, server, unique};
 
 const LANES: [Lane; 3] = [Lane::Ordered, Lane::Batches, Lane::Transactional];
@@ -102,9 +102,7 @@ async fn refuses(lane: Lane, words: &str, sicken: &str, heal: &str) {
     place.run(sicken).await;
     place.end_sessions().await;
     patient.send(&inserts(10..40)).await;
-    patient.says(words);
-    tokio::time::sleep(Duration::from_secs(3)).await;
-    assert_eq!(patient.dead(), Vec::<String>::new(), "{lane:?}: {sicken}");
+    is_held(&patient, words).await;
     place.run(heal).await;
     patient.goes_on();
     assert_eq!(
@@ -112,6 +110,13 @@ async fn refuses(lane: Lane, words: &str, sicken: &str, heal: &str) {
         Vec::from_iter(0..40),
         "{lane:?}: {sicken}"
     );
+}
+
+/// It says what is wrong, and gives up on nothing, however long it takes.
+async fn is_held(patient: &Patient, words: &str) {
+    patient.says(words);
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(patient.dead(), Vec::<String>::new(), "{words}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -187,39 +192,116 @@ fn admin_of(own: &servers::Server) -> String {
     format!("postgres://postgres:geheim@127.0.0.1:{}/postgres", own.port)
 }
 
+/// The old one is put back, or the pipeline gets the new one.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_changed_password_of_a_database_is_waited_for_and_named() {
+    const WORDS: &str = "password authentication failed";
     let own = servers::postgres();
-    let admin = admin_of(&own);
-    run(
-        &admin,
-        "CREATE TABLE t (n BIGINT); CREATE ROLE stages LOGIN PASSWORD 'geheim'",
-    )
-    .await;
-    run(
-        &admin,
-        "GRANT ALL ON TABLE t TO stages; GRANT ALL ON SCHEMA public TO stages",
-    )
-    .await;
-    let url = format!("postgres://stages:geheim@127.0.0.1:{}/postgres", own.port);
-    let patient = Patient::on_database(&url, Lane::Transactional);
-    patient.send(&inserts(0..10)).await;
-    patient.settle();
-    run(&admin, "ALTER ROLE stages PASSWORD 'other'").await;
-    run(
-        &admin,
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'stages'",
-    )
-    .await;
-    patient.send(&inserts(10..40)).await;
-    patient.says("password authentication failed");
-    tokio::time::sleep(Duration::from_secs(2)).await;
-    run(&admin, "ALTER ROLE stages PASSWORD 'geheim'").await;
-    patient.goes_on();
-    let mut connection = PgConnection::connect(&admin).await.expect("PostgreSQL");
-    let count = sqlx::query("SELECT count(*), count(DISTINCT n) FROM t").fetch_one(&mut connection);
-    let count = count.await.expect("a count");
-    assert_eq!((count.get::<i64, _>(0), count.get::<i64, _>(1)), (40, 40));
+    for lane in [Lane::Ordered, Lane::Transactional] {
+        let place = Place::at(&admin_of(&own), "").await;
+        let change = async |password: &str| {
+            let change = format!("ALTER ROLE {{role}} PASSWORD '{password}'");
+            place.run(&change).await;
+            place.end_sessions().await;
+        };
+        let mut patient = Patient::on_database(&place.url, lane);
+        patient.send(&inserts(0..10)).await;
+        patient.settle();
+        change("other").await;
+        patient.send(&inserts(10..20)).await;
+        is_held(&patient, WORDS).await;
+        change("geheim").await;
+        patient.goes_on();
+        change("other").await;
+        patient.send(&inserts(20..40)).await;
+        is_held(&patient, WORDS).await;
+        patient.restart(":geheim@", ":other@");
+        patient.goes_on();
+        assert_eq!(place.numbers().await, Vec::from_iter(0..40), "{lane:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_login_that_a_database_refuses_is_refused_at_the_start_without_the_password() {
+    let own = servers::postgres();
+    let place = Place::at(&admin_of(&own), "").await;
+    let why = refused(&place, &place.url.replace(":geheim@", ":falsch@"));
+    assert!(
+        why.contains("password authentication failed for user"),
+        "{why}"
+    );
+    assert!(!why.contains("falsch"), "{why}");
+}
+
+/// What a host says that refuses this URL of the place's at its start, behind the place.
+fn refused(place: &Place, url: &str) -> String {
+    let port = url::Url::parse(url).expect("a URL").port().expect("a port");
+    let at = format!(
+        "error: SQL store `db`: PostgreSQL at 127.0.0.1:{port}/{}: ",
+        place.name
+    );
+    let error = Stores::database(url, "\"data\"").refused();
+    let why = error.strip_prefix(&at);
+    why.unwrap_or_else(|| panic!("{error}")).to_owned()
+}
+
+/// Waits until the server asks everybody for TLS, or lets them in without it.
+async fn asks_for_tls(own: &servers::Server, place: &Place, asks: bool) {
+    servers::admit(own, if asks { "hostssl" } else { "host" });
+    place.run("SELECT pg_reload_conf()").await;
+    let plain = format!("{}?sslmode=disable", place.url);
+    let is_let_in = async || PgConnection::connect(&plain).await.is_ok();
+    while is_let_in().await == asks {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tls_on_one_side_only_of_a_database_is_refused_with_the_reason() {
+    let own = servers::postgres();
+    let place = Place::at(&admin_of(&own), "").await;
+    let url = |mode: &str| format!("{}?sslmode={mode}", place.url);
+    for mode in ["require", "verify-full"] {
+        let why = refused(&place, &url(mode));
+        let words = "the server does not support TLS, which sslmode asks for";
+        assert_eq!(why, words, "{mode}");
+    }
+    servers::give_certificate(&own, &Certificate::new());
+    place.run("ALTER SYSTEM SET ssl = on").await;
+    asks_for_tls(&own, &place, true).await;
+    let why = refused(&place, &url("disable"));
+    let words = ["no pg_hba.conf entry for host", "no encryption"];
+    assert!(words.iter().all(|words| why.contains(words)), "{why}");
+    // Nobody knows who signed its certificate.
+    let why = refused(&place, &url("verify-full"));
+    assert!(why.contains("certificate verify failed"), "{why}");
+    for (n, mode) in [(0, "prefer"), (10, "require")] {
+        let patient = Patient::on_database(&url(mode), Lane::Transactional);
+        patient.send(&inserts(n..n + 10)).await;
+        patient.goes_on();
+    }
+    assert_eq!(place.numbers().await, Vec::from_iter(0..20));
+}
+
+/// Sessions that are open stay, so they are ended: as after a restart.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_asks_for_tls_all_at_once_is_waited_for_and_named() {
+    let own = servers::postgres();
+    servers::give_certificate(&own, &Certificate::new());
+    for lane in [Lane::Ordered, Lane::Transactional] {
+        let place = Place::at(&admin_of(&own), "").await;
+        place.run("ALTER SYSTEM SET ssl = on").await;
+        let patient = Patient::on_database(&format!("{}?sslmode=disable", place.url), lane);
+        patient.send(&inserts(0..10)).await;
+        patient.settle();
+        asks_for_tls(&own, &place, true).await;
+        place.end_sessions().await;
+        patient.send(&inserts(10..40)).await;
+        is_held(&patient, "no encryption").await;
+        asks_for_tls(&own, &place, false).await;
+        patient.goes_on();
+        assert_eq!(place.numbers().await, Vec::from_iter(0..40), "{lane:?}");
+    }
 }
 
 /// The standby is promoted and the address leads to it; sessions that are open stay with the old primary, which takes no more

@@ -9,8 +9,10 @@ use host::capability::{Action, StoreError};
 use host::pipeline::RedisUrl;
 use serde_json::json;
 
-use super::servers::{self, Server, Way, cli};
-use super::{Lane, Patient, appends, sets};
+use super::postgres::Place;
+use super::servers::{self, Certificate, Server, Way, cli};
+use super::{Lane, Patient, Stores, appends, inserts, sets};
+use crate::support::get;
 
 fn url(port: u16) -> String {
     format!("redis://127.0.0.1:{port}")
@@ -699,67 +701,216 @@ async fn a_message_that_redis_alone_refuses_holds_its_partition_for_a_while_only
     done_once(&redis, 0..10);
 }
 
-async fn refused(url: String) -> String {
-    match Store::connect(&RedisUrl::Remote(url), system_clock())
-        .await
-        .map(drop)
-    {
-        Err(StoreError::Refused(why) | StoreError::Unavailable(why)) => why,
-        Ok(()) => panic!("it is taken"),
+/// A node of a cluster that nobody has made yet.
+fn node_of_a_cluster() -> Server {
+    // Else the bus has a port that Linux may have given to a connection.
+    let bus = servers::free_port().to_string();
+    servers::redis(&["--cluster-enabled", "yes", "--cluster-port", &bus])
+}
+
+const NODE: &str = "it is a node of a Redis Cluster, which the host does not support: take a server without `cluster-enabled`";
+
+#[test]
+fn a_node_of_a_redis_cluster_is_refused_with_the_reason() {
+    let node = node_of_a_cluster();
+    let why = Stores::redis(&url(node.port)).refused();
+    let place = format!(
+        "error: Redis store `cache`: Redis at 127.0.0.1:{}: ",
+        node.port
+    );
+    assert!(why.starts_with(&(place + NODE)), "{why}");
+}
+
+/// As where the data was moved into a cluster under a running host, and back.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_of_a_redis_cluster_in_the_place_of_redis_is_waited_for_and_named() {
+    let (redis, node) = (servers::redis(&[]), node_of_a_cluster());
+    let way = Way::to(redis.port);
+    let patient = Patient::on_redis(&url(way.port), Lane::Ordered);
+    patient.send(&appends(0..10)).await;
+    patient.settle();
+    way.lead(node.port);
+    way.cut();
+    patient.send(&appends(10..40)).await;
+    patient.says(NODE);
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(patient.dead(), Vec::<String>::new());
+    way.lead(redis.port);
+    patient.goes_on();
+    done_once(&redis, 0..40);
+}
+
+/// At the start, and under a running host.
+#[tokio::test(flavor = "multi_thread")]
+async fn tls_on_one_side_only_is_named() {
+    let certificate = Certificate::new();
+    let (redis, tls) = servers::redis_with_tls(&certificate);
+    for (scheme, right, wrong, words) in [
+        (
+            "redis",
+            redis.port,
+            tls,
+            "the server speaks TLS there: write rediss:// in place of redis://",
+        ),
+        (
+            "rediss",
+            tls,
+            redis.port,
+            "the server does not speak TLS there: write redis:// in place of rediss://",
+        ),
+    ] {
+        let way = Way::to(wrong);
+        let stores = Stores::redis(&format!("{scheme}://127.0.0.1:{}", way.port));
+        let patient = Patient::with("cache", Lane::Ordered, &stores, |pipeline| {
+            let trusted = ("SSL_CERT_FILE", &*certificate.file("certificate"));
+            let host = super::spawn(pipeline, &[trusted]);
+            super::says_at_the_start(&host, "cache", words);
+            way.lead(right);
+            host.ready();
+            host
+        });
+        patient.send(&appends(0..10)).await;
+        patient.goes_on();
+        way.lead(wrong);
+        way.cut();
+        patient.send(&appends(10..40)).await;
+        patient.says(words);
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        assert_eq!(patient.dead(), Vec::<String>::new(), "{scheme}");
+        way.lead(right);
+        patient.goes_on();
+        done_once(&redis, 0..40);
+        cli(&redis, &["FLUSHALL"]);
+    }
+}
+
+#[test]
+fn a_login_that_redis_refuses_is_refused_at_the_start_without_the_password() {
+    let redis = servers::redis(&["--requirepass", "geheim"]);
+    for (login, words) in [
+        (":falsch@", "were the password or the user changed?"),
+        ("", "NOAUTH"),
+    ] {
+        let url = format!("redis://{login}127.0.0.1:{}", redis.port);
+        let why = Stores::redis(&url).refused();
+        let place = format!(
+            "error: Redis store `cache`: Redis at 127.0.0.1:{}: ",
+            redis.port
+        );
+        assert!(why.starts_with(&place) && why.contains(words), "{why}");
+        assert!(!why.contains("falsch"), "{why}");
+    }
+}
+
+/// A transactional stage, which has Redis beside its database.
+struct Beside {
+    place: Place,
+    patient: Patient,
+}
+
+impl Beside {
+    async fn new(url: &str) -> Self {
+        let place = Place::new().await;
+        let grant = "redis = { cache = { prefix = \"p:\" } }\nsql = [\"db\"]";
+        let redis = format!("[redis.cache]\nurl = \"{url}\"");
+        let tables = format!("{redis}\n[sql.db]\nurl = \"{}\"", place.url);
+        let patient = Patient::start("cache", Lane::Transactional, grant, &tables);
+        Self { place, patient }
+    }
+
+    /// Sends messages that have each a row, a value and an output: what is done before Redis refuses has to be undone, each time.
+    async fn send(&self, numbers: std::ops::Range<u32>) {
+        let (rows, values) = (inserts(numbers.clone()), sets(numbers.clone()));
+        let messages = numbers.zip(rows.into_iter().zip(values));
+        let messages = messages.map(|(n, (row, value))| {
+            let output = json!({ "do": "emit", "topic": self.patient.output, "value": n });
+            json!({ "do": "steps", "steps": [row, output, value] })
+        });
+        self.patient.send(&messages.collect::<Vec<_>>()).await;
+    }
+
+    /// That these have their row and their output once, and no other has.
+    async fn has_once(&self, numbers: std::ops::Range<i64>) {
+        let expected = Vec::from_iter(numbers);
+        assert_eq!(self.place.numbers().await, expected, "rows");
+        let outputs = self.patient.log.read(&self.patient.output);
+        let mut outputs: Vec<_> = outputs.iter().map(|seen| seen.json().as_i64()).collect();
+        outputs.sort_unstable();
+        let expected: Vec<_> = expected.into_iter().map(Some).collect();
+        assert_eq!(outputs, expected, "outputs");
+    }
+
+    /// While Redis refuses, nothing is given up on and nothing is committed; then each message has its effects once.
+    async fn is_held(url: &str, words: &str, sicken: impl FnOnce(), heal: impl FnOnce()) {
+        let stage = Self::new(url).await;
+        let patient = &stage.patient;
+        stage.send(0..10).await;
+        patient.settle();
+        sicken();
+        stage.send(10..40).await;
+        patient.says(words);
+        let admin = patient.host.address("admin");
+        patient.host.wait_for("the lane to wait", || {
+            let waits = "stagehost_lanes_waiting{stage=\"probe\",for=\"store\"} 1";
+            get(&admin, "/metrics").1.contains(waits).then_some(())
+        });
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        assert_eq!(patient.dead(), Vec::<String>::new(), "{words}");
+        stage.has_once(0..10).await;
+        heal();
+        patient.goes_on();
+        stage.has_once(0..40).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_of_a_redis_cluster_is_refused_with_the_reason() {
-    // Else the bus has a port that Linux may have given to a connection.
-    let bus = servers::free_port().to_string();
-    let redis = servers::redis(&["--cluster-enabled", "yes", "--cluster-port", &bus]);
-    let why = refused(url(redis.port)).await;
-    assert!(
-        why.contains("Redis Cluster") && why.contains("does not support"),
-        "{why}"
-    );
+async fn a_full_redis_holds_a_transactional_stage_which_has_all_once_afterwards() {
+    let redis = servers::redis(&[]);
+    let limit = |bytes: &str| {
+        cli(&redis, &["CONFIG", "SET", "maxmemory", bytes]);
+    };
+    Beside::is_held(&url(redis.port), "OOM", || limit("1"), || limit("0")).await;
+    done_once(&redis, 0..40);
 }
 
+/// The one that the pipeline has is another's all at once, or one is asked for where none was.
 #[tokio::test(flavor = "multi_thread")]
-async fn tls_on_one_side_only_is_named() {
+async fn a_changed_password_of_redis_holds_a_transactional_stage_which_has_all_once_afterwards() {
     let redis = servers::redis(&[]);
-    let why = refused(format!("rediss://127.0.0.1:{}", redis.port)).await;
-    assert!(why.contains("write redis://"), "{why}");
-    let folder = tempfile::tempdir().expect("a folder");
-    let file = |name: &str| folder.path().join(name).display().to_string();
-    let made = std::process::Command::new("openssl")
-        .args([
-            "req",
-            "-x509",
-            "-newkey",
-            "rsa:2048",
-            "-nodes",
-            "-days",
-            "2",
-            "-subj",
-            "/CN=localhost",
-        ])
-        .args(["-keyout", &file("key"), "-out", &file("certificate")])
-        .output()
-        .expect("openssl");
-    assert!(made.status.success(), "{made:?}");
-    let plain = servers::redis(&[]);
-    let port = plain.port.to_string();
-    drop(plain);
-    let redis = servers::redis(&[
-        "--tls-port",
-        &port,
-        "--tls-cert-file",
-        &file("certificate"),
-        "--tls-key-file",
-        &file("key"),
-        "--tls-ca-cert-file",
-        &file("certificate"),
-    ]);
-    let why = refused(format!("redis://127.0.0.1:{port}")).await;
-    assert!(why.contains("write rediss://"), "{why}");
-    drop(redis);
+    let password = |password: &str| {
+        allow(&redis, &["resetpass", &format!(">{password}")]);
+        cli(&redis, &["CLIENT", "KILL", "USER", "stages"]);
+    };
+    let (url_of_user, words) = (
+        user(&redis, &["~*", "+@all"]),
+        "password or the user changed",
+    );
+    Beside::is_held(
+        &url_of_user,
+        words,
+        || password("other"),
+        || password("geheim"),
+    )
+    .await;
+    done_once(&redis, 0..40);
+    cli(&redis, &["FLUSHALL"]);
+    let ask = || {
+        cli(&redis, &["CONFIG", "SET", "requirepass", "geheim"]);
+        let auth = ["--no-auth-warning", "-a", "geheim"];
+        cli(
+            &redis,
+            &[&auth[..], &["CLIENT", "KILL", "TYPE", "normal"]].concat(),
+        );
+    };
+    let ask_no_more = || {
+        let auth = ["--no-auth-warning", "-a", "geheim"];
+        cli(
+            &redis,
+            &[&auth[..], &["CONFIG", "SET", "requirepass", ""]].concat(),
+        );
+    };
+    Beside::is_held(&url(redis.port), "NOAUTH", ask, ask_no_more).await;
+    done_once(&redis, 0..40);
 }
 
 /// They have a condition and a series of metrics each.

@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -100,6 +101,52 @@ pub(super) fn redis(options: &[&str]) -> Server {
         .arg(folder.path())
         .args(options);
     Server::start(&mut command, port, folder)
+}
+
+/// A certificate for 127.0.0.1 that signs itself, and its key.
+pub(super) struct Certificate(TempDir);
+
+impl Certificate {
+    pub(super) fn new() -> Self {
+        let made = Self(tempfile::tempdir().expect("a folder"));
+        let output = Command::new("openssl")
+            .args(["req", "-x509", "-newkey", "rsa:2048", "-nodes"])
+            .args(["-days", "2", "-subj", "/CN=localhost"])
+            .args(["-addext", "subjectAltName=IP:127.0.0.1"])
+            .args([
+                "-keyout",
+                &made.file("key"),
+                "-out",
+                &made.file("certificate"),
+            ])
+            .output()
+            .expect("openssl");
+        assert!(output.status.success(), "{output:?}");
+        made
+    }
+
+    /// The path of its `certificate`, or of its `key`.
+    pub(super) fn file(&self, name: &str) -> String {
+        self.0.path().join(name).display().to_string()
+    }
+}
+
+/// A Redis server that speaks TLS at a port of its own, too, which is the one that is answered.
+pub(super) fn redis_with_tls(certificate: &Certificate) -> (Server, u16) {
+    let (port, chain) = (free_port(), certificate.file("certificate"));
+    let server = redis(&[
+        "--tls-port",
+        &port.to_string(),
+        "--tls-cert-file",
+        &chain,
+        "--tls-key-file",
+        &certificate.file("key"),
+        "--tls-ca-cert-file",
+        &chain,
+        "--tls-auth-clients",
+        "no",
+    ]);
+    (server, port)
 }
 
 /// Begins a command of Redis's that takes its time, and ends with the test at the latest: the server does.
@@ -220,6 +267,26 @@ pub(super) fn postgres() -> Server {
         .expect("initdb");
     assert!(made.status.success(), "{made:?}");
     start_postgres(folder, port)
+}
+
+/// Gives a PostgreSQL server what it takes to speak TLS, for when `ssl` is on.
+pub(super) fn give_certificate(postgres: &Server, certificate: &Certificate) {
+    for (from, to) in [("certificate", "server.crt"), ("key", "server.key")] {
+        let file = postgres.folder().join("data").join(to);
+        std::fs::copy(certificate.file(from), &file).expect("a copy");
+        // It takes no key that others can read.
+        let own = std::fs::Permissions::from_mode(0o600);
+        std::fs::set_permissions(&file, own).expect("its mode");
+        give_away(&file, "postgres");
+    }
+}
+
+/// Whom it lets in from when it reads its settings the next time: with `host` everybody who has a password, with `hostssl` only
+/// in TLS.
+pub(super) fn admit(postgres: &Server, kind: &str) {
+    let file = postgres.folder().join("data/pg_hba.conf");
+    let line = format!("{kind} all all 127.0.0.1/32 scram-sha-256\n");
+    std::fs::write(file, line).expect("who is let in");
 }
 
 /// A standby of it, which follows it until it is promoted.

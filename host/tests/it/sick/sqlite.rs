@@ -10,7 +10,7 @@ use serde_json::json;
 use sqlx::sqlite::SqliteConnectOptions;
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Row};
 
-use super::{Lane, Patient, inserts};
+use super::{Lane, Patient, Stores, inserts};
 use crate::support::Host;
 
 /// The file as the host opens it. SQLite bounds its memory as the first one in a process has it do, and that is to be the host.
@@ -55,7 +55,7 @@ async fn a_full_disk_under_sqlite_is_waited_for_and_named() {
     for lane in [Lane::Ordered, Lane::Transactional] {
         let stores = "[sql.db]\nurl = \"sqlite:data/db.sqlite\"\n[redis.cache]\nurl = \"memory:\"";
         let grant = "sql = { db = { access = \"data-definition\" } }\nredis = { cache = { prefix = \"p:\" } }";
-        let patient = Patient::with("db", lane, grant, stores, |pipeline| {
+        let patient = Patient::with("db", lane, &Stores::new(grant, stores), |pipeline| {
             Host::spawn_on_small_disk(pipeline, 64)
         });
         patient.host.ready();
