@@ -4,6 +4,7 @@ pub mod logging;
 pub mod producer;
 pub mod redis;
 pub mod sql;
+mod tls;
 
 use std::collections::BTreeMap;
 use std::fmt;

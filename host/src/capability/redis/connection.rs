@@ -13,6 +13,7 @@ use tracing::{debug, warn};
 
 use super::answers::{CAN_NOT_SAVE, CLUSTER, Refusal};
 use super::{Concern, Error};
+use crate::capability::tls::speaks_tls;
 
 /// How long making a connection may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -366,19 +367,6 @@ async fn plain_answer(host: &str, port: u16) -> Option<String> {
 fn own_words(error: &str) -> Option<String> {
     let is_of_login = ["NOAUTH", "NOPERM"].iter().any(|w| error.starts_with(w));
     (!is_of_login).then(|| error.to_owned())
-}
-
-async fn speaks_tls(host: &str, port: u16) -> bool {
-    let connector = native_tls::TlsConnector::builder()
-        .danger_accept_invalid_certs(true)
-        .danger_accept_invalid_hostnames(true)
-        .build();
-    let (Ok(connector), Ok(stream)) = (connector, TcpStream::connect((host, port)).await) else {
-        return false;
-    };
-    let connector = tokio_native_tls::TlsConnector::from(connector);
-    // A server that asks for a certificate refuses who has none, but only once it has said that it speaks TLS.
-    connector.connect(host, stream).await.is_ok()
 }
 
 /// Asks for commands as a transaction that is never executed: the server checks for each whether it could be run just now, and

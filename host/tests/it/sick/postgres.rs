@@ -283,6 +283,40 @@ async fn tls_on_one_side_only_of_a_database_is_refused_with_the_reason() {
     assert_eq!(place.numbers().await, Vec::from_iter(0..20));
 }
 
+/// As of a proxy that ends TLS: PostgreSQL's protocol begins in the clear, and asks for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_port_that_speaks_tls_from_the_first_byte_in_the_place_of_postgresql_is_named() {
+    const WORDS: &str = "speaks TLS from the first byte on";
+    // Whose it is does not matter: nothing is said in it.
+    let (_other, tls) = servers::redis_with_tls(&Certificate::new());
+    let place = Place::new().await;
+    let mut url = url::Url::parse(&place.url).expect("a URL");
+    let port = url.port().expect("a port");
+    let way = servers::Way::to(tls);
+    url.set_port(Some(way.port)).expect("a port");
+    for (n, mode) in [(0, "disable"), (20, "prefer")] {
+        way.lead(tls);
+        let url = format!("{url}?sslmode={mode}");
+        let starts = |pipeline: &str| {
+            let host = super::spawn(pipeline, &[]);
+            super::says_at_the_start(&host, "db", WORDS);
+            way.lead(port);
+            host.ready();
+            host
+        };
+        let patient = Patient::on_database_with(&url, Lane::Transactional, "\"data\"", starts);
+        patient.send(&inserts(n..n + 10)).await;
+        patient.goes_on();
+        way.lead(tls);
+        way.cut();
+        patient.send(&inserts(n + 10..n + 20)).await;
+        is_held(&patient, WORDS).await;
+        way.lead(port);
+        patient.goes_on();
+    }
+    assert_eq!(place.numbers().await, Vec::from_iter(0..40));
+}
+
 /// Sessions that are open stay, so they are ended: as after a restart.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_that_asks_for_tls_all_at_once_is_waited_for_and_named() {

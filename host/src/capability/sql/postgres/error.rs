@@ -259,7 +259,7 @@ pub(super) fn at(place: &str, error: StoreError) -> StoreError {
 impl From<LoginError> for StoreError {
     fn from(error: LoginError) -> Self {
         match error {
-            LoginError::Away(why) => Self::Unavailable(why),
+            LoginError::Away(why) | LoginError::Mute(why) => Self::Unavailable(why),
             LoginError::Refused(why) => Self::Refused(why),
             LoginError::Spoken(spoken) => spoken.at_login(),
         }

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 use bytes::{BufMut, BytesMut};
 use fallible_iterator::FallibleIterator;
@@ -21,6 +22,7 @@ use super::super::StoreError;
 use super::client::Client;
 use super::error::{Spoken, is_of_way};
 use super::wire::{Eager, Incoming, Stream, Wire};
+use crate::capability::tls::speaks_tls;
 use crate::diagnostics::nearest;
 
 /// What the host calls itself, unless the URL does.
@@ -30,6 +32,11 @@ const MAX_GREETING_BYTES: usize = 64 * 1024;
 
 /// Bytes that are read of an error that comes before anything else.
 const MAX_HASTY_BYTES: usize = 8 * 1024;
+
+/// How long it may take to find out what an address speaks that could not be spoken to.
+const DIAGNOSIS_TIMEOUT: Duration = Duration::from_secs(1);
+const TLS_AT_ONCE: &str = "what answers there speaks TLS from the first byte on, and PostgreSQL is asked for TLS in the clear \
+                           first: write the server's own port, not that of a TLS proxy or of another service";
 
 /// What a certificate or key begins with, where it stands in the URL itself.
 const PEM: &str = "-----BEGIN";
@@ -49,6 +56,8 @@ pub(super) struct Server {
 pub(super) enum LoginError {
     /// There may be one later.
     Away(String),
+    /// The same, where nothing was heard that PostgreSQL says.
+    Mute(String),
     /// The server said so.
     Spoken(Spoken),
     /// There will be none.
@@ -57,7 +66,7 @@ pub(super) enum LoginError {
 
 impl From<io::Error> for LoginError {
     fn from(error: io::Error) -> Self {
-        Self::Away(error.to_string())
+        Self::Mute(error.to_string())
     }
 }
 
@@ -209,6 +218,26 @@ impl Server {
 
     /// Connects and logs in.
     pub(super) async fn connect(&self) -> Result<Client, LoginError> {
+        match self.log_in().await {
+            Err(LoginError::Mute(why)) => Err(LoginError::Away(self.diagnosed(why).await)),
+            other => other,
+        }
+    }
+
+    /// The cause where it is one that nobody would guess: who speaks TLS from the first byte on hangs up at a client that begins
+    /// in the clear, as PostgreSQL's do.
+    async fn diagnosed(&self, why: String) -> String {
+        if self.socket().is_some() {
+            return why;
+        }
+        let asked = speaks_tls(self.options.get_host(), self.options.get_port());
+        match tokio::time::timeout(DIAGNOSIS_TIMEOUT, asked).await {
+            Ok(true) => format!("{TLS_AT_ONCE} ({why})"),
+            _ => why,
+        }
+    }
+
+    async fn log_in(&self) -> Result<Client, LoginError> {
         let (stream, end_point) = match self.socket() {
             Some(folder) => {
                 let file = folder.join(format!(".s.PGSQL.{}", self.options.get_port()));
@@ -403,7 +432,7 @@ fn misread(error: io::Error) -> LoginError {
 
 /// Something else has the server's address, and may give it back.
 fn foreign() -> LoginError {
-    LoginError::Away("what answers there does not speak PostgreSQL's protocol".to_owned())
+    LoginError::Mute("what answers there does not speak PostgreSQL's protocol".to_owned())
 }
 
 fn unexpected() -> LoginError {
@@ -502,8 +531,6 @@ fn refused(error: io::Error) -> LoginError {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use tokio::net::TcpListener;
 
     use super::*;
