@@ -33,8 +33,27 @@ impl Bench {
         database: &str,
         output_config: &str,
     ) -> Self {
-        let (input, output, group) = (unique("in"), unique("out"), unique("group"));
         let brokers = server("KAFKA_BROKERS");
+        Self::on(
+            &brokers,
+            guest,
+            partitions,
+            settings,
+            database,
+            output_config,
+        )
+    }
+
+    /// The same on another log.
+    pub(crate) fn on(
+        brokers: &str,
+        guest: &str,
+        partitions: u32,
+        settings: &str,
+        database: &str,
+        output_config: &str,
+    ) -> Self {
+        let (input, output, group) = (unique("in"), unique("out"), unique("group"));
         let component = component(guest);
         let pipeline = format!(
             r#"
@@ -68,7 +87,7 @@ impl Bench {
         let host = Host::start(&pipeline);
         Self {
             host,
-            log: Log::new(&brokers),
+            log: Log::new(brokers),
             input,
             output,
             group,

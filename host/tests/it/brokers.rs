@@ -16,6 +16,8 @@ mod cluster;
 mod forgetful;
 mod leaderless;
 mod older;
+mod proxy;
+mod without_ids;
 
 /// How long messages may take while a broker hangs, of which one after the other is sent. Its stage's thread was held up for
 /// 3.5 of every 4.5 s before.

@@ -195,28 +195,62 @@ async fn a_stage_that_copies_headers_behind_a_transactional_one_is_like_any_othe
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_program_in_between_copied_with_its_headers_is_not_dropped() {
     let url = database().await;
+    let chain = Chain::start(&url, "test-probe", TRANSACTIONAL);
+    let numbers: Vec<_> = (0..10).collect();
+    let sent: Vec<_> = numbers
+        .iter()
+        .map(|n| chain.send_on(&chain.emit(*n)))
+        .collect();
+    assert_eq!(chain.deliver(&sent).await, numbers);
+    // What is between has ids of the first stage. All of it goes into that one's own input, later ones first.
+    let mut copies = chain.bench.log.read(&chain.bench.output);
+    copies.reverse();
+    for (n, record) in (100..).zip(&copies) {
+        let on = chain.send_on(&chain.emit(n)).to_string();
+        append(&chain.bench.input, &on, &record.headers).await;
+    }
+    let all: Vec<_> = numbers.into_iter().chain(100..110).collect();
+    assert_eq!(chain.settled(), all);
+    assert_eq!(duplicates(&chain, "probe"), None);
+}
+
+fn duplicates(chain: &Chain, stage: &str) -> Option<String> {
+    let dropped = format!("stagehost_messages_total{{stage=\"{stage}\",outcome=\"duplicate\"}}");
+    chain.bench.metric(&dropped)
+}
+
+/// The first stage sends to a topic of its own, and the program brings it to the second, which reads the first's outputs, too.
+#[tokio::test(flavor = "multi_thread")]
+async fn of_copies_from_another_topic_and_real_repetitions_the_latter_alone_are_dropped() {
+    let url = database().await;
     for settings in [TRANSACTIONAL, AT_LEAST_ONCE] {
-        let chain = Chain::start(&url, "test-probe", settings);
-        let numbers: Vec<_> = (0..10).collect();
-        let sent: Vec<_> = numbers
-            .iter()
-            .map(|n| chain.send_on(&chain.emit(*n)))
-            .collect();
-        let through = chain.deliver(&sent).await;
-        assert_eq!(through, numbers, "{settings}");
-        // What came out behind has ids of the second stage, or none; what is between has the first's. All of it goes
-        // into the first's input, later ones first.
-        let between = chain.bench.log.read(&chain.bench.output);
-        let mut copies = between.clone();
-        copies.reverse();
-        for (n, record) in (100..).zip(&copies) {
-            let on = chain.send_on(&chain.emit(n)).to_string();
-            append(&chain.bench.input, &on, &record.headers).await;
+        let mut chain = Chain::start(&url, "test-probe", settings);
+        let (middle, aside) = (chain.bench.output.clone(), unique("aside"));
+        let granted = format!("output = [\"{middle}\"]");
+        let more = format!("output = [\"{middle}\", \"{aside}\"]");
+        assert!(chain.bench.pipeline.contains(&granted));
+        chain.bench.pipeline =
+            chain.bench.pipeline.replace(&granted, &more) + &format!("[topics.\"{aside}\"]");
+        chain.bench.host.signal(libc::SIGTERM);
+        chain.bench.host.wait_for_end();
+        chain.bench.restart();
+        chain.bench.host.ready();
+        let beside = |n| json!({ "do": "emit", "topic": aside, "value": chain.emit(n) });
+        let both =
+            |n| json!({ "do": "steps", "steps": [chain.send_on(&chain.emit(n)), beside(n + 100)] });
+        let sent: Vec<_> = (0..5).map(both).collect();
+        assert_eq!(chain.deliver(&sent).await, [0, 1, 2, 3, 4], "{settings}");
+        let real = chain.bench.log.read(&middle);
+        let copies = chain.bench.log.read(&aside);
+        // Later ones first, and what was there before behind each.
+        for (copied, repeated) in copies.iter().zip(&real).rev() {
+            copy(copied, &middle).await;
+            copy(repeated, &middle).await;
         }
-        let all: Vec<_> = numbers.into_iter().chain(100..110).collect();
+        let all = [0, 1, 2, 3, 4, 104, 103, 102, 101, 100];
         assert_eq!(chain.settled(), all, "{settings}");
-        let duplicates = "stagehost_messages_total{stage=\"probe\",outcome=\"duplicate\"}";
-        assert_eq!(chain.bench.metric(duplicates), None, "{settings}");
+        let dropped = duplicates(&chain, "second");
+        assert_eq!(dropped.as_deref(), Some("5"), "{settings}");
     }
 }
 

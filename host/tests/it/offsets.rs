@@ -26,7 +26,7 @@ async fn database() -> String {
     format!("{server}/{name}")
 }
 
-async fn execute(url: &str, statement: &str) {
+pub(crate) async fn execute(url: &str, statement: &str) {
     let connected = PgConnection::connect(url).await;
     let mut connection = connected.expect("PostgreSQL");
     let statement = sqlx::AssertSqlSafe(statement.to_owned());
@@ -34,9 +34,9 @@ async fn execute(url: &str, statement: &str) {
     done.expect("the statement is run");
 }
 
-fn admin() -> AdminClient<DefaultClientContext> {
+fn admin(brokers: &str) -> AdminClient<DefaultClientContext> {
     let mut config = ClientConfig::new();
-    config.set("bootstrap.servers", server("KAFKA_BROKERS"));
+    config.set("bootstrap.servers", brokers);
     config.create().expect("an admin client")
 }
 
@@ -55,7 +55,7 @@ fn at(topic: &str, offset: i64) -> TopicPartitionList {
 /// As retention does.
 async fn remove_below(topic: &str, offset: i64) {
     // Held until it has answered: without its thread nobody does.
-    let admin = admin();
+    let admin = admin(&server("KAFKA_BROKERS"));
     let removed = admin.delete_records(&at(topic, offset), &AdminOptions::new());
     removed.await.expect("removed");
 }
@@ -95,7 +95,11 @@ fn committed_words(group: &str, topic: &str) -> String {
 }
 
 pub(crate) async fn make_anew(topic: &str) {
-    let (admin, options) = (admin(), AdminOptions::new());
+    make_anew_on(&server("KAFKA_BROKERS"), topic).await;
+}
+
+pub(crate) async fn make_anew_on(brokers: &str, topic: &str) {
+    let (admin, options) = (admin(brokers), AdminOptions::new());
     let deleted = admin.delete_topics(&[topic], &options).await;
     deleted.expect("deleted");
     until("the topic to be made anew", || {
@@ -135,12 +139,12 @@ fn emit(bench: &Bench, n: i64) -> Value {
     json!({ "do": "emit", "topic": bench.output, "value": n })
 }
 
-fn emits(bench: &Bench, numbers: std::ops::Range<i64>) -> Vec<Value> {
+pub(crate) fn emits(bench: &Bench, numbers: std::ops::Range<i64>) -> Vec<Value> {
     numbers.map(|n| emit(bench, n)).collect()
 }
 
 /// The numbers that came out, each output once: after a kill it may be produced again, by the same id.
-fn numbers(bench: &Bench) -> Vec<i64> {
+pub(crate) fn numbers(bench: &Bench) -> Vec<i64> {
     let mut known = BTreeSet::new();
     let mut number = |seen: Seen| {
         let id = seen.header("stagehost-id");
@@ -151,7 +155,7 @@ fn numbers(bench: &Bench) -> Vec<i64> {
     all.filter_map(&mut number).collect()
 }
 
-fn stop(bench: &mut Bench) {
+pub(crate) fn stop(bench: &mut Bench) {
     bench.host.signal(libc::SIGTERM);
     bench.host.wait_for_end();
 }

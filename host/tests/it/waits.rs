@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::bench::{Bench, Proxy};
-use crate::support::{acl, get, kafka_configs, server, unique};
+use crate::support::{Host, acl, get, http, kafka_configs, server, unique};
 
 fn waiting(bench: &Bench, what: &str) -> bool {
     let line = format!("stagehost_lanes_waiting{{stage=\"probe\",for=\"{what}\"}}");
@@ -139,6 +139,92 @@ async fn an_output_that_may_not_be_written_any_more_holds_its_lane() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_input_that_may_not_be_read_any_more_is_said() {
     check_revoked("transactional", "--topic", "Read", "READ on inputs").await;
+    check_revoked("at-least-once", "--topic", "Read", "READ on inputs").await;
+}
+
+/// Posts a number by a route, until the answer has this status.
+fn post_until(host: &Host, numbers: &mut impl Iterator<Item = u32>, wanted: u16) -> Vec<u32> {
+    let form = "content-type: application/x-www-form-urlencoded";
+    let head = format!("POST /post HTTP/1.1\r\n{form}");
+    let mut taken = Vec::new();
+    host.wait_for(&format!("a post to be answered {wanted}"), || {
+        let n = numbers.next().expect("a number");
+        let (status, _, said) = http(&host.address("HTTP"), &head, &format!("n={n}"));
+        match status {
+            202 => taken.push(n),
+            _ => assert_eq!((status, said.contains("the log")), (503, true), "{said}"),
+        }
+        (status == wanted).then_some(())
+    });
+    taken
+}
+
+/// No stage writes to it, so no lane waits for it. Where one right is denied, Kafka gives those only that it is told of.
+async fn check_revoked_from_a_route(may_see: bool) {
+    let mut guarded = Guarded::start("at-least-once");
+    let bench = &mut guarded.bench;
+    let posts = unique("posts");
+    bench.pipeline += &format!(
+        r#"
+        [topics."{posts}"]
+        [http]
+        listen = "127.0.0.1:0"
+        [[http.routes]]
+        path = "/post"
+        method = "POST"
+        produce = {{ topic = "{posts}", fields = ["n"] }}
+        "#
+    );
+    bench.host.signal(libc::SIGTERM);
+    bench.host.wait_for_end();
+    bench.restart();
+    bench.host.ready();
+    let mut numbers = 0..;
+    let mut taken = post_until(&bench.host, &mut numbers, 202);
+    let right = |operation, whose| ["--topic", &posts, "--operation", operation, whose];
+    let mut rights = vec![right("Write", "--deny-principal")];
+    if may_see {
+        rights.insert(0, right("Describe", "--allow-principal"));
+    }
+    let change = |how: &[&str]| {
+        for right in &rights {
+            acl(&[how, right, &["User:stagehost"]].concat());
+        }
+    };
+    change(&["--add"]);
+    taken.extend(post_until(&bench.host, &mut numbers, 503));
+    let metric = "stagehost_http_requests_total{route=\"/post\",method=\"POST\",status=\"503\"}";
+    let refused = bench.metric(metric).and_then(|count| count.parse().ok());
+    assert!(refused.is_some_and(|count: u32| count >= 1), "{refused:?}");
+    let lacks = if may_see { "WRITE" } else { "DESCRIBE" };
+    bench.not_ready(&["Kafka user lacks", lacks, &posts]);
+    bench.host.wait_for("the log to say so", || {
+        let log = bench.host.log();
+        let says = |line: &str| {
+            line.contains("Kafka user lacks") && line.contains(lacks) && line.contains(&posts)
+        };
+        log.lines().any(says).then_some(())
+    });
+    // Stages go on.
+    let emit = json!({ "do": "emit", "topic": bench.output, "value": 1 });
+    assert_eq!(bench.deliver(&[emit]).await.0.len(), 1);
+    change(&["--remove", "--force"]);
+    taken.extend(post_until(&bench.host, &mut numbers, 202));
+    bench.host.ready();
+    let there = bench.log.read(&posts).into_iter();
+    let there = there.map(|seen| seen.json()["n"].as_str().expect("a number").to_owned());
+    let taken: Vec<_> = taken.iter().map(u32::to_string).collect();
+    assert_eq!(there.collect::<Vec<_>>(), taken, "what was answered 202");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_topic_of_a_route_that_may_not_be_seen_any_more_is_said_and_posts_come_back() {
+    check_revoked_from_a_route(false).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_topic_of_a_route_that_may_not_be_written_any_more_is_said_and_posts_come_back() {
+    check_revoked_from_a_route(true).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
