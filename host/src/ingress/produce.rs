@@ -126,7 +126,7 @@ pub(super) fn log_refusal(unsent: &[Unsent], topic: &str) -> Answer {
         return busy("the log is not available");
     };
     match error {
-        // That the log is away is said once, by who watches it, and not for every request.
+        // Who watches the log says once that it is away, or that it acknowledges nothing, and not for every request.
         LogError::Unavailable(_) => {
             tracing::debug!(topic, "a record was not acknowledged: {error}")
         }

@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 use std::future::Future;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
@@ -21,6 +21,7 @@ use crate::metrics::Metrics;
 use crate::pipeline::Retry;
 use crate::readiness::Readiness;
 use crate::record::Outgoing;
+use crate::sync::lock;
 
 /// The condition that the log can be reached.
 pub(super) const LOG: &str = "log";
@@ -32,6 +33,9 @@ const PATIENCE: Retry = Retry {
 };
 /// How often the log is asked whether it is there.
 const WATCH_INTERVAL: Duration = Duration::from_secs(2);
+/// How long it is said of a topic that posts to it were not acknowledged. Nobody may post while it is: who routes requests may
+/// heed it.
+const UNACKNOWLEDGED_LASTS: Duration = Duration::from_secs(10);
 /// How often it is said that the log is still away.
 const REMIND_INTERVAL: Duration = Duration::from_secs(30);
 
@@ -108,6 +112,7 @@ impl Waiting<'_> {
 /// Asks the log every few seconds whether it is there.
 pub(super) struct LogWatch {
     there: Arc<AtomicBool>,
+    unacknowledged: Arc<Unacknowledged>,
     task: AbortHandle,
 }
 
@@ -120,6 +125,7 @@ impl LogWatch {
         metrics: Arc<Metrics>,
     ) -> Self {
         let there = Arc::new(AtomicBool::new(true));
+        let unacknowledged = Arc::<Unacknowledged>::default();
         metrics.set_log_available(true);
         let says = Says {
             brokers,
@@ -128,9 +134,14 @@ impl LogWatch {
             readiness,
             metrics,
             there: there.clone(),
+            unacknowledged: unacknowledged.clone(),
         };
         let task = tokio::spawn(watch(admin, says)).abort_handle();
-        Self { there, task }
+        Self {
+            there,
+            unacknowledged,
+            task,
+        }
     }
 
     pub(super) fn stop(&self) {
@@ -154,10 +165,12 @@ struct Says {
     readiness: Arc<Readiness>,
     metrics: Arc<Metrics>,
     there: Arc<AtomicBool>,
+    unacknowledged: Arc<Unacknowledged>,
 }
 
 impl Says {
     fn there(&self) {
+        self.unacknowledged.forget();
         self.there.store(true, Ordering::Relaxed);
         self.metrics.set_log_available(true);
         self.readiness.ready(LOG);
@@ -165,12 +178,16 @@ impl Says {
 
     /// The log answers, and says this of the pipeline's topics.
     fn topics(&self, troubles: &BTreeMap<String, String>) {
+        let unacknowledged = self.unacknowledged.lately();
         for topic in &self.topics {
             let condition = format!("topic {topic}");
-            match troubles.get(topic) {
+            let trouble = troubles
+                .get(topic)
+                .or_else(|| unacknowledged.get(topic.as_str()));
+            match trouble {
                 Some(why) => {
                     if self.readiness.not_ready(&condition, why) {
-                        warn!(topic, "lanes wait for it: {why}");
+                        warn!(topic, "lanes and posts wait for it: {why}");
                     }
                 }
                 None => {
@@ -218,10 +235,35 @@ async fn watch(admin: Admin, says: Says) {
     }
 }
 
+/// Topics to which posts were not acknowledged lately, though the log was there. No lane may wait for them: one that writes what
+/// it read says itself what it waits for.
+#[derive(Default)]
+struct Unacknowledged(Mutex<BTreeMap<Arc<str>, (Instant, String)>>);
+
+impl Unacknowledged {
+    fn note(&self, topic: &Arc<str>, why: &LogError) {
+        let why = format!("posts are not acknowledged: {why}");
+        lock(&self.0).insert(topic.clone(), (Instant::now(), why));
+    }
+
+    /// Why, by topic.
+    fn lately(&self) -> BTreeMap<Arc<str>, String> {
+        let mut topics = lock(&self.0);
+        topics.retain(|_, (since, _)| since.elapsed() < UNACKNOWLEDGED_LASTS);
+        let why = |(topic, (_, why)): (&Arc<str>, &(Instant, String))| (topic.clone(), why.clone());
+        topics.iter().map(why).collect()
+    }
+
+    fn forget(&self) {
+        lock(&self.0).clear();
+    }
+}
+
 /// A producer that says at once that the log is away while that is known, so that HTTP clients need not wait for it.
 pub(super) struct GatedSink {
     producer: Producer,
     there: Arc<AtomicBool>,
+    unacknowledged: Arc<Unacknowledged>,
 }
 
 impl GatedSink {
@@ -229,6 +271,7 @@ impl GatedSink {
         Self {
             producer,
             there: watch.there.clone(),
+            unacknowledged: watch.unacknowledged.clone(),
         }
     }
 }
@@ -236,7 +279,15 @@ impl GatedSink {
 impl Sink for GatedSink {
     async fn produce(&self, records: &[Outgoing]) -> Result<(), Vec<Unsent>> {
         if self.there.load(Ordering::Relaxed) {
-            return self.producer.produce(records).await;
+            let produced = self.producer.produce(records).await;
+            for Unsent { index, error } in produced.as_ref().err().into_iter().flatten() {
+                if error.is_unavailable()
+                    && let Some(record) = records.get(*index)
+                {
+                    self.unacknowledged.note(&record.topic, error);
+                }
+            }
+            return produced;
         }
         let away = |index| Unsent {
             index,
