@@ -15,6 +15,7 @@ use kafka_protocol::messages::{
 use kafka_protocol::protocol::{Decodable, Encodable};
 
 use super::cluster::Broker;
+use super::pipeline;
 use crate::support::{Host, Log, component, http, unique, until};
 
 /// Each client may be cut off each time, or not.
@@ -170,26 +171,15 @@ async fn a_log_that_said_that_it_has_no_brokers_is_found_again_by_everybody() {
         )
     });
     let stages: String = stages.collect();
-    let pipeline = format!(
+    let route = format!(
         r#"
-        name = "forgetful"
-        [kafka]
-        brokers = "{brokers}"
-        [topics."{input}"]
-        [sql.db]
-        url = "sqlite:db.sqlite"
-        [http]
-        listen = "127.0.0.1:0"
         [[http.routes]]
         path = "/in"
         method = "POST"
         produce = {{ topic = "{input}", fields = ["n"] }}
-        [admin]
-        listen = "127.0.0.1:0"
-        {stages}
         "#
     );
-    let host = Host::start(&pipeline);
+    let host = Host::start(&pipeline(&brokers, &input, &(stages + &route)));
     let log = Log::new(&brokers);
     let form = "content-type: application/x-www-form-urlencoded";
     let post = format!("POST /in HTTP/1.1\r\n{form}");
