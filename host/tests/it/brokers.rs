@@ -4,10 +4,8 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use rdkafka::config::ClientConfig;
-use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::consumer::BaseConsumer;
 use rdkafka::message::Message;
-use rdkafka::{Offset, TopicPartitionList};
 
 use self::cluster::{Cluster, Turn};
 use crate::support::{Host, Log, component, get, http, unique};
@@ -43,19 +41,9 @@ struct Output {
 }
 
 impl Output {
-    fn new(brokers: &str, topic: &str) -> Self {
-        let consumer: BaseConsumer = ClientConfig::new()
-            .set("bootstrap.servers", brokers)
-            .set("group.id", unique("reader"))
-            .set("enable.auto.commit", "false")
-            .create()
-            .expect("a consumer");
-        let mut list = TopicPartitionList::new();
-        let added = list.add_partition_offset(topic, 0, Offset::Beginning);
-        added.expect("an offset");
-        consumer.assign(&list).expect("it is assigned");
+    fn new(log: &Log, topic: &str) -> Self {
         Self {
-            consumer,
+            consumer: log.follow(topic),
             numbers: BTreeMap::new(),
         }
     }
@@ -96,34 +84,48 @@ impl Bench {
                 .await;
             stages += &stage(&input, delivery);
         }
-        let brokers = &cluster.brokers;
-        let pipeline = format!(
-            r#"
-            name = "brokers"
-            [kafka]
-            brokers = "{brokers}"
-            [topics."{input}"]
-            [sql.db]
-            url = "sqlite:db.sqlite"
-            [http]
-            listen = "127.0.0.1:0"
-            [admin]
-            listen = "127.0.0.1:0"
-            {stages}
-            "#
-        );
+        let pipeline = pipeline(&cluster.brokers, &input, &stages);
+        let log = Log::new(&cluster.first());
         Self {
             host: Host::start(&pipeline),
-            log: Log::new(&cluster.first()),
             outputs: DELIVERIES
-                .map(|delivery| {
-                    let topic = output(&input, delivery);
-                    (delivery, Output::new(&cluster.first(), &topic))
-                })
+                .map(|delivery| (delivery, Output::new(&log, &output(&input, delivery))))
                 .into(),
+            log,
             input,
             pipeline,
         }
+    }
+
+    /// The input's partitions lie on the first and the second broker by turns, and have had three messages each.
+    async fn on_both(cluster: &Cluster) -> (Self, Counts) {
+        let mut bench = Self::start(cluster, &[&[1], &[2], &[1], &[2]], &[&[1]], &[]).await;
+        let counts: Counts = (0..4).map(|partition| (partition, 3)).collect();
+        for (partition, count) in &counts {
+            bench.send(*partition, 0..*count).await;
+        }
+        bench.arrived(&counts);
+        (bench, counts)
+    }
+
+    /// The host ends, and another reads these partitions from where it was.
+    async fn begin_again(&mut self, partitions: [i32; 2], counts: &mut Counts) {
+        self.host.signal(libc::SIGTERM);
+        self.host.wait_for_end();
+        self.host = Host::spawn(self.host.folder(), &self.pipeline, &[]);
+        self.send_each(partitions, counts).await;
+    }
+
+    /// All partitions are read again, those of the second broker too, and nothing was given up on.
+    async fn goes_on(&mut self, mut counts: Counts) {
+        for partition in [1, 3] {
+            let count = counts[&partition];
+            self.send(partition, count..count + 3).await;
+            counts.insert(partition, count + 3);
+        }
+        self.arrived(&counts);
+        self.host.ready();
+        self.has_no_dead_letters();
     }
 
     /// Sends messages with these numbers to a partition of the input.
@@ -191,18 +193,42 @@ impl Bench {
     async fn pass(&mut self, partitions: [i32; 2], counts: &mut Counts) {
         let began = Instant::now();
         for _ in 0..ROUNDS {
-            let mut now = Counts::new();
-            for partition in partitions {
-                let count = counts.entry(partition).or_default();
-                self.send(partition, *count..*count + 1).await;
-                *count += 1;
-                now.insert(partition, *count);
-            }
-            self.arrived(&now);
+            self.send_each(partitions, counts).await;
         }
         let took = began.elapsed();
         assert!(took < PROMPT, "{took:?}");
     }
+
+    /// One more message of each of these partitions passes.
+    async fn send_each(&mut self, partitions: [i32; 2], counts: &mut Counts) {
+        let mut now = Counts::new();
+        for partition in partitions {
+            let count = counts.entry(partition).or_default();
+            self.send(partition, *count..*count + 1).await;
+            *count += 1;
+            now.insert(partition, *count);
+        }
+        self.arrived(&now);
+    }
+}
+
+/// Stages, and routes to their outputs, on a log with this input.
+fn pipeline(brokers: &str, input: &str, stages: &str) -> String {
+    format!(
+        r#"
+        name = "brokers"
+        [kafka]
+        brokers = "{brokers}"
+        [topics."{input}"]
+        [sql.db]
+        url = "sqlite:db.sqlite"
+        [http]
+        listen = "127.0.0.1:0"
+        [admin]
+        listen = "127.0.0.1:0"
+        {stages}
+        "#
+    )
 }
 
 fn output(input: &str, delivery: &str) -> String {
@@ -239,13 +265,7 @@ fn stage(input: &str, delivery: &str) -> String {
 async fn a_leader_that_hangs_holds_up_no_other_partition_and_is_named() {
     let turn = Turn::take().await;
     let cluster = &turn.cluster;
-    let mut bench = Bench::start(cluster, &[&[1], &[2], &[1], &[2]], &[&[1]], &[]).await;
-    let mut counts = Counts::new();
-    for partition in 0..4 {
-        bench.send(partition, 0..3).await;
-        counts.insert(partition, 3);
-    }
-    bench.arrived(&counts);
+    let (mut bench, mut counts) = Bench::on_both(cluster).await;
 
     cluster.hang(true);
     bench.pass([0, 2], &mut counts).await;
@@ -254,27 +274,12 @@ async fn a_leader_that_hangs_holds_up_no_other_partition_and_is_named() {
     bench.pass([0, 2], &mut counts).await;
 
     // Nor where it has to be asked where its partitions begin.
-    bench.host.signal(libc::SIGTERM);
-    bench.host.wait_for_end();
-    bench.host = Host::spawn(bench.host.folder(), &bench.pipeline, &[]);
-    for partition in [0, 2] {
-        let count = counts[&partition];
-        bench.send(partition, count..count + 1).await;
-        counts.insert(partition, count + 1);
-    }
-    let there = [0, 2].map(|partition| (partition, counts[&partition]));
-    bench.arrived(&there.into());
+    bench.begin_again([0, 2], &mut counts).await;
     bench.pass([0, 2], &mut counts).await;
     bench.says(2, &[&second, "its leader"]);
 
     cluster.hang(false);
-    for partition in [1, 3] {
-        bench.send(partition, 3..6).await;
-        counts.insert(partition, 6);
-    }
-    bench.arrived(&counts);
-    bench.host.ready();
-    bench.has_no_dead_letters();
+    bench.goes_on(counts).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -335,7 +340,7 @@ async fn an_output_that_is_deleted_is_waited_for_and_named() {
 
     for (delivery, topic) in DELIVERIES.iter().zip(&topics) {
         cluster.create(topic, &[&[1]], &[]).await;
-        let mut new = Output::new(&cluster.first(), topic);
+        let mut new = Output::new(&bench.log, topic);
         let numbers = bench.host.wait_for("the messages", || {
             let numbers = new.read().get(&0)?;
             (numbers.len() >= 3).then(|| numbers.clone())

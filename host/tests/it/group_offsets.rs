@@ -11,7 +11,7 @@ use rdkafka::{Offset, TopicPartitionList};
 use serde_json::{Value, json};
 
 use crate::bench::Bench;
-use crate::support::{acl, server, unique, until};
+use crate::support::{acl, server, transactional_producer, until};
 use crate::waits::{Guarded, said_in_log};
 
 const DELIVERIES: [&str; 2] = ["transactional", "at-least-once"];
@@ -48,13 +48,7 @@ fn client(group: &str) -> BaseConsumer {
 
 /// A transaction that has sent offsets of the group and is open: Kafka says of those partitions that nothing is certain yet.
 fn begin_offsets(bench: &Bench) -> BaseProducer {
-    let other: BaseProducer = ClientConfig::new()
-        .set("bootstrap.servers", server("KAFKA_BROKERS"))
-        .set("transactional.id", unique("other"))
-        .set("transaction.timeout.ms", "600000")
-        .create()
-        .expect("a producer");
-    other.init_transactions(ASK).expect("a producer's id");
+    let other = transactional_producer();
     other.begin_transaction().expect("begun");
     let mut offsets = TopicPartitionList::new();
     let added = offsets.add_partition_offset(&bench.input, 0, Offset::Offset(1));

@@ -7,13 +7,13 @@ use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::config::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
-use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
+use rdkafka::producer::{BaseRecord, Producer};
 use rdkafka::{Offset, TopicPartitionList};
 use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection};
 
 use crate::bench::Bench;
-use crate::support::{Seen, server, unique, until};
+use crate::support::{Seen, server, transactional_producer, unique, until};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 const DELIVERIES: [&str; 2] = ["transactional", "at-least-once"];
@@ -111,14 +111,7 @@ pub(crate) async fn make_anew_on(brokers: &str, topic: &str) {
 
 /// Another program's transactions: each of these many records, which are committed or aborted.
 fn transactions(topic: &str, all: &[(&[Value], bool)]) {
-    let producer: BaseProducer = ClientConfig::new()
-        .set("bootstrap.servers", server("KAFKA_BROKERS"))
-        .set("transactional.id", unique("other"))
-        .create()
-        .expect("a producer");
-    producer
-        .init_transactions(PATIENCE)
-        .expect("a producer's id");
+    let producer = transactional_producer();
     for (values, is_committed) in all {
         producer.begin_transaction().expect("begun");
         for value in *values {

@@ -5,10 +5,12 @@ use std::time::{Duration, Instant};
 
 use host::delivery::output;
 use host::record::Outgoing;
-use sqlx::{Connection, PgConnection};
+use serde_json::json;
+use sqlx::{ConnectOptions, Connection, PgConnection};
 
 use crate::bench::Bench;
-use crate::support::{PATIENCE, get, server, unique};
+use crate::support::{PATIENCE, Seen, acl, get, server, unique};
+use crate::waits::{Guarded, said_in_log};
 
 /// A database of its own, for what is done to the table in it is done to all lanes.
 pub(crate) async fn database() -> String {
@@ -86,6 +88,82 @@ async fn outputs_that_are_not_granted_stay_in_the_row_and_readiness_says_so() {
     let sent = bench.log.read_at_least(&foreign, 1);
     assert_eq!(sent[0].value.as_deref(), Some("smuggled"));
     bench.deliver(&[emit]).await;
+}
+
+/// Bytes of outputs in the row of a bench on SQLite.
+async fn pending(bench: &Bench) -> i64 {
+    let file = bench.host.folder().path().join("db.sqlite");
+    let options = sqlx::sqlite::SqliteConnectOptions::new().filename(file);
+    let mut connection = options.connect().await.expect("the file");
+    let length = sqlx::query_scalar("SELECT length(pending) FROM stagehost_progress");
+    length.fetch_one(&mut connection).await.expect("one row")
+}
+
+fn values(seen: Vec<Seen>) -> Vec<String> {
+    seen.into_iter().filter_map(|seen| seen.value).collect()
+}
+
+/// Its topic did not take it, its host was killed, and meanwhile the pipeline names another topic for dead letters.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_letter_for_the_dead_letter_topic_of_before_stays_in_the_row_and_readiness_says_so() {
+    const SETTINGS: &str = "delivery = \"transactional\"";
+    for mend in ["dead-letter", "output"] {
+        let mut guarded = Guarded::with("transactional", 1, "");
+        let bench = &mut guarded.bench;
+        let (before, now) = (format!("{}.dlq", bench.input), unique("letters"));
+        let reject = |n: u64| json!({ "do": "reject", "value": n });
+        let emit = json!({ "do": "emit", "topic": bench.output, "value": 2 });
+        let right = ["--topic", before.as_str(), "--operation", "Write"];
+        let deny = [&right[..], &["--deny-principal", "User:stagehost"]].concat();
+        // What is written to before is known, and a letter for it is committed though it can't be sent.
+        bench.deliver(&[reject(0)]).await;
+        acl(&[&["--add"][..], &deny].concat());
+        bench.send(&[reject(1)]).await;
+        bench.not_ready(&["WRITE on outputs", &before]);
+
+        let pipeline = bench.pipeline.clone();
+        let moved = pipeline.replace(SETTINGS, &format!("{SETTINGS}\ndead-letter = \"{now}\""));
+        assert_ne!(moved, pipeline);
+        bench.pipeline.clone_from(&moved);
+        bench.restart();
+        acl(&[&["--remove", "--force"][..], &deny].concat());
+        bench.send(std::slice::from_ref(&emit)).await;
+        let words =
+            format!("holds an output for the topic {before}, which the pipeline does not grant");
+        let said = bench.not_ready(&[&words]);
+        assert!(
+            said.contains("stage probe") && said.contains("`dead-letter`"),
+            "{said}"
+        );
+        said_in_log(bench, &words);
+        let stopped = bench.metric("stagehost_lanes_stopped{stage=\"probe\"}");
+        assert_eq!(stopped.as_deref(), Some("1"));
+        assert!(pending(bench).await > 0, "the letter is kept");
+        for (topic, count) in [(&before, 1), (&now, 0), (&bench.output, 0)] {
+            assert_eq!(bench.log.read(topic).len(), count, "{topic}");
+        }
+
+        // As it says: the old topic is the stage's again, in one way or the other.
+        let output = format!("output = [\"{}\"", bench.output);
+        bench.pipeline = match mend {
+            "output" => moved.replace(&output, &format!("{output}, \"{before}\"")),
+            _ => pipeline,
+        };
+        assert_ne!(bench.pipeline, moved);
+        bench.host.signal(libc::SIGTERM);
+        bench.host.wait_for_end();
+        bench.restart();
+        bench.host.ready();
+        let (outputs, _) = bench.deliver(&[reject(3)]).await;
+        assert_eq!(values(outputs), ["2"], "{mend}");
+        let [zeroth, first, third] = [0, 1, 3].map(|n| reject(n).to_string());
+        let (of_before, of_now) = match mend {
+            "output" => (vec![zeroth, first], vec![third]),
+            _ => (vec![zeroth, first, third], vec![]),
+        };
+        assert_eq!(values(bench.log.read(&before)), of_before, "{mend}");
+        assert_eq!(values(bench.log.read(&now)), of_now, "{mend}");
+    }
 }
 
 /// What is done to each row of a group that gets a commit, until it is dropped with `undo`.

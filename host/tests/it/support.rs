@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use rdkafka::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::{Headers, Message, OwnedHeaders};
-use rdkafka::producer::{FutureProducer, FutureRecord};
+use rdkafka::producer::{BaseProducer, FutureProducer, FutureRecord};
 use rdkafka::{Offset, TopicPartitionList};
 use tempfile::TempDir;
 
@@ -351,6 +351,20 @@ impl Seen {
     }
 }
 
+/// Another program that writes in transactions. One that it leaves open stays so for longer than a test takes.
+pub(crate) fn transactional_producer() -> BaseProducer {
+    use rdkafka::producer::Producer as _;
+    let producer: BaseProducer = ClientConfig::new()
+        .set("bootstrap.servers", server("KAFKA_BROKERS"))
+        .set("transactional.id", unique("other"))
+        .set("transaction.timeout.ms", "600000")
+        .create()
+        .expect("a producer");
+    let has_id = producer.init_transactions(PATIENCE);
+    has_id.expect("a producer's id");
+    producer
+}
+
 /// A client of a log, that has no part in any group.
 pub(crate) struct Log {
     brokers: String,
@@ -471,6 +485,21 @@ impl Log {
         }
         seen.sort_by_key(|s| (s.partition, s.offset));
         seen
+    }
+
+    /// Reads the first partition of a topic from its beginning, record by record as it is polled.
+    pub(crate) fn follow(&self, topic: &str) -> BaseConsumer {
+        let consumer: BaseConsumer = ClientConfig::new()
+            .set("bootstrap.servers", &self.brokers)
+            .set("group.id", unique("reader"))
+            .set("enable.auto.commit", "false")
+            .create()
+            .expect("a consumer");
+        let mut list = TopicPartitionList::new();
+        let added = list.add_partition_offset(topic, 0, Offset::Beginning);
+        added.expect("an offset");
+        consumer.assign(&list).expect("it is assigned");
+        consumer
     }
 
     /// Reads a topic until it has at least `count` records.

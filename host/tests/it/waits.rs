@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::bench::{Bench, Proxy};
-use crate::support::{Host, acl, get, http, kafka_configs, server, unique};
+use crate::support::{Host, acl, get, http, kafka_configs, server, transactional_producer, unique};
 
 fn waiting(bench: &Bench, what: &str) -> bool {
     let line = format!("stagehost_lanes_waiting{{stage=\"probe\",for=\"{what}\"}}");
@@ -272,20 +272,13 @@ async fn a_quota_that_is_used_up_is_named() {
 /// What is behind it is kept back from who reads what is committed: for good, if its program is gone and its time is long.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_transaction_of_another_program_that_stays_open_is_named() {
-    use rdkafka::ClientConfig;
-    use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
+    use rdkafka::producer::{BaseRecord, Producer};
 
     let bench = Bench::start("test-probe", 1, "");
     let emit = json!({ "do": "emit", "topic": bench.output, "value": 1 });
     bench.deliver(std::slice::from_ref(&emit)).await;
     let time = Duration::from_secs(10);
-    let other: BaseProducer = ClientConfig::new()
-        .set("bootstrap.servers", server("KAFKA_BROKERS"))
-        .set("transactional.id", unique("other"))
-        .set("transaction.timeout.ms", "600000")
-        .create()
-        .expect("a producer");
-    other.init_transactions(time).expect("a producer's id");
+    let other = transactional_producer();
     other.begin_transaction().expect("begun");
     let value = emit.to_string();
     let record = BaseRecord::<str, str>::to(&bench.input)

@@ -96,27 +96,17 @@ impl Cluster {
             ("broker", 2, second, None),
         ];
         let [mut first, mut second] = starts.map(|(roles, node, port, controller)| {
-            let folder = tempfile::tempdir().expect("a folder");
             let own = controller.map(|port| format!(",CONTROLLER://127.0.0.1:{port}"));
             let own = own.unwrap_or_default();
-            let settings = settings(folder.path(), &voters)
-                + &format!(
-                    "process.roles={roles}\nnode.id={node}\nlisteners=PLAINTEXT://127.0.0.1:{port}{own}\n\
-                     advertised.listeners=PLAINTEXT://127.0.0.1:{port}\n"
-                );
-            std::fs::write(folder.path().join("properties"), settings).expect("its settings");
-            let process = format(&folder, &id);
-            Broker {
-                process,
-                port,
-                folder,
-            }
+            let settings = format!(
+                "process.roles={roles}\nnode.id={node}\nlisteners=PLAINTEXT://127.0.0.1:{port}{own}\n\
+                 advertised.listeners=PLAINTEXT://127.0.0.1:{port}\n"
+            );
+            Broker::format(&id, port, &voters, &settings)
         });
         // Both are formatted at the same time.
-        for broker in [&mut first, &mut second] {
-            let done = broker.process.wait().expect("the formatting ends");
-            assert!(done.success(), "{}", broker.log());
-        }
+        first.wait_formatted();
+        second.wait_formatted();
         first.run();
         // The group's offsets are to be with the broker that goes on: it is the only one.
         let member = member(&first.address());
@@ -229,24 +219,34 @@ impl Broker {
     pub(super) fn alone(advertised: Option<u16>) -> Self {
         let [controller, port] = free_ports();
         let advertised = advertised.unwrap_or(port);
+        let voters = format!("1@127.0.0.1:{controller}");
+        let settings = format!(
+            "process.roles=broker,controller\nnode.id=1\n\
+             listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}\n\
+             advertised.listeners=PLAINTEXT://127.0.0.1:{advertised}\n"
+        );
+        let mut broker = Self::format(&cluster_id(), port, &voters, &settings);
+        broker.wait_formatted();
+        broker.run();
+        broker
+    }
+
+    /// One whose folder is being formatted.
+    fn format(cluster: &str, port: u16, voters: &str, own: &str) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
-        let settings = settings(folder.path(), &format!("1@127.0.0.1:{controller}"))
-            + &format!(
-                "process.roles=broker,controller\nnode.id=1\n\
-                 listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}\n\
-                 advertised.listeners=PLAINTEXT://127.0.0.1:{advertised}\n"
-            );
+        let settings = settings(folder.path(), voters) + own;
         std::fs::write(folder.path().join("properties"), settings).expect("its settings");
-        let process = format(&folder, &cluster_id());
-        let mut broker = Self {
+        let process = format(&folder, cluster);
+        Self {
             process,
             port,
             folder,
-        };
-        let done = broker.process.wait().expect("the formatting ends");
-        assert!(done.success(), "{}", broker.log());
-        broker.run();
-        broker
+        }
+    }
+
+    fn wait_formatted(&mut self) {
+        let done = self.process.wait().expect("the formatting ends");
+        assert!(done.success(), "{}", self.log());
     }
 
     pub(super) fn port(&self) -> u16 {

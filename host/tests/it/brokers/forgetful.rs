@@ -9,6 +9,7 @@ use kafka_protocol::messages::metadata_response::MetadataResponseTopic;
 use kafka_protocol::messages::{ApiKey, MetadataRequest, MetadataResponse};
 
 use super::cluster::Broker;
+use super::pipeline;
 use super::proxy::{Proxy, Request};
 use crate::support::{Host, Log, component, http, unique, until};
 
@@ -88,26 +89,15 @@ async fn a_log_that_said_that_it_has_no_brokers_is_found_again_by_everybody() {
         )
     });
     let stages: String = stages.collect();
-    let pipeline = format!(
+    let route = format!(
         r#"
-        name = "forgetful"
-        [kafka]
-        brokers = "{brokers}"
-        [topics."{input}"]
-        [sql.db]
-        url = "sqlite:db.sqlite"
-        [http]
-        listen = "127.0.0.1:0"
         [[http.routes]]
         path = "/in"
         method = "POST"
         produce = {{ topic = "{input}", fields = ["n"] }}
-        [admin]
-        listen = "127.0.0.1:0"
-        {stages}
         "#
     );
-    let host = Host::start(&pipeline);
+    let host = Host::start(&pipeline(&brokers, &input, &(stages + &route)));
     let log = Log::new(&brokers);
     let form = "content-type: application/x-www-form-urlencoded";
     let post = format!("POST /in HTTP/1.1\r\n{form}");

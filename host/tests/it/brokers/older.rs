@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use super::cluster::Broker;
-use super::{DELIVERIES, output, stage};
+use super::{DELIVERIES, output, pipeline, stage};
 use crate::support::{Host, Log, get, unique};
 
 /// Each start of a broker raises the epochs.
@@ -18,21 +18,7 @@ async fn a_log_that_went_back_to_an_older_copy_under_a_host_is_said_with_the_men
     let brokers = broker.address();
     let input = unique("in");
     let stages = DELIVERIES.map(|delivery| stage(&input, delivery)).concat();
-    let pipeline = format!(
-        r#"
-        name = "older"
-        [kafka]
-        brokers = "{brokers}"
-        [topics."{input}"]
-        [sql.db]
-        url = "sqlite:db.sqlite"
-        [http]
-        listen = "127.0.0.1:0"
-        [admin]
-        listen = "127.0.0.1:0"
-        {stages}
-        "#
-    );
+    let pipeline = pipeline(&brokers, &input, &stages);
     let mut host = Host::start(&pipeline);
     let log = Log::new(&brokers);
     log.produce(&input, &[(None, "0"), (None, "1")]).await;

@@ -8,8 +8,9 @@ use sqlx::ConnectOptions;
 
 use super::Value::{self, Boolean, Int64};
 use super::progress::{checkpoint, commit, lane};
+use super::roles::Roles;
 use super::transactions::{MODES, Owner, insert};
-use super::{CONNECTIONS, Kind, Place, admin, execute, on, query, text};
+use super::{CONNECTIONS, Kind, Place, execute, on, query, text};
 
 #[track_caller]
 pub(super) fn is_refused<T: std::fmt::Debug>(answer: &Result<T, Error>, statement: &str) {
@@ -226,90 +227,6 @@ async fn the_hosts_own_texts_are_not_a_stages() {
         }
     })
     .await;
-}
-
-/// The statements of the README that a database's administrator follows.
-fn readme(host: &str, stages: &str, database: &str) -> String {
-    let readme = include_str!("../../../../../README.md");
-    let section = readme.split("### A role for stages").nth(1);
-    let section = section.expect("the section");
-    let block = section.split("```sql\n").nth(1).expect("its statements");
-    let block = block.split("```").next().expect("their end");
-    block
-        .replace("'a password'", "'geheim'")
-        .replace("DATABASE posts", &format!("DATABASE {database}"))
-        .replace("stages", stages)
-        .replace("host_role", host)
-}
-
-/// A database whose stages have a role of their own, as the README says it.
-struct Roles {
-    place: Place,
-    host: String,
-    stage: String,
-    url: SqlUrl,
-    stage_url: SqlUrl,
-}
-
-impl Roles {
-    async fn new() -> Self {
-        let place = Place::new(Kind::Postgres).await;
-        let (host, stage) = (
-            format!("{}_host", place.name),
-            format!("{}_stages", place.name),
-        );
-        admin(&format!("CREATE ROLE {host} LOGIN PASSWORD 'geheim'")).await;
-        let url = login(&place.url, &host);
-        let stage_url = login(&place.url, &stage);
-        let roles = Self {
-            place,
-            host,
-            stage,
-            url,
-            stage_url,
-        };
-        let statements = readme(&roles.host, &roles.stage, &roles.place.name);
-        roles.place.run(&statements).await;
-        roles
-    }
-
-    async fn open(&self) -> Result<Database, StoreError> {
-        let stage_url = Some(&self.stage_url);
-        Database::connect_as(&self.url, stage_url, None, CONNECTIONS, None).await
-    }
-
-    async fn refusal(&self) -> String {
-        match self.open().await.map(drop) {
-            Err(StoreError::Refused(why)) => why,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    async fn as_stage(&self) -> sqlx::PgConnection {
-        let SqlUrl::Postgres(url) = &self.stage_url else {
-            panic!("not PostgreSQL");
-        };
-        let options: sqlx::postgres::PgConnectOptions = url.parse().expect("a URL");
-        options.connect().await.expect("the stages' role")
-    }
-
-    async fn remove(self) {
-        let Self {
-            place, host, stage, ..
-        } = self;
-        place.remove().await;
-        admin(&format!("DROP ROLE {host}; DROP ROLE {stage}")).await;
-    }
-}
-
-fn login(url: &SqlUrl, role: &str) -> SqlUrl {
-    let SqlUrl::Postgres(url) = url else {
-        panic!("not PostgreSQL");
-    };
-    let mut url = url::Url::parse(url).expect("a URL");
-    url.set_username(role).expect("a URL with users");
-    url.set_password(Some("geheim")).expect("a URL with users");
-    SqlUrl::Postgres(url.into())
 }
 
 #[tokio::test]

@@ -20,6 +20,7 @@ mod hunger;
 mod lifecycle;
 mod progress;
 mod proxy;
+mod roles;
 mod sessions;
 mod sqlite_grants;
 mod sqlite_limits;
