@@ -267,6 +267,8 @@ impl Database {
         }
         server.rows = rows;
         server.lanes = lanes;
+        // Nobody knows of these rows yet.
+        server.claimed.clear();
         drop(server);
         self.world.note(0, "restored", Subject::None, [0, 0]);
         self.released.notify_waiters();
