@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::bench::Bench;
 use crate::books::{Books, Written};
+use crate::charged::Charged;
 use crate::history::Histories;
 use crate::judge::{Anomalies, Anomaly, MessageId, Progress, Reset, Row, judge_letter};
 use crate::load::Loader;
@@ -49,6 +50,7 @@ pub(crate) fn run(seed: u64, cycles: usize, logs: &Path) -> Report {
         removed: 0,
         evidence: Vec::new(),
         quiet: Vec::new(),
+        charged: Vec::new(),
         emptied: Vec::new(),
         anew: Vec::new(),
         changed_database: None,
@@ -90,6 +92,8 @@ pub(crate) struct Run {
     pub(crate) evidence: Vec<Evidence>,
     /// What was said where there was none.
     pub(crate) quiet: Vec<Quiet>,
+    /// What was counted while stores were sick.
+    pub(crate) charged: Vec<Charged>,
     /// Rows of the second stage that were the last before its lanes' own were emptied.
     pub(crate) emptied: Vec<Row>,
     /// Messages that were in a topic made anew before somebody was to read it.
@@ -116,6 +120,7 @@ impl Run {
         let written: Written = books.stop();
         let mut histories = Histories::read(&bench, &self.again, written, self.resets);
         (histories.emptied, histories.anew) = (self.emptied, self.anew);
+        histories.have_waited(&self.charged);
         let loaded = usize::try_from(messages).expect("a number") + self.others.in_input();
         assert_eq!(
             histories.loaded(),
@@ -126,7 +131,7 @@ impl Run {
         let progress = self.lag.progress().expect("Kafka answers");
         let (cached_keys, repeated) =
             histories.judge_rest(&bench, &progress, self.flushed_at, &mut found);
-        let missed = plants::missed(&histories, &self.evidence, &self.quiet);
+        let missed = plants::missed(&histories, &self.evidence, &self.quiet, &self.charged);
         Report {
             seed,
             took: self.begun.elapsed(),

@@ -2,6 +2,7 @@
 
 use crate::bench::Bench;
 use crate::books::Written;
+use crate::charged::Charged;
 use crate::judge::{
     self, Anomalies, MessageId, Progress, Record, Repeated, Reset, Row, StageHistory, judge_cache,
     judge_letter, judge_passed, judge_progress, judge_stage, without_repeated,
@@ -27,6 +28,8 @@ pub(crate) struct Histories {
     pub(crate) emptied: Vec<Row>,
     /// Messages that were in a topic made anew before somebody was to read it.
     pub(crate) anew: Vec<MessageId>,
+    /// Messages that waited for a store that was sick, each with the name of its stage: of the first one and of the cacher.
+    pub(crate) waited: Vec<(&'static str, MessageId)>,
 }
 
 impl Histories {
@@ -67,7 +70,24 @@ impl Histories {
             resets,
             emptied: Vec::new(),
             anew: Vec::new(),
+            waited: Vec::new(),
         }
+    }
+
+    /// Finds the messages at which lanes waited while stores were sick.
+    pub(crate) fn have_waited(&mut self, charged: &[Charged]) {
+        let at = |p: &Progress| {
+            let (stage, inputs) = match p.group {
+                group if group == FIRST.group => (FIRST.name, &self.first.inputs),
+                group if group == CACHER.group => (CACHER.name, &self.second.inputs),
+                _ => return None,
+            };
+            let is_there = |r: &&Record| (r.partition, r.offset) == (p.partition, p.committed);
+            let record = inputs.iter().find(is_there)?;
+            Some((stage, record.message.id()))
+        };
+        let all = charged.iter().flat_map(|charged| &charged.waited);
+        self.waited = all.filter_map(at).collect();
     }
 
     /// Messages in the chain's first topic.

@@ -102,10 +102,12 @@ pub(crate) enum Anomaly {
     Missaid,
     /// An operator's reset of offsets that had no effect.
     Unheeded,
+    /// An attempt that was counted against a message, or a message that was given up on, while a store was sick.
+    Charged,
 }
 
 impl Anomaly {
-    pub(crate) const ALL: [Self; 16] = [
+    pub(crate) const ALL: [Self; 17] = [
         Self::LostWrite,
         Self::Duplicate,
         Self::Nonmonotonic,
@@ -122,6 +124,7 @@ impl Anomaly {
         Self::NotOver,
         Self::Missaid,
         Self::Unheeded,
+        Self::Charged,
     ];
 
     /// How it is called in the report.
@@ -143,6 +146,7 @@ impl Anomaly {
             Self::NotOver => "not-over",
             Self::Missaid => "missaid",
             Self::Unheeded => "unheeded",
+            Self::Charged => "charged",
         }
     }
 }

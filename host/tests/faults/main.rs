@@ -9,6 +9,7 @@
 mod anew;
 mod bench;
 mod books;
+mod charged;
 mod conductor;
 mod emptied;
 mod history;

@@ -25,6 +25,7 @@ pub(crate) const BOOKS_PARTITIONS: usize = 4;
 pub(crate) const CACHE_PREFIX: &str = "cache:";
 
 /// A stage as the judge looks at it.
+#[derive(Debug)]
 pub(crate) struct Stage {
     /// Its name, and what it is called in the column `lane`.
     pub(crate) name: &'static str,
@@ -89,12 +90,12 @@ pub(crate) const TABLES: &str = "
     );
     CREATE TABLE taken (id int PRIMARY KEY);
     INSERT INTO taken VALUES (1);
-    CREATE ROLE stagehost LOGIN;
+    CREATE ROLE stagehost LOGIN PASSWORD 'stagehost';
     GRANT ALL ON SCHEMA public TO stagehost;
     GRANT ALL ON ALL TABLES IN SCHEMA public TO stagehost;
     GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO stagehost;
 ";
-/// Who the hosts are there, and in Kafka.
+/// Who the hosts are there, and in Kafka; and their password in both.
 pub(crate) const ROLE: &str = "stagehost";
 /// What only the hosts' stores are called: what they say of one names it.
 pub(crate) const EFFECTS: &str = "effects";
@@ -154,7 +155,7 @@ partitions = {BOOKS_PARTITIONS}
 [topics."{PASSED}"]
 partitions = {BOOKS_PARTITIONS}
 [sql.{EFFECTS}]
-url = "postgres://{ROLE}@127.0.0.1:{postgres}/{DATABASE}"
+url = "postgres://{ROLE}:{ROLE}@127.0.0.1:{postgres}/{DATABASE}"
 max-connections = 20
 [redis.{CACHE}]
 url = "redis://127.0.0.1:{redis}"

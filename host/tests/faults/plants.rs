@@ -1,8 +1,10 @@
 //! Bugs that are planted in what a run has left: if the judge misses one, it would have missed that of a host, or the run had
 //! nothing that could have shown it.
 
+use crate::charged::{Charged, judge_charged};
 use crate::history::Histories;
 use crate::judge::{Anomalies, Anomaly, MessageId, Record, Row, StageHistory};
+use crate::pipeline::{CACHER, FIRST, Stage};
 use crate::quiet::{Quiet, judge_quiet};
 use crate::said::{Evidence, judge_said};
 
@@ -13,7 +15,7 @@ type Spoil = fn(&mut Histories) -> bool;
 type Silence = (fn(&Evidence) -> bool, fn(&mut Evidence));
 
 /// What is planted, and what the judge must call it.
-const PLANTS: [(&str, Anomaly, Spoil); 12] = [
+const PLANTS: [(&str, Anomaly, Spoil); 14] = [
     (
         "a message with copied headers, dropped as a repetition",
         Anomaly::LostWrite,
@@ -122,6 +124,27 @@ const PLANTS: [(&str, Anomaly, Spoil); 12] = [
         },
     ),
     (
+        "a message that was given up on while its database was sick",
+        Anomaly::WrongOutcome,
+        |h| {
+            let Some(letter) = given_up(h, &FIRST, &h.first.inputs) else {
+                return false;
+            };
+            let id = letter.message.id();
+            h.first.letters.push(letter);
+            remove_row(&mut h.first, |of| *of == id)
+        },
+    ),
+    (
+        "a message that was given up on while Redis was sick",
+        Anomaly::WrongOutcome,
+        |h| {
+            let letter = given_up(h, &CACHER, &h.second.inputs);
+            h.cacher_letters.extend(letter.clone());
+            letter.is_some()
+        },
+    ),
+    (
         "an operator's reset without effect",
         Anomaly::Unheeded,
         |h| {
@@ -170,13 +193,17 @@ const LIES: [(&str, Lie); 2] = [
     }),
 ];
 
-pub(crate) const COUNT: usize = PLANTS.len() + SILENT.len() + LIES.len();
+/// What a host may count though its message is not to blame.
+const ATTEMPT: &str = "an attempt that is counted while a store is sick";
+
+pub(crate) const COUNT: usize = PLANTS.len() + SILENT.len() + LIES.len() + 1;
 
 /// What the judge did not find.
 pub(crate) fn missed(
     histories: &Histories,
     evidence: &[Evidence],
     quiet: &[Quiet],
+    charged: &[Charged],
 ) -> Vec<&'static str> {
     let mut before = Anomalies::default();
     histories.judge(&mut before);
@@ -215,7 +242,32 @@ pub(crate) fn missed(
             missed.push(name);
         }
     }
+    let is_found = |charged: &Charged| {
+        let mut more = charged.clone();
+        more.count_one();
+        let mut found = Anomalies::default();
+        judge_charged(&more, &mut found);
+        found.count(Anomaly::Charged) > 0
+    };
+    let has_waited = |charged: &Charged| !charged.waited.is_empty();
+    if !charged.iter().any(has_waited) || !charged.iter().all(is_found) {
+        missed.push(ATTEMPT);
+    }
     missed
+}
+
+/// A message at which a lane waited for a store that was sick, as the dead letter that it is where its attempts are counted.
+fn given_up(h: &Histories, stage: &Stage, inputs: &[Record]) -> Option<Record> {
+    let has_waited = |record: &&Record| {
+        let place = (stage.name, record.message.id());
+        h.waited.contains(&place) && record.message.deed_at(stage.name).is_none()
+    };
+    let record = inputs.iter().find(has_waited)?;
+    Some(Record {
+        id: None,
+        cause: Some("retries-exhausted".to_owned()),
+        ..record.clone()
+    })
 }
 
 fn id_of(row: &Row) -> MessageId {

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::bench::Bench;
+use crate::charged::{Charged, judge_charged};
 use crate::conductor::Run;
 use crate::judge::{Anomaly, Progress};
 use crate::load::unix_milliseconds;
@@ -128,7 +129,7 @@ impl Run {
         }
     }
 
-    /// A server is sick until a host has said so everywhere, and for a while longer.
+    /// A server is sick until a host has said so everywhere, and for a while longer. No message pays for a store.
     fn sick(&mut self, round: &Round) {
         let Self { bench, .. } = self;
         let listening = Listening::begin(&bench.hosts.speakers());
@@ -139,7 +140,11 @@ impl Run {
         let evidence = listening.until_said(deed, &words, || bench.hosts.speakers());
         judge_said(&evidence, &mut self.found);
         self.evidence.push(evidence);
-        std::thread::sleep(round.hold);
+        let charged = Charged::watch(round.kind, deed, bench, &self.lag, round.hold);
+        if let Some(charged) = charged {
+            judge_charged(&charged, &mut self.found);
+            self.charged.push(charged);
+        }
         sickness.heal(bench);
     }
 

@@ -73,6 +73,12 @@ impl Words {
         metrics: &[],
         ..Self::RIGHTS
     };
+    /// The database asks for another password than the hosts have.
+    pub(crate) const PASSWORD: Self = Self {
+        readyz: &["password authentication failed"],
+        log: &["password authentication failed"],
+        ..Self::EFFECTS
+    };
     /// The database is an older copy, and has not again yet what it lost.
     pub(crate) const OLDER: Self = Self {
         readyz: &["has again what it lost"],
@@ -252,21 +258,26 @@ pub(crate) struct Counted(HashMap<(String, String), f64>);
 
 impl Counted {
     pub(crate) fn by(speakers: &[Speaker]) -> Self {
-        let mut all = HashMap::new();
-        for speaker in speakers {
-            for (series, value) in counters(&metrics(speaker)) {
-                all.insert((speaker.name.clone(), series.to_owned()), value);
-            }
-        }
-        Self(all)
+        let of = |speaker| Self::in_metrics(speaker, &metrics(speaker)).0;
+        Self(speakers.iter().flat_map(of).collect())
+    }
+
+    /// What one of them has counted, by its metrics.
+    pub(crate) fn in_metrics(speaker: &Speaker, metrics: &str) -> Self {
+        let place = |series: &str| (speaker.name.clone(), series.to_owned());
+        let all = counters(metrics).into_iter();
+        Self(all.map(|(series, value)| (place(series), value)).collect())
+    }
+
+    /// What a host had counted.
+    pub(crate) fn of(&self, speaker: &Speaker, series: &str) -> f64 {
+        let place = (speaker.name.clone(), series.to_owned());
+        self.0.get(&place).copied().unwrap_or(0.0)
     }
 
     /// The series in which a host has counted on since, a line each.
     pub(crate) fn grown(&self, speaker: &Speaker, metrics: &str) -> Vec<String> {
-        let before = |series: &str| {
-            let place = (speaker.name.clone(), series.to_owned());
-            self.0.get(&place).copied().unwrap_or(0.0)
-        };
+        let before = |series: &str| self.of(speaker, series);
         let grown = counters(metrics).into_iter();
         let grown = grown.filter(|(series, value)| *value > before(series));
         grown

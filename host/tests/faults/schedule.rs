@@ -31,7 +31,7 @@ pub(crate) enum Kind {
     CutRedis,
     /// PostgreSQL is read-only, or somebody locks the lanes' rows.
     SickPostgres,
-    /// PostgreSQL lets the hosts' role in no more, or has no connections for it.
+    /// PostgreSQL asks for a password that the hosts do not have, or has no connections for them.
     RefusePostgres,
     /// Redis is full, or answers nothing.
     SickRedis,

@@ -31,6 +31,12 @@ const JAVA: [&str; 4] = [
     "-XX:TieredStopAtLevel=1",
 ];
 
+/// Who is let in, and how.
+const LOGINS: &str = "\
+host all stagehost 127.0.0.1/32 scram-sha-256
+host all postgres 127.0.0.1/32 trust
+";
+
 /// Hands out free ports on the loopback address, each once.
 #[derive(Default)]
 pub(crate) struct Ports(HashSet<u16>);
@@ -221,7 +227,7 @@ broker.session.timeout.ms=2000
     )
 }
 
-/// PostgreSQL with the user `postgres`, who needs no password.
+/// PostgreSQL with the user `postgres`, who needs no password; the hosts' role does.
 pub(crate) fn postgres(folder: &Path, logs: &Path, port: u16) -> Server {
     let bin = postgres_bin();
     let data = folder.join("postgres");
@@ -243,6 +249,7 @@ pub(crate) fn postgres(folder: &Path, logs: &Path, port: u16) -> Server {
     let mut initdb = as_user(bin.join("initdb"), "KILL");
     initdb.args("-U postgres -A trust -E UTF8 --no-locale -N -D".split(' '));
     run("PostgreSQL's folder", initdb.arg(&data), &log);
+    std::fs::write(data.join("pg_hba.conf"), LOGINS).expect("who may log in");
     let is_ready = bin.join("pg_isready");
     Server {
         name: "postgres",

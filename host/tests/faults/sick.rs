@@ -14,7 +14,7 @@ const FEW_CLIENTS: &str = "CONFIG SET maxclients 1";
 const MANY_CLIENTS: &str = "CONFIG SET maxclients 1000";
 /// The hosts' connections end: those that are logged in would stay so.
 const END_CLIENTS: &str = "CLIENT KILL TYPE normal SKIPME yes";
-/// What Redis asks for while its password is changed.
+/// What a store asks for while its password is changed.
 const PASSWORD: &str = "changed";
 
 /// A server that is made sick, until this is told to heal it.
@@ -57,11 +57,11 @@ impl Sickness {
                     "LOCK TABLE stagehost_progress IN ACCESS EXCLUSIVE MODE",
                 ],
             ),
-            (Kind::RefusePostgres, is_login) => {
-                let what = if is_login {
-                    "NOLOGIN"
+            (Kind::RefusePostgres, is_password) => {
+                let what = if is_password {
+                    format!("PASSWORD '{PASSWORD}'")
                 } else {
-                    "CONNECTION LIMIT 0"
+                    "CONNECTION LIMIT 0".to_owned()
                 };
                 let refuses = format!("ALTER ROLE {ROLE} {what}");
                 let ends = format!(
@@ -84,6 +84,7 @@ impl Sickness {
             (Kind::SickKafka, _) => Words::LOG,
             (Kind::RefuseKafka, true) => Words::RIGHTS,
             (Kind::RefuseKafka, false) => Words::GROUP,
+            (Kind::RefusePostgres, true) => Words::PASSWORD,
             _ => Words::EFFECTS,
         }
     }
@@ -97,7 +98,7 @@ impl Sickness {
             (Kind::RefuseRedis, false) => "redis's places taken",
             (Kind::SickPostgres, true) => "postgres read-only",
             (Kind::SickPostgres, false) => "progress locked in postgres",
-            (Kind::RefusePostgres, true) => "postgres refused logins",
+            (Kind::RefusePostgres, true) => "postgres's password changed",
             (Kind::RefusePostgres, false) => "postgres's places taken",
             (Kind::SickKafka, true) => "kafka paused",
             (Kind::SickKafka, false) => "kafka silent",
@@ -131,7 +132,7 @@ impl Sickness {
             ),
             (Kind::SickPostgres, false) => self.postgres(bench, &["ROLLBACK"]),
             (Kind::RefusePostgres, _) => {
-                let allows = format!("ALTER ROLE {ROLE} LOGIN CONNECTION LIMIT -1");
+                let allows = format!("ALTER ROLE {ROLE} PASSWORD '{ROLE}' CONNECTION LIMIT -1");
                 self.postgres(bench, &[&allows]);
             }
             (Kind::SickKafka, true) => bench.kafka.signal(libc::SIGCONT),

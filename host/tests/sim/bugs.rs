@@ -4,10 +4,10 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
-use host::capability::StoreError;
+use host::capability::{Action, Away, StoreError};
 use host::delivery::progress::{self, Broken, Claim, Commit, CommitError, LaneId, Mode};
 use host::delivery::seen::HEADER;
-use host::delivery::{dead_letter, output};
+use host::delivery::{self, Delivery, Invocation, dead_letter, output};
 use host::log::committed::{Committed, RowMark};
 use host::log::{Addressed, BatchLimits, Gap, LogError, Sink as _, Started, Unsent};
 use host::record::{Outgoing, Record};
@@ -18,6 +18,7 @@ use crate::world::client::{Client, Open};
 use crate::world::database::Lacks;
 use crate::world::producer::Producer;
 use crate::world::source::PartitionSource;
+use crate::world::stage::Stage;
 use crate::world::{World, lock};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,6 +73,10 @@ pub(crate) enum Bug {
     ForgetsDelivered,
     /// Where a lane has begun that has no row yet counts as if all below were delivered.
     TrustsBeginnings,
+    /// What a store that is sick refuses counts as an attempt of the message.
+    CountsSickness,
+    /// A store that is sick is asked whether it is there, and not for what it did not do.
+    PingsTheSick,
 }
 
 /// What an adapter is to break, if anything.
@@ -226,6 +231,46 @@ impl Addressed for Sink {
     async fn partition_of(&self, record: &Outgoing) -> Result<i32, LogError> {
         self.inner.partition_of(record).await
     }
+}
+
+pub(crate) struct Handler {
+    pub(crate) planted: Planted,
+    pub(crate) inner: Stage,
+}
+
+impl<T: Sync> delivery::Handler<T> for Handler
+where
+    Stage: delivery::Handler<T>,
+{
+    fn takes_batches(&self) -> bool {
+        delivery::Handler::<T>::takes_batches(&self.inner)
+    }
+
+    async fn call(&self, deliveries: &[Delivery<'_>], transaction: &T) -> Invocation {
+        let mut invocation = delivery::Handler::call(&self.inner, deliveries, transaction).await;
+        if self.planted.is(Bug::CountsSickness) {
+            match &mut invocation.outcomes {
+                Ok(outcomes) => (outcomes.iter_mut())
+                    .filter_map(|outcome| outcome.as_mut().err())
+                    .for_each(blame_message),
+                Err(fault) => blame_message(fault),
+            }
+        }
+        invocation
+    }
+
+    async fn probe(&self, away: &Away) -> Result<(), StoreError> {
+        let mut away = away.clone();
+        if self.planted.is(Bug::PingsTheSick) {
+            away.action = Action::Answer;
+        }
+        delivery::Handler::<T>::probe(&self.inner, &away).await
+    }
+}
+
+/// As if a store that is there could not be why it failed.
+fn blame_message(fault: &mut delivery::Fault) {
+    fault.away = fault.away.take().filter(|away| away.was_gone);
 }
 
 pub(crate) struct Ledger {

@@ -13,6 +13,9 @@ const SESSION: u64 = 8_000;
 
 /// What a lane says that does again what its database has lost.
 const AGAIN: &str = "waits until ";
+/// And one that goes on by itself.
+const WAITS: &str = "waits ";
+const TRIES_AGAIN: &str = "its row in stagehost_progress can't be kept";
 
 /// The group of all stages. Clones are the same.
 #[derive(Clone)]
@@ -211,7 +214,7 @@ impl Cluster {
         let servers = &self.0.servers;
         let topology = servers.world.topology();
         let halted = self.halted();
-        let again = self.says(|reason| reason.contains(AGAIN));
+        let again = self.says(|said| said.starts_with(AGAIN));
         let mut undone = Vec::new();
         for seat in self.seats() {
             let stage = &topology.stages[seat.0];
@@ -230,7 +233,7 @@ impl Cluster {
 
     /// The seats whose lanes say that they have stopped.
     pub(crate) fn halted(&self) -> BTreeSet<Seat> {
-        self.says(|reason| !reason.contains(AGAIN))
+        self.says(|said| !said.starts_with(WAITS) && !said.starts_with(TRIES_AGAIN))
     }
 
     /// The seats of which readiness says something like it.
@@ -246,8 +249,8 @@ impl Cluster {
             let condition = format!("stage {} on {} {}: ", stage.name, stage.input, seat.1);
             let mut own = reasons
                 .iter()
-                .filter(|reason| reason.starts_with(&condition));
-            own.any(|reason| like(reason))
+                .filter_map(|reason| reason.strip_prefix(&condition));
+            own.any(&like)
         };
         self.seats().into_iter().filter(says).collect()
     }

@@ -99,7 +99,10 @@ fn policy(stage: &topology::Stage, on_gap: OnGap, planted: Planted) -> Policy {
 }
 
 /// What the lanes of one stage have, and the database that keeps their progress if they are transactional.
-type Equipped = (Equipment<bugs::Sink, Stage>, Option<Arc<bugs::Ledger>>);
+type Equipped = (
+    Equipment<bugs::Sink, bugs::Handler>,
+    Option<Arc<bugs::Ledger>>,
+);
 
 /// One host's process, with its lanes.
 pub(crate) struct Host {
@@ -152,11 +155,14 @@ impl Host {
                     tried: Arc::default(),
                 })
             });
-            let handler = Stage {
-                process: process.clone(),
-                number,
-                store: servers.store.clone(),
-                client,
+            let handler = bugs::Handler {
+                planted: servers.planted,
+                inner: Stage {
+                    process: process.clone(),
+                    number,
+                    store: servers.store.clone(),
+                    client,
+                },
             };
             let sink = bugs::Sink {
                 planted: servers.planted,

@@ -156,5 +156,7 @@ mod finds {
         values_without_versions: NoVersions,
         keys_without_order: NoOrder,
         ids_that_count_anywhere: TrustsIds,
+        attempts_that_a_sick_store_costs: CountsSickness,
+        sick_stores_that_are_only_pinged: PingsTheSick,
     }
 }

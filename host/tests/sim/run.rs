@@ -148,6 +148,11 @@ impl Run {
             }
             Event::Restore(number, cuts) => self.restore(*number, *cuts),
             Event::DatabaseAway(..) | Event::LogAway(_) | Event::StoreAway(_) => self.outage(event),
+            // Nothing that is sick costs a message an attempt.
+            Event::DatabaseSick(number, sickness) => {
+                self.servers.databases[*number].set_sick(*sickness);
+            }
+            Event::StoreSick(sickness) => self.servers.store.set_sick(*sickness),
         }
     }
 

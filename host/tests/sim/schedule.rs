@@ -9,6 +9,7 @@ use rand::{Rng, SeedableRng};
 
 use crate::topology::{Kind, Mix, Stage, Topology};
 use crate::world::Weather;
+use crate::world::sickness::Sickness;
 
 /// How a partition moves to another host.
 #[derive(Clone, Copy, Debug)]
@@ -38,6 +39,9 @@ pub(crate) enum Event {
     Restore(usize, bool),
     LogAway(u64),
     StoreAway(u64),
+    /// A database is there, and does not do what it is asked for; or does it again.
+    DatabaseSick(usize, Option<Sickness>),
+    StoreSick(Option<Sickness>),
     ProducerFails(usize, usize),
     Weather(Weather, u64),
     /// Retention removes this part of a partition, in per cent.
@@ -76,6 +80,8 @@ struct Troubles {
     databases: bool,
     log: bool,
     store: bool,
+    sick_databases: bool,
+    sick_store: bool,
     producers: bool,
     loss: bool,
     slow: bool,
@@ -96,6 +102,8 @@ impl Troubles {
             databases: maybe(4),
             log: maybe(4),
             store: maybe(3),
+            sick_databases: maybe(4),
+            sick_store: maybe(3),
             producers: maybe(3),
             loss: maybe(6),
             slow: maybe(3),
@@ -125,6 +133,7 @@ impl Schedule {
         let horizon = rng.random_range(2_000..=40_000);
         let mut events = inputs(rng, horizon);
         trouble(&mut events, rng, troubles, &topology, hosts, horizon);
+        sicknesses(&mut events, rng, troubles, topology.databases, horizon);
         if troubles.restores {
             restores(&mut events, rng, topology.databases, horizon);
         }
@@ -265,6 +274,38 @@ fn inputs(rng: &mut StdRng, horizon: u64) -> Vec<(u64, Event)> {
         .zip(times)
         .map(|(id, at)| (at, Event::Input { id, key: key() }))
         .collect()
+}
+
+/// Stores that are sick for a while. Some are so for longer than one is believed that says that it would do what it refuses.
+fn sicknesses(
+    events: &mut Vec<(u64, Event)>,
+    rng: &mut StdRng,
+    troubles: &Troubles,
+    databases: usize,
+    horizon: u64,
+) {
+    let mut some = |make: &dyn Fn(usize, Option<Sickness>) -> Event| {
+        for _ in 0..rng.random_range(1..=2) {
+            let number = rng.random_range(0..databases);
+            let sickness = match rng.random_ratio(1, 2) {
+                true => Sickness::TakesNoWrites,
+                false => Sickness::Refuses,
+            };
+            let begins = rng.random_range(0..=horizon);
+            let lasts = match rng.random_ratio(1, 3) {
+                true => rng.random_range(1..=60_000),
+                false => rng.random_range(1..=4_000),
+            };
+            events.push((begins, make(number, Some(sickness))));
+            events.push((begins + lasts, make(number, None)));
+        }
+    };
+    if troubles.sick_databases {
+        some(&Event::DatabaseSick);
+    }
+    if troubles.sick_store {
+        some(&|_, sickness| Event::StoreSick(sickness));
+    }
 }
 
 /// Databases that go back.

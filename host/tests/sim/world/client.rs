@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use host::capability::StoreError;
+use host::capability::{Action, StoreError};
 use host::delivery::progress::{
     Broken, Claim, Commit, CommitError, LaneId, Ledger, Mode, Transaction,
 };
@@ -51,11 +51,15 @@ impl Client {
         &self.database
     }
 
-    /// Asks it for nothing.
-    pub(crate) async fn probe(&self) -> Result<(), StoreError> {
-        let database = self.database.clone();
-        let asked = request(&self.process, "probe", async move { database.is_up() }).await;
-        match asked {
+    /// Asks whether it does this.
+    pub(crate) async fn probe(&self, action: &Action) -> Result<(), StoreError> {
+        let (database, action) = (self.database.clone(), action.clone());
+        let asked = request(
+            &self.process,
+            "probe",
+            async move { database.does(&action) },
+        );
+        match asked.await {
             Ok(true) => Ok(()),
             _ => Err(unavailable()),
         }
@@ -287,7 +291,7 @@ impl Open {
         let broken = match answer {
             Ok(()) => None,
             Err(Denial::Gone) => Some(Broken::Connection("it was lost".into())),
-            Err(Denial::Failed) => self
+            Err(Denial::Failed | Denial::Sick(_)) => self
                 .end
                 .database
                 .is_doomed(self.end.session)
@@ -380,7 +384,7 @@ impl Transaction for Open {
                 match committed.await {
                     Ok(Ok(())) => Ok(()),
                     Ok(Err(Denial::Failed)) => Err(CommitError::Refused("a constraint".into())),
-                    Ok(Err(Denial::Gone)) | Err(_) => Err(unanswered()),
+                    Ok(Err(Denial::Gone | Denial::Sick(_))) | Err(_) => Err(unanswered()),
                 }
             }
             Ok(Ok(false)) => Err(CommitError::Fenced),

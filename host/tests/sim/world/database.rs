@@ -3,9 +3,11 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use host::capability::Action;
 use host::delivery::progress::{Checkpoint, Claim, Commit, LaneId, Mode};
 use tokio::sync::Notify;
 
+use super::sickness::Sickness;
 use super::trace::Subject;
 use super::{World, lock};
 
@@ -28,6 +30,8 @@ pub(crate) enum Denial {
     Gone,
     /// The statement fails.
     Failed,
+    /// The server is there, and does not do it.
+    Sick(Sickness),
 }
 
 /// A commit as it travels.
@@ -98,6 +102,7 @@ pub(crate) struct Database {
 #[derive(Default)]
 struct Server {
     is_down: bool,
+    sickness: Option<Sickness>,
     rows: Vec<Row>,
     lanes: BTreeMap<LaneId, Claim>,
     /// Which process claimed a lane last.
@@ -148,6 +153,29 @@ impl Database {
         self.released.notify_waiters();
     }
 
+    /// It is sick from now on, or well again. Whoever is connected stays so.
+    pub(crate) fn set_sick(&self, sickness: Option<Sickness>) {
+        self.server().sickness = sickness;
+        let is_sick = i64::from(sickness.is_some());
+        self.world
+            .note(0, "database sick", Subject::None, [is_sick, 0]);
+    }
+
+    /// Whether it does this.
+    pub(crate) fn does(&self, action: &Action) -> bool {
+        let server = self.server();
+        let does = |sickness: Sickness| sickness.does(action);
+        !server.is_down && server.sickness.is_none_or(does)
+    }
+
+    /// What the host writes of its own: its rights are not a stage's.
+    fn takes_writes(&self) -> Result<(), Denial> {
+        match self.server().sickness {
+            Some(sickness) if !sickness.does(&Action::Write) => Err(Denial::Sick(sickness)),
+            _ => Ok(()),
+        }
+    }
+
     pub(crate) fn rows(&self) -> Vec<Row> {
         self.server().rows.clone()
     }
@@ -178,6 +206,7 @@ impl Database {
         lane: LaneId,
         how: Own,
     ) -> Result<Option<Claim>, Denial> {
+        self.takes_writes()?;
         let session = self.open(Mode::Optimistic)?;
         self.lock_row(&lane, session).await?;
         let mut server = self.server();
@@ -238,6 +267,8 @@ impl Database {
         }
         server.rows = rows;
         server.lanes = lanes;
+        // Nobody knows of these rows yet.
+        server.claimed.clear();
         drop(server);
         self.world.note(0, "restored", Subject::None, [0, 0]);
         self.released.notify_waiters();
@@ -245,6 +276,7 @@ impl Database {
 
     /// Commits progress alone; answers whether the row was what it follows.
     pub(crate) async fn save(&self, update: Update) -> Result<bool, Denial> {
+        self.takes_writes()?;
         let session = self.open(Mode::Optimistic)?;
         let done = self.update(session, update).await?;
         if done {
@@ -284,9 +316,16 @@ impl Database {
     }
 
     pub(crate) fn insert(&self, session: u64, row: Row) -> Result<(), Denial> {
-        self.statement(session, |session| {
-            session.rows.push(row);
-            Ok(())
+        let sickness = self.server().sickness;
+        self.statement(session, |session| match sickness {
+            None => {
+                session.rows.push(row);
+                Ok(())
+            }
+            Some(sickness) => {
+                session.doomed = session.mode == Mode::Optimistic;
+                Err(Denial::Sick(sickness))
+            }
         })
     }
 
@@ -336,6 +375,7 @@ impl Database {
 
     /// Changes a lane's row in a transaction, if it is what the update follows. The row stays locked until the end.
     pub(crate) async fn update(&self, session: u64, update: Update) -> Result<bool, Denial> {
+        self.takes_writes()?;
         self.lock_row(&update.lane, session).await?;
         let mut server = self.server();
         let is_mine = (server.lanes.get(&update.lane)).is_some_and(|row| {

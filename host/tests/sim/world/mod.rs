@@ -10,6 +10,7 @@ pub(crate) mod evidence;
 pub(crate) mod network;
 pub(crate) mod process;
 pub(crate) mod producer;
+pub(crate) mod sickness;
 pub(crate) mod source;
 pub(crate) mod stage;
 pub(crate) mod store;

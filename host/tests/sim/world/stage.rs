@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use host::capability::{Away, StoreError, StoreName};
+use host::capability::{Action, Away, StoreError, StoreName};
 use host::delivery::{Cause, Delivery, Fault, Handler, Invocation};
 use host::record::{Outgoing, Record};
 
@@ -13,6 +13,7 @@ use super::evidence::id_of_record;
 use super::network::request;
 use super::pause;
 use super::process::Process;
+use super::sickness::Sickness;
 use super::store::Store;
 use super::trace::Subject;
 use crate::bugs;
@@ -92,7 +93,10 @@ impl Effects for Direct<'_> {
             store.put(row.stage, key, row.offset, row.id)
         });
         match put.await {
-            Ok(true) => Ok(()),
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(Denial::Sick(sickness))) => {
+                Err(refused(sickness, StoreName::Redis(STORE.into())))
+            }
             _ => Err(self.0.away()),
         }
     }
@@ -244,7 +248,8 @@ impl Stage {
             Script::Slow => pause(world.roll(1..=150)).await,
             Script::NeedsStore => {
                 let store = self.store.clone();
-                let asked = request(&self.process, "get", async move { store.is_up() }).await;
+                let got = async move { store.does(&Action::Read) };
+                let asked = request(&self.process, "get", got).await;
                 if !matches!(asked, Ok(true)) {
                     return Err(self.away());
                 }
@@ -279,12 +284,12 @@ impl Stage {
         ids.into_iter().map(output).collect()
     }
 
-    async fn ask(&self, store: &StoreName) -> Result<(), StoreError> {
-        match (store, &self.client) {
-            (StoreName::Sql(_), Some(client)) => client.probe().await,
+    async fn ask(&self, away: &Away) -> Result<(), StoreError> {
+        match (&away.store, &self.client) {
+            (StoreName::Sql(_), Some(client)) => client.probe(&away.action).await,
             _ => {
-                let store = self.store.clone();
-                let asked = request(&self.process, "probe", async move { store.is_up() });
+                let (store, action) = (self.store.clone(), away.action.clone());
+                let asked = request(&self.process, "probe", async move { store.does(&action) });
                 match asked.await {
                     Ok(true) => Ok(()),
                     _ => Err(StoreError::Unavailable("no answer".into())),
@@ -326,7 +331,7 @@ impl Handler<bugs::Transaction> for Stage {
     }
 
     async fn probe(&self, away: &Away) -> Result<(), StoreError> {
-        self.ask(&away.store).await
+        self.ask(away).await
     }
 }
 
@@ -345,12 +350,23 @@ impl Handler<()> for Stage {
     }
 
     async fn probe(&self, away: &Away) -> Result<(), StoreError> {
-        self.ask(&away.store).await
+        self.ask(away).await
     }
 }
 
 fn statement_fault(denial: Denial) -> Fault {
+    if let Denial::Sick(sickness) = denial {
+        return refused(sickness, StoreName::Sql(DATABASE.into()));
+    }
     Fault::new(Cause::Retry, format!("a statement: {denial:?}"))
+}
+
+/// No message is to pay for it.
+fn refused(sickness: Sickness, store: StoreName) -> Fault {
+    Fault {
+        away: Some(Box::new(sickness.away(store))),
+        ..Fault::new(Cause::Retry, "the store is sick")
+    }
 }
 
 fn failed(fault: Fault, worn: bool) -> Invocation {
