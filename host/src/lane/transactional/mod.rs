@@ -454,7 +454,7 @@ where
         };
         let row = format!("the row of {group}, {input}, {partition} in stagehost_progress");
         Err(Ending::Halted(Halt(format!(
-            "{}: {row} holds an output for the topic {topic}, which the pipeline does not grant to this stage: \
+            "{}: {row} holds an output or a dead letter for the topic {topic}, which the pipeline does not grant to this stage: \
              add it to `output` (or as `dead-letter`) and start the host again; the output is kept until then",
             self.store
         ))))

@@ -253,10 +253,14 @@ async fn revoke(host: &mut Client, role: &str) -> Result<(), StoreError> {
 
 /// Where stages use the host's own role: says once what that means.
 pub(super) async fn warn_of_host_role(place: &str, client: &mut Client) -> Result<(), StoreError> {
-    const POWERS: &str = "SELECT quote_ident(rolname), coalesce(concat_ws(', ', \
-                          CASE WHEN rolsuper THEN 'superuser' END, CASE WHEN rolcreaterole THEN 'createrole' END, \
-                          CASE WHEN rolreplication THEN 'replication' END, CASE WHEN rolbypassrls THEN 'bypassrls' END), '') \
-                          FROM pg_roles WHERE rolname = current_user";
+    const POWERS: &str = "SELECT quote_ident(me.rolname), coalesce(concat_ws(', ', \
+        CASE WHEN me.rolsuper THEN 'superuser' END, CASE WHEN me.rolcreaterole THEN 'createrole' END, \
+        CASE WHEN me.rolreplication THEN 'replication' END, CASE WHEN me.rolbypassrls THEN 'bypassrls' END, \
+        (SELECT string_agg('member of ' || quote_ident(r.rolname), ', ' ORDER BY r.rolname) FROM pg_roles AS r \
+         WHERE NOT me.rolsuper AND r.oid <> me.oid AND pg_has_role(me.oid, r.oid, 'MEMBER') AND (r.rolsuper OR r.rolname IN \
+             ('pg_read_server_files', 'pg_write_server_files', 'pg_execute_server_program', 'pg_signal_backend', \
+              'pg_write_all_data', 'pg_read_all_data', 'pg_maintain', 'pg_create_subscription')))), '') \
+        FROM pg_roles AS me WHERE me.rolname = current_user";
     let found = texts(ask(client, POWERS, &Parameters::default()).await?);
     let [role, powers] = &found[..] else {
         return Ok(());

@@ -163,6 +163,17 @@ async fn powers_of_a_role_that_stages_share_with_the_host_are_warned_of_at_the_s
         }
         roles.place.run(&change("NO")).await;
     }
+    for of in ["pg_execute_server_program", "pg_write_all_data"] {
+        let member = |what: &str, whose: &str| format!("{what} {of} {whose} {}", roles.host);
+        roles.place.run(&member("GRANT", "TO")).await;
+        start_again(&mut bench);
+        let words = format!("has more power than they should (member of {of})");
+        match &warnings(&bench)[..] {
+            [only] => assert!(only.contains(" WARN ") && only.contains(&words), "{only}"),
+            other => panic!("{of}: {other:?}"),
+        }
+        roles.place.run(&member("REVOKE", "FROM")).await;
+    }
     start_again(&mut bench);
     assert_eq!(warnings(&bench), NONE);
     check_works(&bench).await;
