@@ -112,22 +112,26 @@ impl Outcome {
             let mut seen = Seen::default();
             let mut known = BTreeSet::new();
             let mut kept = Vec::new();
+            let mut missed = Vec::new();
             for record in records {
+                let value = id_of_record(record);
                 let id = OutputId::of(record, CLUSTER).map(|id| id.to_string());
                 let repeats = id.is_some_and(|id| !known.insert(id));
                 let dropped = seen.admit(record, CLUSTER) != Admitted::New;
                 if dropped && !repeats {
-                    let value = id_of_record(record);
-                    wrongly_dropped.push(format!(
-                        "{value} in {topic} {partition} is below a newer one"
-                    ));
+                    missed.push(value.clone());
+                }
+                if !dropped && self.went_back {
+                    // A row went back in its turn before its outputs could be written anew: they were made again.
+                    missed.retain(|missed| *missed != value);
                 }
                 if !repeats {
-                    let id = id_of_record(record);
-                    *distinct.counts.entry(id.clone()).or_default() += 1;
-                    kept.push((id, record.offset));
+                    *distinct.counts.entry(value.clone()).or_default() += 1;
+                    kept.push((value, record.offset));
                 }
             }
+            let below = |id| format!("{id} in {topic} {partition} is below a newer one");
+            wrongly_dropped.extend(missed.into_iter().map(below));
             distinct.partitions.push(kept);
         }
         for what in wrongly_dropped {
