@@ -20,6 +20,14 @@ const OPEN: Duration = Duration::from_millis(150);
 /// More than the policy has attempts.
 const TIMES: u32 = 4;
 
+fn on_database(lane: Lane) -> (Patient, Proxy) {
+    let mut url = url::Url::parse(&server("DATABASE_URL")).expect("a URL");
+    let proxy = Proxy::start(url.port().expect("a port"));
+    url.set_port(Some(proxy.port)).expect("a port");
+    let stores = format!("[redis.cache]\nurl = \"memory:\"\n[sql.db]\nurl = \"{url}\"");
+    (Patient::start("db", lane, GRANT, &stores), proxy)
+}
+
 async fn costs_nothing(patient: Patient, proxy: &Proxy, lane: Lane, call: Value) {
     patient.send(std::slice::from_ref(&call)).await;
     patient.goes_on();
@@ -39,13 +47,8 @@ async fn costs_nothing(patient: Patient, proxy: &Proxy, lane: Lane, call: Value)
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_that_answers_nobody_for_a_moment_costs_no_message() {
-    let url = url::Url::parse(&server("DATABASE_URL")).expect("a URL");
     for lane in [Lane::Ordered, Lane::Concurrent, Lane::Transactional] {
-        let proxy = Proxy::start(url.port().expect("a port"));
-        let mut through = url.clone();
-        through.set_port(Some(proxy.port)).expect("a port");
-        let stores = format!("[redis.cache]\nurl = \"memory:\"\n[sql.db]\nurl = \"{through}\"");
-        let patient = Patient::start("db", lane, GRANT, &stores);
+        let (patient, proxy) = on_database(lane);
         let select = json!({ "do": "sql", "store": "db", "statement": "SELECT 1" });
         costs_nothing(patient, &proxy, lane, select).await;
     }
@@ -54,16 +57,11 @@ async fn a_database_that_answers_nobody_for_a_moment_costs_no_message() {
 /// It is looked for locks meanwhile, and nobody answers whether there are any.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_that_answers_nobody_for_long_is_called_away_and_not_locked() {
-    let url = url::Url::parse(&server("DATABASE_URL")).expect("a URL");
     for lane in [Lane::Ordered, Lane::Transactional] {
-        let proxy = Proxy::start(url.port().expect("a port"));
-        let mut through = url.clone();
-        through.set_port(Some(proxy.port)).expect("a port");
-        let stores = format!("[redis.cache]\nurl = \"memory:\"\n[sql.db]\nurl = \"{through}\"");
-        let patient = Patient::start("db", lane, GRANT, &stores);
+        let (patient, proxy) = on_database(lane);
         let sleep = json!({ "do": "sql", "store": "db", "statement": "SELECT pg_sleep(0.4)" });
-        patient.send(&[sleep]).await;
-        tokio::time::sleep(Duration::from_millis(200)).await;
+        // Enough of them that it is not over before it is cut off.
+        patient.send(&vec![sleep; 5]).await;
         proxy.stall(true);
         patient.says("did not answer within");
         proxy.stall(false);
