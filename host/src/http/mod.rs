@@ -297,13 +297,16 @@ async fn answer<H: Handler>(
             return Ok(closing(refused));
         }
     }
-    let what = format!("{} {}", request.method(), request.uri().path());
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     // Where a body in chunks ended, hyper alone knows: see `Stream`.
     let is_chunked = request.headers().contains_key(TRANSFER_ENCODING);
     let request = request.map(|body| RequestBody::new(body, link));
     let handled = AssertUnwindSafe(server.handler.handle(request)).catch_unwind();
     let mut answer = handled.await.unwrap_or_else(|_| {
-        tracing::error!(request = what, "the handler of a request panicked");
+        tracing::error!(
+            request = format!("{method} {path}"),
+            "the handler of a request panicked"
+        );
         text(StatusCode::INTERNAL_SERVER_ERROR, "internal error")
     });
     let length = answer.body().size_hint().lower();

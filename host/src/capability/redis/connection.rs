@@ -19,8 +19,8 @@ use crate::capability::tls::speaks_tls;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the server may take to answer a command.
 pub(super) const RESPONSE_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a call may take in all, waiting for a connection that is being made again included.
-const CALL_TIMEOUT: Duration = Duration::from_secs(12);
+/// How long a call may wait for a connection that is being made again, and a rehearsal may take. Each answer has its own time.
+const RENEW_TIMEOUT: Duration = Duration::from_secs(12);
 /// How long it may take to find out what an address speaks that could not be spoken to.
 const DIAGNOSIS_TIMEOUT: Duration = Duration::from_secs(1);
 /// How much of it the address may take to answer a question that is not in TLS.
@@ -74,19 +74,13 @@ impl Connection {
         &self,
         call: impl AsyncFnOnce(&mut MultiplexedConnection) -> Result<T, RedisError>,
     ) -> Result<T, Refusal> {
-        let asked = async {
-            let (mut connection, number) = self.0.take().await?;
-            match call(&mut connection).await {
-                Ok(answer) => Ok(answer),
-                Err(error) => {
-                    let refusal = Refusal::of(error);
-                    self.note(number, &refusal);
-                    Err(refusal)
-                }
-            }
-        };
-        let asked = tokio::time::timeout(CALL_TIMEOUT, asked).await;
-        asked.unwrap_or_else(|_| Err(Unmade::from(too_late()).into()))
+        let (mut connection, number) = self.0.take().await?;
+        // The client gives each command its time: another timer around them costs as much as it does to send one.
+        call(&mut connection).await.map_err(|error| {
+            let refusal = Refusal::of(error);
+            self.note(number, &refusal);
+            refusal
+        })
     }
 
     /// Sees whether these commands could be run, each a name and its arguments, without running them. It is asked on a connection
@@ -98,7 +92,7 @@ impl Connection {
             let mut connection = self.0.make().await?;
             rehearse(&mut connection, commands).await
         };
-        let asked = tokio::time::timeout(CALL_TIMEOUT, asked).await;
+        let asked = tokio::time::timeout(RENEW_TIMEOUT, asked).await;
         asked.unwrap_or_else(|_| Err(Unmade::from(too_late()).into()))
     }
 
@@ -153,7 +147,12 @@ impl Inner {
         match self.there() {
             Some(there) => Ok(there),
             // What is seldom done is in a box: a call's future is moved with all that it may come to.
-            None => Box::pin(self.renew()).await,
+            None => {
+                let renewed = tokio::time::timeout(RENEW_TIMEOUT, Box::pin(self.renew()));
+                renewed
+                    .await
+                    .unwrap_or_else(|_| Err(Unmade::from(too_late()).into()))
+            }
         }
     }
 
@@ -295,7 +294,7 @@ fn words(error: Error) -> String {
 }
 
 fn too_late() -> String {
-    format!("no answer within {} s", CALL_TIMEOUT.as_secs())
+    format!("no answer within {} s", RENEW_TIMEOUT.as_secs())
 }
 
 /// The mode that a server says it runs in.
