@@ -44,6 +44,8 @@ pub(super) struct Link {
     /// Why a head was refused. It is set before hyper sees the request that stands in for it.
     refusal: OnceLock<Refusal>,
     request: Mutex<Held>,
+    /// Whether it holds anything.
+    is_held: AtomicBool,
     /// Whether a body was not read to its end.
     body_left: AtomicBool,
     gives_way: Arc<Notify>,
@@ -65,6 +67,7 @@ impl Link {
     /// There is a place for the request.
     pub(super) fn has(&self, place: OwnedSemaphorePermit) {
         self.request().place = Some(place);
+        self.is_held.store(true, Ordering::Relaxed);
     }
 
     /// The client is to take an answer of so many bytes.
@@ -100,12 +103,39 @@ impl Link {
 
     /// The client has taken its answer, or takes no more of it.
     pub(super) fn taken(&self) {
-        *self.request() = Held::default();
+        // Looked at whenever a head is waited for.
+        if self.is_held.swap(false, Ordering::Relaxed) {
+            *self.request() = Held::default();
+        }
         self.body_left.store(false, Ordering::Relaxed);
     }
 
     fn request(&self) -> MutexGuard<'_, Held> {
         self.request.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What came of the wait for a head.
+enum Head {
+    /// The client sends nothing more.
+    Ended,
+    /// It is held.
+    Held,
+    /// Hyper has it, and what came of its body.
+    Given,
+}
+
+/// How many bytes of the body are to come where these are a whole head, that is not refused, and nothing of a next message: most
+/// requests come so, and need not be held.
+fn alone(bytes: &[u8]) -> Option<u64> {
+    if bytes.starts_with(b"\r\n") {
+        return None;
+    }
+    let length = Scanner::default().find(bytes).ok()??;
+    let head = bytes.get(..length).filter(|_| length <= MAX_HEAD)?;
+    match check(head).ok()? {
+        Framing::Length(body) => (length as u64 + body).checked_sub(bytes.len() as u64),
+        Framing::Chunked => None,
     }
 }
 
@@ -130,16 +160,12 @@ impl Stream {
         self.socket
     }
 
-    /// Reads until a whole head is held. Answers `false` at the end of what the client sends.
-    fn poll_head(
-        &mut self,
-        cx: &mut Context<'_>,
-        scrap: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<bool>> {
+    /// Reads until there is a whole head.
+    fn poll_head(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<Head>> {
         self.writing.rest();
         self.link.taken();
         if self.link.refusal().is_some() {
-            return Poll::Ready(Ok(false));
+            return Poll::Ready(Ok(Head::Ended));
         }
         loop {
             // A client may end what it sends with an empty line that belongs to nothing.
@@ -160,23 +186,33 @@ impl Stream {
                     break;
                 }
             }
-            let before = scrap.filled().len();
-            let read = Pin::new(&mut self.socket).poll_read(cx, scrap);
+            let before = buf.filled().len();
+            let read = Pin::new(&mut self.socket).poll_read(cx, buf);
             if read.is_pending() {
                 self.place.waits();
             }
             ready!(read)?;
-            let read = &scrap.filled()[before..];
+            let read = &buf.filled()[before..];
             if read.is_empty() {
-                return Poll::Ready(Ok(false));
+                return Poll::Ready(Ok(Head::Ended));
+            }
+            if self.held.is_empty()
+                && let Some(left) = alone(read)
+            {
+                self.cleared = left;
+                return Poll::Ready(self.begin(Head::Given));
             }
             self.held.extend_from_slice(read);
-            scrap.set_filled(before);
+            buf.set_filled(before);
         }
+        Poll::Ready(self.begin(Head::Held))
+    }
+
+    fn begin(&mut self, head: Head) -> io::Result<Head> {
         self.scanner = Scanner::default();
         match self.place.works() {
-            true => Poll::Ready(Ok(true)),
-            false => Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into())),
+            true => Ok(head),
+            false => Err(io::ErrorKind::ConnectionAborted.into()),
         }
     }
 
@@ -249,8 +285,11 @@ impl AsyncRead for Stream {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        if this.cleared == 0 && !ready!(this.poll_head(cx, buf))? {
-            return Poll::Ready(Ok(()));
+        if this.cleared == 0 {
+            match ready!(this.poll_head(cx, buf))? {
+                Head::Ended | Head::Given => return Poll::Ready(Ok(())),
+                Head::Held => {}
+            }
         }
         this.poll_cleared(cx, buf)
     }
