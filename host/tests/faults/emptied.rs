@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::bench::Bench;
 use crate::conductor::Run;
-use crate::judge::Anomaly;
+use crate::judge::{Anomaly, Progress};
 use crate::offsets;
 use crate::pipeline::{FIRST, MIDDLE, SECOND, TRANSACTIONAL, TRANSACTIONAL_LANES};
 use crate::reader;
@@ -76,13 +76,19 @@ impl Run {
         listening
     }
 
-    /// Waits until what the log knows of each lane is its row's, and until the second stage has behind it what was repeated by
-    /// earlier faults: that it was there is in its rows.
+    /// Waits until what the log knows of each lane is its row's and as far as that was, for a host that was killed has not told it;
+    /// and until the second stage has behind it what was repeated by earlier faults: that it was there is in its rows.
     pub(crate) fn are_settled(&mut self) -> bool {
         if self.bench.hosts.thaw_all() {
             std::thread::sleep(THAWED);
         }
         let ends = reader::bounds(&self.bench.addresses.brokers, MIDDLE);
+        let rows = restore::offsets(&self.bench);
+        let is_behind = |p: &Progress| {
+            let row = rows.get(&(p.group.to_owned(), p.partition));
+            row.is_some_and(|row| p.committed < *row)
+        };
+        let are_committed = || (self.lag.progress()).is_ok_and(|all| !all.iter().any(is_behind));
         let is_passed = |rows: &Offsets| {
             let at = |partition: i32| rows.get(&(SECOND.group.to_owned(), partition));
             ends.iter()
@@ -90,7 +96,8 @@ impl Run {
         };
         let deadline = Instant::now() + SETTLED_WITHIN;
         while Instant::now() < deadline {
-            if is_passed(&restore::offsets(&self.bench)) && offsets::are_told(&self.bench) {
+            let is_passed = is_passed(&restore::offsets(&self.bench));
+            if is_passed && are_committed() && offsets::are_told(&self.bench) {
                 return true;
             }
             std::thread::sleep(ASK_INTERVAL);

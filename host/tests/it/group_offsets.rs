@@ -91,16 +91,16 @@ async fn offsets_of_a_transaction_that_is_open_are_waited_for_and_named() {
 }
 
 /// Another member of the group, whose user may do all. It lets partitions go when it is polled, and commits nothing.
-struct Member {
+pub(crate) struct Member {
     consumer: Arc<BaseConsumer>,
     stop: Arc<AtomicBool>,
 }
 
 impl Member {
     /// As the one that gives the group its partitions, for it is the first.
-    fn join(bench: &Bench, partitions: usize) -> Self {
-        let consumer = client(&bench.group);
-        consumer.subscribe(&[&bench.input]).expect("a topic");
+    pub(crate) fn join(group: &str, topic: &str, partitions: usize) -> Self {
+        let consumer = client(group);
+        consumer.subscribe(&[topic]).expect("a topic");
         until("the other member's partitions", || {
             consumer.poll(Duration::from_millis(100));
             let assigned = consumer.assignment().expect("an assignment");
@@ -113,7 +113,7 @@ impl Member {
     }
 
     /// Polls from now on, until it is dropped.
-    fn go_on(&self) {
+    pub(crate) fn go_on(&self) {
         let (consumer, stop) = (self.consumer.clone(), self.stop.clone());
         std::thread::spawn(move || {
             while !stop.load(Ordering::Relaxed) {
@@ -147,7 +147,7 @@ async fn offsets_that_may_not_be_read_any_more_are_waited_for_and_named() {
         bench.log.wait_committed(&bench.group, &bench.input);
         bench.host.signal(libc::SIGTERM);
         bench.host.wait_for_end();
-        let other = Member::join(bench, 2);
+        let other = Member::join(&bench.group, &bench.input, 2);
         bench.restart();
         bench.host.ready();
         let input = bench.input.clone();

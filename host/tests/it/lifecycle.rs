@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use crate::group_offsets::Member;
 use crate::support::{Host, Log, component, get, http, server, unique, until};
 
 /// An echo between topics of its own.
@@ -156,6 +157,41 @@ async fn what_is_done_during_a_rebalance_is_committed() {
         assert!(status.success(), "{said}");
     }
     assert_eq!(log.read(&echo.output).len(), 1000);
+}
+
+/// A host has joined anew and waits for another member, which is slow: whatever it commits is of a generation that is over by then.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_done_before_a_stop_in_a_rebalance_is_not_done_again() {
+    let brokers = server("KAFKA_BROKERS");
+    let (log, echo) = (Log::new(&brokers), Echo::on(&brokers, ""));
+    let first = Host::start(&echo.pipeline);
+    first.ready();
+    let slow = Member::join(&echo.group, &echo.input, 4);
+    // It takes a part of what both have, and the slow one does not give up its own.
+    let second = Host::start(&echo.pipeline);
+    let kept = until("the first to give up what it has too much", || {
+        let kept = owned(&first, &echo.group);
+        (kept.len() < 4).then_some(kept)
+    });
+    let values: Vec<_> = (0..100).map(|n| n.to_string()).collect();
+    for partition in &kept {
+        let partition = partition.parse().expect("a number");
+        log.produce_to(&echo.input, partition, &values).await;
+    }
+    let count = kept.len() * values.len();
+    log.read_at_least(&echo.output, count);
+    first.signal(libc::SIGTERM);
+    std::thread::sleep(Duration::from_secs(1));
+    slow.go_on();
+    let (status, said) = first.ended();
+    assert!(status.success(), "{said}");
+    drop(slow);
+    until("the second to own all", || {
+        (owned(&second, &echo.group).len() == 8).then_some(())
+    });
+    log.produce_to(&echo.input, 0, &values).await;
+    log.wait_committed(&echo.group, &echo.input);
+    assert_eq!(log.read(&echo.output).len(), count + values.len(), "{said}");
 }
 
 /// With a name in its group, a host that is started again has its partitions as before, and no other host had them.

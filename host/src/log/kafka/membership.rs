@@ -2,12 +2,13 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use rdkafka::client::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext, Rebalance};
-use rdkafka::error::KafkaError;
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::{Offset, TopicPartitionList};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -23,6 +24,9 @@ use crate::sync::lock;
 
 /// How long an abandoned lane may take to be gone.
 const ABANDON_WAIT: Duration = Duration::from_secs(5);
+/// How long the last commit may be refused since the group is about to hand partitions round.
+const LAST_COMMIT: Duration = Duration::from_secs(5);
+const LAST_COMMIT_INTERVAL: Duration = Duration::from_millis(50);
 
 /// What librdkafka's callbacks work on; all run on the poller's thread.
 pub(super) struct Context {
@@ -145,8 +149,7 @@ impl Context {
         budget: Duration,
     ) {
         end_lanes(parting, budget);
-        commit_again(parting);
-        commit(consumer, parting, CommitMode::Sync);
+        commit_last(consumer, parting);
         self.forget(parting);
     }
 
@@ -171,7 +174,10 @@ impl Context {
         if again {
             commit_again(&all);
         }
-        commit(consumer, &all, CommitMode::Async);
+        if let Err(error) = commit(consumer, &all, CommitMode::Async) {
+            warn!("offsets were not committed, and will be again: {error}");
+            commit_again(&all);
+        }
     }
 }
 
@@ -201,7 +207,41 @@ fn end_lanes(partitions: &[Arc<Partition>], budget: Duration) {
     }
 }
 
-fn commit(consumer: &BaseConsumer<Context>, partitions: &[Arc<Partition>], mode: CommitMode) {
+/// What is not committed here is delivered again. A member that takes part in a rebalance is refused in between: it has joined and
+/// commits as one of the generation before, or its leader has not assigned yet. librdkafka goes on with that meanwhile, and the
+/// partitions are this member's until it gives them up.
+fn commit_last(consumer: &BaseConsumer<Context>, partitions: &[Arc<Partition>]) {
+    let deadline = Instant::now() + LAST_COMMIT;
+    loop {
+        commit_again(partitions);
+        let Err(error) = commit(consumer, partitions, CommitMode::Sync) else {
+            return;
+        };
+        let may_pass = is_of_rebalance(&error) && !consumer.assignment_lost();
+        if !may_pass || Instant::now() >= deadline {
+            warn!("offsets were not committed, their records may be delivered again: {error}");
+            return;
+        }
+        thread::sleep(LAST_COMMIT_INTERVAL);
+    }
+}
+
+fn is_of_rebalance(error: &KafkaError) -> bool {
+    matches!(
+        error.rdkafka_error_code(),
+        Some(
+            RDKafkaErrorCode::RebalanceInProgress
+                | RDKafkaErrorCode::IllegalGeneration
+                | RDKafkaErrorCode::StaleMemberEpoch
+        )
+    )
+}
+
+fn commit(
+    consumer: &BaseConsumer<Context>,
+    partitions: &[Arc<Partition>],
+    mode: CommitMode,
+) -> KafkaResult<()> {
     let mut list = TopicPartitionList::new();
     for partition in partitions {
         if let Some(Commit { offset, words }) = partition.take_uncommitted() {
@@ -211,12 +251,9 @@ fn commit(consumer: &BaseConsumer<Context>, partitions: &[Arc<Partition>], mode:
             element.set_metadata(words);
         }
     }
-    if list.count() == 0 {
-        return;
-    }
-    if let Err(error) = consumer.commit(&list, mode) {
-        warn!("offsets were not committed, their records may be delivered again: {error}");
-        commit_again(partitions);
+    match list.count() {
+        0 => Ok(()),
+        _ => consumer.commit(&list, mode),
     }
 }
 
