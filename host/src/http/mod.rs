@@ -9,14 +9,14 @@ mod stream;
 
 use std::convert::Infallible;
 use std::future::Future;
-use std::mem;
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::FutureExt;
+use futures::{FutureExt, poll};
 use http_body_util::Full;
 use hyper::body::{Body, Incoming};
 use hyper::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER, TRANSFER_ENCODING};
@@ -26,7 +26,7 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::task::JoinSet;
+use tokio::task::{JoinSet, yield_now};
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -158,12 +158,15 @@ pub(crate) async fn serve<H: Handler>(
             _ = look.tick(), if server.requests.wait() || next.is_some() => {
                 open.make_room();
                 if next.is_some() {
-                    open.let_the_oldest_end();
+                    open.make_way_again();
                 }
             }
             accepted = listener.accept(), if next.is_none() && connections.len() < open.max_tasks() => {
                 match accepted {
-                    Ok((stream, _)) => next = Some(Next { stream, since: Instant::now(), is_first: true }),
+                    Ok((stream, _)) => {
+                        open.make_way();
+                        next = Some(Next { stream, since: Instant::now() });
+                    }
                     Err(error) => {
                         open.cannot_accept(&error);
                         tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -174,13 +177,13 @@ pub(crate) async fn serve<H: Handler>(
             () = server.requests.news() => {}
         }
         // Those behind it wait, too.
-        let Some(mut waiting) = next.take() else {
+        let Some(waiting) = next.take() else {
             continue;
         };
-        match open.admit(mem::take(&mut waiting.is_first)) {
+        match open.admit() {
             Some(place) => {
                 let serving = connection(waiting.stream, Arc::clone(&server), Arc::clone(&place));
-                open.insert(place, connections.spawn(serving));
+                open.insert(place, connections.spawn(serving).id());
             }
             None if waiting.since.elapsed() < PLACE_TIMEOUT => next = Some(waiting),
             None => open.refuse(),
@@ -211,8 +214,6 @@ pub(crate) async fn serve<H: Handler>(
 struct Next {
     stream: TcpStream,
     since: Instant,
-    /// Whether it was not looked for yet.
-    is_first: bool,
 }
 
 /// What all connections share.
@@ -223,6 +224,17 @@ struct Server<H> {
     /// Room for what their clients have yet to take.
     answers: Arc<Room>,
     shutdown: CancellationToken,
+}
+
+impl<H> Server<H> {
+    /// Whether a connection that was asked to give way does, which is counted.
+    fn gave_way(&self, place: &Place) -> bool {
+        let why = place.gives_way();
+        if let Some(why) = why {
+            self.requests.turned_away(why);
+        }
+        why.is_some()
+    }
 }
 
 async fn connection<H: Handler>(socket: TcpStream, server: Arc<Server<H>>, place: Arc<Place>) {
@@ -246,6 +258,7 @@ async fn connection<H: Handler>(socket: TcpStream, server: Arc<Server<H>>, place
         loop {
             // All are cancel-safe: the connection is polled by reference, and news are kept.
             tokio::select! {
+                biased;
                 result = served.as_mut() => break result,
                 () = server.shutdown.cancelled(), if !stopping => {
                     stopping = true;
@@ -255,6 +268,16 @@ async fn connection<H: Handler>(socket: TcpStream, server: Arc<Server<H>>, place
                 () = link.gives_way() => if link.holds_an_answer() {
                     return;
                 },
+                () = place.asked() => {
+                    // What has come by now was not seen before the runtime looks at its sockets.
+                    yield_now().await;
+                    if let Poll::Ready(result) = poll!(served.as_mut()) {
+                        break result;
+                    }
+                    if server.gave_way(&place) {
+                        return;
+                    }
+                }
             }
         }
     };
@@ -263,7 +286,13 @@ async fn connection<H: Handler>(socket: TcpStream, server: Arc<Server<H>>, place
     }
     link.taken();
     place.waits();
-    linger(stream.into_socket()).await;
+    // Both are cancel-safe: what is read is thrown away.
+    tokio::select! {
+        () = linger(stream.into_socket()) => {}
+        () = place.asked() => {
+            server.gave_way(&place);
+        }
+    }
 }
 
 /// Closes our side and reads on for a moment: to close with bytes unread resets the connection, and

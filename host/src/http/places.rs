@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
-use tokio::task::{AbortHandle, Id};
+use tokio::task::Id;
 use tokio::time::timeout;
 
 use super::Limits;
@@ -38,12 +38,12 @@ pub(super) struct Place {
     first: AtomicU64,
     /// Its request waits for a place.
     queues: AtomicBool,
+    /// What `turn` was when it was asked to give way, and the news of that; 0 if it was not.
+    asked: AtomicU64,
+    asking: Notify,
     /// It ends with its next answer.
     ends: AtomicBool,
 }
-
-/// The turn of a connection that was given up.
-const GONE: u64 = u64::MAX;
 
 /// What a client has to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +62,8 @@ impl Place {
             turn: AtomicU64::new(0),
             first: AtomicU64::new(0),
             queues: AtomicBool::new(false),
+            asked: AtomicU64::new(0),
+            asking: Notify::new(),
             ends: AtomicBool::new(false),
         }
     }
@@ -90,17 +92,37 @@ impl Place {
         }
     }
 
-    /// We are to work: a request has come, or our part in its answer begins. False where the connection was given up at that
-    /// moment: nothing of it may be begun then.
-    pub(super) fn works(&self) -> bool {
+    /// We are to work: a request has come, or our part in its answer begins.
+    pub(super) fn works(&self) {
         self.first.store(0, Ordering::Relaxed);
-        self.turn.swap(0, Ordering::Relaxed) != GONE
+        self.turn.store(0, Ordering::Relaxed);
     }
 
-    /// Gives the connection up, if its client still is where it was.
-    fn give_up(&self, turn: u64) -> bool {
-        let given = (self.turn).compare_exchange(turn, GONE, Ordering::Relaxed, Ordering::Relaxed);
-        given.is_ok()
+    /// Asks the connection to give way, if its client is where it was.
+    fn ask(&self, turn: u64) {
+        self.asked.store(turn, Ordering::Relaxed);
+        self.asking.notify_one();
+    }
+
+    fn is_asked(&self) -> bool {
+        self.asked.load(Ordering::Relaxed) != 0
+    }
+
+    /// Until it is asked to give way. Cancel-safe: the news is kept.
+    pub(super) async fn asked(&self) {
+        self.asking.notified().await;
+    }
+
+    /// Why the connection, which was asked, is to give way; None where its client has gone on. For the connection alone to ask, once
+    /// it has read what was there to read.
+    pub(super) fn gives_way(&self) -> Option<TurnedAway> {
+        let asked = self.asked.swap(0, Ordering::Relaxed);
+        match self.turn_of(asked) {
+            _ if asked != self.turn.load(Ordering::Relaxed) => None,
+            Turn::Ours => None,
+            Turn::Waiting(_) => Some(TurnedAway::Idle),
+            Turn::Transfer(_) => Some(TurnedAway::Stalled),
+        }
     }
 
     /// Whether the connection is to end with this answer.
@@ -121,7 +143,7 @@ impl Place {
     fn turn_of(&self, turn: u64) -> Turn {
         match turn {
             _ if self.queues.load(Ordering::Relaxed) => Turn::Ours,
-            0 | GONE => Turn::Ours,
+            0 => Turn::Ours,
             turn if turn & 1 == 0 => Turn::Waiting((turn >> 1) - 1),
             turn => Turn::Transfer((turn >> 1) - 1),
         }
@@ -188,6 +210,11 @@ impl Requests {
         self.waiting.load(Ordering::Relaxed) > 0
     }
 
+    /// A connection was closed for another one, or for its request.
+    pub(super) fn turned_away(&self, why: TurnedAway) {
+        self.notices.turned_away(why);
+    }
+
     /// Until one more waits. Cancel-safe: the news is kept.
     pub(super) async fn news(&self) {
         self.news.notified().await;
@@ -208,7 +235,6 @@ pub(super) struct Connections {
 
 struct Taken {
     place: Arc<Place>,
-    task: AbortHandle,
     /// Which one it is.
     number: u64,
 }
@@ -230,13 +256,22 @@ impl Connections {
         2 * self.max
     }
 
-    /// The place of a new connection, once there is room for it. Where there is none at first, another one is to end.
-    pub(super) fn admit(&mut self, is_first: bool) -> Option<Arc<Place>> {
-        let gave_way = self.taken.len() < self.enough || self.give_up_one(true);
-        if is_first && !gave_way {
+    /// There is a new connection: another one is to make room for it, where there are enough.
+    pub(super) fn make_way(&self) {
+        if self.taken.len() >= self.enough && !self.ask_one(true) {
             self.let_the_oldest_end();
         }
-        let has_room = gave_way || self.taken.len() < self.max;
+    }
+
+    /// A new connection still waits. Who was asked may have gone on, and who is to end may take its time.
+    pub(super) fn make_way_again(&self) {
+        self.ask_one(true);
+        self.let_the_oldest_end();
+    }
+
+    /// The place of a new connection, once there is room for it.
+    pub(super) fn admit(&self) -> Option<Arc<Place>> {
+        let has_room = self.taken.len() < self.max;
         has_room.then(|| Arc::new(Place::new(self.began)))
     }
 
@@ -246,70 +281,60 @@ impl Connections {
     }
 
     /// Has a connection end with its next answer.
-    pub(super) fn let_the_oldest_end(&self) {
+    fn let_the_oldest_end(&self) {
         let going_on = self.taken.values().filter(|taken| !taken.place.ends());
         if let Some(oldest) = going_on.min_by_key(|taken| taken.number) {
             oldest.place.ends.store(true, Ordering::Relaxed);
         }
     }
 
-    pub(super) fn insert(&mut self, place: Arc<Place>, task: AbortHandle) {
+    pub(super) fn insert(&mut self, place: Arc<Place>, task: Id) {
         self.count += 1;
-        let (id, number) = (task.id(), self.count);
-        let taken = Taken {
-            place,
-            task,
-            number,
-        };
-        self.taken.insert(id, taken);
+        let number = self.count;
+        self.taken.insert(task, Taken { place, number });
     }
 
     pub(super) fn remove(&mut self, task: Id) {
         self.taken.remove(&task);
     }
 
-    /// Requests wait: ends connections whose clients have stalled, as many as may be needed.
-    pub(super) fn make_room(&mut self) {
+    /// Requests wait: connections whose clients have stalled are to end, as many as may be needed.
+    pub(super) fn make_room(&self) {
         for _ in 0..self.requests.waiting.load(Ordering::Relaxed) {
-            if !self.give_up_one(false) {
+            if !self.ask_one(false) {
                 return;
             }
         }
     }
 
-    /// A new connection could not be accepted, as where file descriptors run out: frees one that nobody needs.
-    pub(super) fn cannot_accept(&mut self, error: &io::Error) {
+    /// A new connection could not be accepted, as where file descriptors run out: one that nobody needs is to end.
+    pub(super) fn cannot_accept(&self, error: &io::Error) {
         self.requests.notices.cannot_accept(error);
-        self.give_up_one(true);
+        self.ask_one(true);
     }
 
-    /// Ends the connection on whose client we have waited for longest: for the rest of a message or, if it may be an idle one, for a
-    /// request.
-    fn give_up_one(&mut self, idle_too: bool) -> bool {
+    /// Asks the connection to give way on whose client we have waited for longest: for the rest of a message or, if it may be an
+    /// idle one, for a request. It knows best whether its client has gone on; answers whether there is one.
+    fn ask_one(&self, idle_too: bool) -> bool {
         let now = millis(self.began.elapsed());
         let before = |time| now.saturating_sub(millis(time));
         let (stalled, idle) = (before(STALLED), before(FRESH));
-        let candidates = self.taken.iter().filter_map(|(id, taken)| {
-            // Looked at once: what is judged is what is given up.
+        let not_asked = self.taken.values().filter(|taken| !taken.place.is_asked());
+        let candidates = not_asked.filter_map(|taken| {
+            // Looked at once: what is judged is what it is asked for.
             let turn = taken.place.turn.load(Ordering::Relaxed);
-            let (why, since) = match taken.place.turn_of(turn) {
-                Turn::Waiting(since) if idle_too && since <= idle => (TurnedAway::Idle, since),
-                Turn::Transfer(since) if since <= stalled => (TurnedAway::Stalled, since),
+            let since = match taken.place.turn_of(turn) {
+                Turn::Waiting(since) if idle_too && since <= idle => since,
+                Turn::Transfer(since) if since <= stalled => since,
                 _ => return None,
             };
-            Some((since, why, turn, *id, &taken.place))
+            Some((since, turn, &taken.place))
         });
-        let Some((_, why, turn, id, place)) = candidates.min_by_key(|(since, ..)| *since) else {
-            return false;
-        };
-        if !place.give_up(turn) {
-            return false;
+        let oldest = candidates.min_by_key(|(since, ..)| *since);
+        if let Some((_, turn, place)) = oldest {
+            place.ask(turn);
         }
-        if let Some(taken) = self.taken.remove(&id) {
-            taken.task.abort();
-        }
-        self.requests.notices.turned_away(why);
-        true
+        oldest.is_some()
     }
 }
 

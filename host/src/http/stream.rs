@@ -200,20 +200,18 @@ impl Stream {
                 && let Some(left) = alone(read)
             {
                 self.cleared = left;
-                return Poll::Ready(self.begin(Head::Given));
+                return Poll::Ready(Ok(self.begin(Head::Given)));
             }
             self.held.extend_from_slice(read);
             buf.set_filled(before);
         }
-        Poll::Ready(self.begin(Head::Held))
+        Poll::Ready(Ok(self.begin(Head::Held)))
     }
 
-    fn begin(&mut self, head: Head) -> io::Result<Head> {
+    fn begin(&mut self, head: Head) -> Head {
         self.scanner = Scanner::default();
-        match self.place.works() {
-            true => Ok(head),
-            false => Err(io::ErrorKind::ConnectionAborted.into()),
-        }
+        self.place.works();
+        head
     }
 
     /// How many bytes hyper may have, if a whole head is held.

@@ -36,6 +36,8 @@ const WATCH_INTERVAL: Duration = Duration::from_secs(2);
 /// How long it is said of a topic that posts to it were not acknowledged. Nobody may post while it is: who routes requests may
 /// heed it.
 const UNACKNOWLEDGED_LASTS: Duration = Duration::from_secs(10);
+/// A post that nobody waits for any longer, and that had no answer after this, was not acknowledged.
+const UNACKNOWLEDGED_AFTER: Duration = Duration::from_secs(5);
 /// How often it is said that the log is still away.
 const REMIND_INTERVAL: Duration = Duration::from_secs(30);
 
@@ -212,16 +214,17 @@ async fn watch(admin: Admin, says: Says) {
     let mut said = Instant::now();
     loop {
         tokio::time::sleep(WATCH_INTERVAL).await;
-        let troubles = admin.troubles(&says.topics, &says.written).await;
-        if let Ok(troubles) = &troubles {
-            says.topics(troubles);
-        }
-        match (troubles, away_since) {
-            (Ok(_), None) => {}
-            (Ok(_), Some(since)) => {
-                info!("the log at {brokers} is back after {:.0?}", since.elapsed());
-                says.there();
+        match (
+            admin.troubles(&says.topics, &says.written).await,
+            away_since,
+        ) {
+            (Ok(troubles), since) => {
+                if let Some(since) = since {
+                    info!("the log at {brokers} is back after {:.0?}", since.elapsed());
+                    says.there();
+                }
                 away_since = None;
+                says.topics(&troubles);
             }
             (Err(error), since) => {
                 if since.is_none() || said.elapsed() >= REMIND_INTERVAL {
@@ -237,25 +240,79 @@ async fn watch(admin: Admin, says: Says) {
 
 /// Topics to which posts were not acknowledged lately, though the log was there. No lane may wait for them: one that writes what
 /// it read says itself what it waits for.
-#[derive(Default)]
-struct Unacknowledged(Mutex<BTreeMap<Arc<str>, (Instant, String)>>);
+struct Unacknowledged(Mutex<Notes>);
+
+struct Notes {
+    /// When the log was there again: posts of before failed for its absence.
+    since: Instant,
+    topics: BTreeMap<Arc<str>, (Instant, String)>,
+}
+
+impl Default for Unacknowledged {
+    fn default() -> Self {
+        Self(Mutex::new(Notes {
+            since: Instant::now(),
+            topics: BTreeMap::new(),
+        }))
+    }
+}
 
 impl Unacknowledged {
-    fn note(&self, topic: &Arc<str>, why: &LogError) {
-        let why = format!("posts are not acknowledged: {why}");
-        lock(&self.0).insert(topic.clone(), (Instant::now(), why));
+    /// Of a post that was begun then.
+    fn note(&self, begun: Instant, topic: &Arc<str>, why: &dyn Display) {
+        let mut notes = lock(&self.0);
+        if begun >= notes.since {
+            let why = format!("posts are not acknowledged: {why}");
+            notes.topics.insert(topic.clone(), (Instant::now(), why));
+        }
     }
 
     /// Why, by topic.
     fn lately(&self) -> BTreeMap<Arc<str>, String> {
-        let mut topics = lock(&self.0);
+        let topics = &mut lock(&self.0).topics;
         topics.retain(|_, (since, _)| since.elapsed() < UNACKNOWLEDGED_LASTS);
         let why = |(topic, (_, why)): (&Arc<str>, &(Instant, String))| (topic.clone(), why.clone());
         topics.iter().map(why).collect()
     }
 
     fn forget(&self) {
-        lock(&self.0).clear();
+        *lock(&self.0) = Notes {
+            since: Instant::now(),
+            topics: BTreeMap::new(),
+        };
+    }
+}
+
+/// A post on its way. It is dropped without an answer where its client, or the ingress, waits no longer.
+struct Post<'a> {
+    begun: Instant,
+    records: &'a [Outgoing],
+    unacknowledged: &'a Unacknowledged,
+    is_answered: bool,
+}
+
+impl Post<'_> {
+    fn answered(mut self, answer: &Result<(), Vec<Unsent>>) {
+        self.is_answered = true;
+        for Unsent { index, error } in answer.as_ref().err().into_iter().flatten() {
+            if error.is_unavailable()
+                && let Some(record) = self.records.get(*index)
+            {
+                self.unacknowledged.note(self.begun, &record.topic, error);
+            }
+        }
+    }
+}
+
+impl Drop for Post<'_> {
+    fn drop(&mut self) {
+        if self.is_answered || self.begun.elapsed() < UNACKNOWLEDGED_AFTER {
+            return;
+        }
+        let why = format!("no answer within {UNACKNOWLEDGED_AFTER:?}");
+        for record in self.records {
+            self.unacknowledged.note(self.begun, &record.topic, &why);
+        }
     }
 }
 
@@ -279,14 +336,14 @@ impl GatedSink {
 impl Sink for GatedSink {
     async fn produce(&self, records: &[Outgoing]) -> Result<(), Vec<Unsent>> {
         if self.there.load(Ordering::Relaxed) {
+            let post = Post {
+                begun: Instant::now(),
+                records,
+                unacknowledged: &self.unacknowledged,
+                is_answered: false,
+            };
             let produced = self.producer.produce(records).await;
-            for Unsent { index, error } in produced.as_ref().err().into_iter().flatten() {
-                if error.is_unavailable()
-                    && let Some(record) = records.get(*index)
-                {
-                    self.unacknowledged.note(&record.topic, error);
-                }
-            }
+            post.answered(&produced);
             return produced;
         }
         let away = |index| Unsent {

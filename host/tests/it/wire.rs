@@ -17,6 +17,11 @@ impl Client {
         )
     }
 
+    /// One that is connected already, and does not block.
+    pub(crate) fn of(socket: std::net::TcpStream) -> Self {
+        Self(TcpStream::from_std(socket).expect("a socket"))
+    }
+
     /// One that takes little before it reads.
     pub(crate) async fn connect_small(address: SocketAddr) -> Self {
         let socket = TcpSocket::new_v4().expect("a socket");

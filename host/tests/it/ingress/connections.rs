@@ -77,6 +77,25 @@ async fn the_longest_idle_connection_gives_way_to_a_new_one() {
     server.stop().await;
 }
 
+/// It looks idle only because nobody has looked at its socket: a new connection takes no place whose request lies there.
+#[tokio::test]
+async fn a_request_that_lies_in_its_socket_is_answered_before_its_place_is_taken() {
+    let server = Server::start(Fault::Away, places(1, 1)).await;
+    let mut idle = Client::connect(server.address).await;
+    sleep(Duration::from_millis(20)).await;
+    // The server runs on this thread, and sees both at once.
+    std::thread::sleep(Duration::from_millis(100));
+    let next = std::net::TcpStream::connect(server.address).expect("the kernel accepts");
+    idle.send(request(&["GET /post/a HTTP/1.1"], "")).await;
+    assert!(idle.answer().await.starts_with("HTTP/1.1 404"));
+    next.set_nonblocking(true).expect("a socket");
+    let mut next = Client::of(next);
+    next.send(request(&["GET /post/a HTTP/1.1"], "")).await;
+    let answer = timeout(PATIENCE, next.answer()).await;
+    assert!(answer.unwrap().starts_with("HTTP/1.1 404"));
+    server.stop().await;
+}
+
 #[tokio::test]
 async fn connections_that_send_nothing_or_half_a_head_keep_nobody_out() {
     let server = Server::start(Fault::Away, places(10, 10)).await;
