@@ -196,13 +196,16 @@ impl Pending {
     /// much time.
     pub fn take(&self, time: Duration) -> Option<Away> {
         let (store, since) = self.replace(None)?;
-        let (wait, silence) = self.sight.take(since);
+        let given_up = self.sight.take(since);
         let silent = Away {
-            was_gone: silence >= SILENCE.min(time / 2),
+            was_gone: given_up.silence >= SILENCE.min(time / 2),
             ..Away::silent(store)
         };
-        // Of a lock that nobody saw, where nobody had an answer, there is nothing to say.
-        let Some(wait) = wait.filter(|wait| wait.was_seen() || !silent.was_gone) else {
+        // Where locks were looked at and nobody had an answer, there is nothing to say of one.
+        let may_be_locked = |wait: &Arc<sql::LockWait>| {
+            wait.was_seen() || !(silent.was_gone && given_up.was_looked_at)
+        };
+        let Some(wait) = given_up.wait.filter(may_be_locked) else {
             return Some(silent);
         };
         Some(Away {

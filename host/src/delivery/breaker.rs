@@ -147,8 +147,10 @@ impl Breaker {
         }
         watch.asked.store(rank, Ordering::Release);
         let mut said = Said::new(self, watch, away);
+        said.is_for_all = true;
         let was_away = self.ask(&mut said, probe).await;
         watch.set_away(false);
+        said.is_for_all = false;
         drop(asking);
         if was_away || is_away(before) {
             return losses < MAX_LOSSES;
@@ -249,6 +251,8 @@ struct Said<'a> {
     condition: String,
     voice: u64,
     away_now: bool,
+    /// Whether the store is away to all who ask for it, and this is the one that asks it.
+    is_for_all: bool,
 }
 
 impl<'a> Said<'a> {
@@ -260,13 +264,14 @@ impl<'a> Said<'a> {
             condition: Breaker::condition(&away.store, breaker.shares_name(&away.store)),
             voice: watch.last_voice.fetch_add(1, Ordering::Relaxed),
             away_now: false,
+            is_for_all: false,
         }
     }
 
     /// The store does not do what it should.
     fn say(&mut self, why: &str) {
         self.away_now = true;
-        if !self.away.action.is_ones_own() {
+        if self.is_for_all {
             self.watch.set_away(true);
         }
         self.watch.voices().insert(self.voice, why.to_owned());
@@ -294,7 +299,7 @@ impl<'a> Said<'a> {
 
 impl Drop for Said<'_> {
     fn drop(&mut self) {
-        if !self.away.action.is_ones_own() {
+        if self.is_for_all {
             self.watch.set_away(false);
         }
         // Held, so that nobody says something else meanwhile.

@@ -17,6 +17,8 @@ use crate::capability::tls::speaks_tls;
 
 /// How long making a connection may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// And asking whether it is Redis who answers.
+const MAKE_TIMEOUT: Duration = CONNECT_TIMEOUT.saturating_mul(2);
 /// How long the server may take to answer a command.
 pub(super) const RESPONSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a call may wait for a connection that is being made again, and a rehearsal may take. Each answer has its own time.
@@ -93,7 +95,7 @@ impl Connection {
             rehearse(&mut connection, commands).await
         };
         let asked = tokio::time::timeout(RENEW_TIMEOUT, asked).await;
-        asked.unwrap_or_else(|_| Err(Unmade::from(too_late()).into()))
+        asked.unwrap_or_else(|_| Err(Unmade::from(too_late(RENEW_TIMEOUT)).into()))
     }
 
     /// Whether the server is one that the host can use; asked once.
@@ -151,7 +153,7 @@ impl Inner {
                 let renewed = tokio::time::timeout(RENEW_TIMEOUT, Box::pin(self.renew()));
                 renewed
                     .await
-                    .unwrap_or_else(|_| Err(Unmade::from(too_late()).into()))
+                    .unwrap_or_else(|_| Err(Unmade::from(too_late(RENEW_TIMEOUT)).into()))
             }
         }
     }
@@ -169,11 +171,10 @@ impl Inner {
             return Err(why.into());
         }
         self.tries.fetch_add(1, Ordering::AcqRel);
+        // Who is dropped half-way has nothing to share.
+        *failed = None;
         match self.make().await {
-            Ok(made) => {
-                *failed = None;
-                Ok(self.keep(made))
-            }
+            Ok(made) => Ok(self.keep(made)),
             Err(why) => {
                 *failed = Some(why.clone());
                 Err(why.into())
@@ -205,6 +206,9 @@ impl Inner {
         let Ok(_making) = self.making.try_lock() else {
             return;
         };
+        if self.current().number != number {
+            return;
+        }
         match self.make().await {
             Ok(made) if self.current().number == number => {
                 self.keep(made);
@@ -221,7 +225,7 @@ impl Inner {
     /// Connects, logs in, and sees that it is Redis who answers.
     async fn make(&self) -> Result<MultiplexedConnection, Unmade> {
         let client = &self.client;
-        let made = tokio::time::timeout(CONNECT_TIMEOUT * 2, async {
+        let made = tokio::time::timeout(MAKE_TIMEOUT, async {
             let made = client.get_multiplexed_async_connection_with_config(&self.config);
             let mut made = made.await?;
             let is_redis = ping(&mut made).await?;
@@ -231,7 +235,7 @@ impl Inner {
             Ok(Ok((made, true))) => return Ok(made),
             Ok(Ok(_)) => return Err("what answers there is not Redis".to_owned().into()),
             Ok(Err(error)) => error,
-            Err(_) => return Err(too_late().into()),
+            Err(_) => return Err(too_late(MAKE_TIMEOUT).into()),
         };
         // One that was answered says itself why.
         let says_why = error.is_connection_refusal() || error.code().is_some();
@@ -293,8 +297,8 @@ fn words(error: Error) -> String {
     }
 }
 
-fn too_late() -> String {
-    format!("no answer within {} s", RENEW_TIMEOUT.as_secs())
+fn too_late(after: Duration) -> String {
+    format!("no answer within {} s", after.as_secs())
 }
 
 /// The mode that a server says it runs in.

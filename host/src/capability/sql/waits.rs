@@ -79,6 +79,18 @@ pub struct Sight(Mutex<Seen>);
 struct Seen {
     wait: Option<Arc<LockWait>>,
     heard: Heard,
+    was_looked_at: bool,
+}
+
+/// What is known of a statement that was given up.
+#[derive(Debug)]
+pub struct GivenUp {
+    /// For which lock it may have waited, where locks are looked at.
+    pub wait: Option<Arc<LockWait>>,
+    /// For how long nobody is known to have had an answer.
+    pub silence: Duration,
+    /// Whether a look at locks was begun.
+    pub was_looked_at: bool,
 }
 
 /// What the database has answered to anybody while the statement waits.
@@ -97,16 +109,17 @@ impl Sight {
         let wait = Arc::new(LockWait::of(process));
         *lock(&self.0) = Seen {
             wait: Some(wait.clone()),
-            heard: Heard::Nothing,
+            ..Seen::default()
         };
         wait
     }
 
     /// The database is asked for something else. What it was asked for before may be unanswered still.
     pub(super) fn asked(&self) {
-        let heard = &mut lock(&self.0).heard;
-        if matches!(heard, Heard::All) {
-            *heard = Heard::Asked(Instant::now());
+        let mut seen = lock(&self.0);
+        seen.was_looked_at = true;
+        if matches!(seen.heard, Heard::All) {
+            seen.heard = Heard::Asked(Instant::now());
         }
     }
 
@@ -120,15 +133,22 @@ impl Sight {
         *lock(&self.0) = Seen::default();
     }
 
-    /// Of the statement that was given up last, which has waited since then: for which lock, and for how long nobody is known to
-    /// have had an answer.
-    pub fn take(&self, since: Instant) -> (Option<Arc<LockWait>>, Duration) {
-        let Seen { wait, heard } = mem::take(&mut *lock(&self.0));
-        let silent = match heard {
+    /// Of the statement that was given up last, which has waited since then.
+    pub fn take(&self, since: Instant) -> GivenUp {
+        let Seen {
+            wait,
+            heard,
+            was_looked_at,
+        } = mem::take(&mut *lock(&self.0));
+        let silence = match heard {
             Heard::Nothing => since.elapsed(),
             Heard::Asked(at) => at.elapsed(),
             Heard::All => Duration::ZERO,
         };
-        (wait, silent)
+        GivenUp {
+            wait,
+            silence,
+            was_looked_at,
+        }
     }
 }

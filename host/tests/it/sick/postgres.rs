@@ -640,6 +640,34 @@ async fn a_statement_that_waits_for_no_lock_is_its_messages_own_while_others_wai
     waits.goes_on();
 }
 
+/// A call's time is up before anybody has looked, again and again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lock_is_waited_for_however_little_time_a_call_has() {
+    for lane in [Lane::Ordered, Lane::Transactional] {
+        let place = Place::new().await;
+        let grant = "limits = { deadline = \"100ms\" }\nsql = [\"db\"]\nredis = { cache = { prefix = \"p:\" } }";
+        let stores = format!(
+            "[redis.cache]\nurl = \"memory:\"\n[sql.db]\nurl = \"{}\"",
+            place.url
+        );
+        let patient = Patient::start("db", lane, grant, &stores);
+        patient.send(&inserts(0..10)).await;
+        patient.settle();
+        let other = place
+            .left_open("SELECT n FROM t WHERE n = 0 FOR UPDATE")
+            .await;
+        let update =
+            json!({ "do": "sql", "store": "db", "statement": "UPDATE t SET n = n WHERE n = 0" });
+        patient.send(&[update]).await;
+        patient.says("wait for a lock");
+        // More than the losses at one message that are put down to its store.
+        tokio::time::sleep(Duration::from_secs(30)).await;
+        assert_eq!(patient.dead(), Vec::<String>::new(), "{lane:?}");
+        other.close().await.expect("an end");
+        patient.goes_on();
+    }
+}
+
 /// The call's time is up before anybody has looked, and the lock is gone by a savepoint, not with its transaction.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lock_that_is_let_go_holds_nobody_though_its_transaction_stays_open() {

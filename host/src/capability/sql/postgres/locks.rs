@@ -204,7 +204,7 @@ impl Postgres {
             }
             pause = LOOK_INTERVAL;
         };
-        let (_, silence) = sight.take(since);
+        let silence = sight.take(since).silence;
         let ended = Ended {
             wait,
             took: since.elapsed(),

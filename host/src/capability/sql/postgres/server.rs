@@ -218,7 +218,9 @@ impl Server {
 
     /// Connects and logs in.
     pub(super) async fn connect(&self) -> Result<Client, LoginError> {
-        match self.log_in().await {
+        let mut was_heard = false;
+        match self.log_in(&mut was_heard).await {
+            Err(LoginError::Mute(why)) if was_heard => Err(LoginError::Away(why)),
             Err(LoginError::Mute(why)) => Err(LoginError::Away(self.diagnosed(why).await)),
             other => other,
         }
@@ -237,7 +239,8 @@ impl Server {
         }
     }
 
-    async fn log_in(&self) -> Result<Client, LoginError> {
+    /// `was_heard` is set once the server has said what PostgreSQL says.
+    async fn log_in(&self, was_heard: &mut bool) -> Result<Client, LoginError> {
         let (stream, end_point) = match self.socket() {
             Some(folder) => {
                 let file = folder.join(format!(".s.PGSQL.{}", self.options.get_port()));
@@ -246,11 +249,13 @@ impl Server {
             }
             None => {
                 let address = (self.options.get_host(), self.options.get_port());
-                let stream = TcpStream::connect(address).await?;
+                let stream = TcpStream::connect(address).await;
+                let stream = stream.map_err(|error| LoginError::Away(error.to_string()))?;
                 stream.set_nodelay(true)?;
                 self.encrypted(Eager(stream)).await?
             }
         };
+        *was_heard = self.asks_for_tls();
         let mut wire = Wire::new(stream, MAX_GREETING_BYTES, MAX_GREETING_BYTES);
         self.greet(&mut wire)?;
         wire.flush().await?;
@@ -265,6 +270,7 @@ impl Server {
                 Incoming::Message(message) => message,
                 Incoming::TooLarge(_) => return Err(unexpected()),
             };
+            *was_heard = true;
             match message {
                 Message::ReadyForQuery(_) => return Ok(Client::new(wire, login.process)),
                 Message::ErrorResponse(body) => {
@@ -295,6 +301,11 @@ impl Server {
         frontend::startup_message(parameters, &mut wire.output)
     }
 
+    fn asks_for_tls(&self) -> bool {
+        let mode = self.options.get_ssl_mode();
+        !matches!(mode, PgSslMode::Disable | PgSslMode::Allow)
+    }
+
     /// Asks for encryption as far as `sslmode` wants it.
     async fn encrypted<S: Stream + 'static>(
         &self,
@@ -302,7 +313,7 @@ impl Server {
     ) -> Result<(Box<dyn Stream>, Option<Vec<u8>>), LoginError> {
         let mode = self.options.get_ssl_mode();
         let plain = |stream| -> (Box<dyn Stream>, _) { (Box::new(stream), None) };
-        if matches!(mode, PgSslMode::Disable | PgSslMode::Allow) {
+        if !self.asks_for_tls() {
             return Ok(plain(stream));
         }
         let mut request = BytesMut::new();
