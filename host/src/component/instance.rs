@@ -218,7 +218,7 @@ impl StageComponent {
     pub async fn warm_up(&self) -> anyhow::Result<()> {
         let instance = self
             .share
-            .within(self.deadline, self.instantiate(&CallState::default()))
+            .within(self.deadline, 0, self.instantiate(&CallState::default()))
             .await
             .with_context(|| self.late())?
             .map_err(|(error, _)| plain(error))
@@ -236,7 +236,10 @@ impl StageComponent {
         // On expiry the future is dropped, and with it the instance: wasmtime unwinds its stack.
         let state = CallState::default();
         let call = self.invoke(deliveries, transaction, &state);
-        let called = self.share.within(self.deadline, call).await;
+        let called = self
+            .share
+            .within(self.deadline, deliveries.len(), call)
+            .await;
         let invocation = called.unwrap_or_else(|| {
             // A store that does not answer is no fault of the guest's, and may answer the next time.
             failed(match state.away(self.deadline) {

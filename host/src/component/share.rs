@@ -31,6 +31,8 @@ pub(super) const EPOCHS_PER_LOOK: u64 = 1;
 const PENALTY: Duration = SLICE.saturating_mul(5);
 /// A poll that took so much of the processor is one of a stage that computes for long, though it may be over before its slice is.
 const LONG_POLL: Duration = Duration::from_millis(1);
+/// Or so much for each message of its call, up to a slice: of many in a row, each called alone, one costs as much.
+const LONG_MESSAGE: Duration = Duration::from_micros(10);
 /// So much longer than its processor time a guest's time is where the system ran somebody else meanwhile.
 const CROWDED: Duration = Duration::from_micros(500);
 /// After that, so many looks at guests in turns are pauses.
@@ -60,6 +62,13 @@ struct Used {
     /// That of the last look, and when it was.
     last: Option<(Duration, Instant)>,
     all: bool,
+}
+
+/// Processor time from which on a poll of a call with so many messages is a long one.
+fn long_poll(messages: usize) -> Duration {
+    let messages = u32::try_from(messages).unwrap_or(u32::MAX);
+    let of_messages = LONG_MESSAGE.saturating_mul(messages);
+    of_messages.clamp(LONG_POLL, SLICE)
 }
 
 thread_local! {
@@ -126,23 +135,24 @@ impl Share {
         }
     }
 
-    /// The call's answer; `None`, and the call dropped, when it has had its time.
+    /// The answer of a call with so many messages; `None`, and the call dropped, when it has had its time.
     pub(super) async fn within<T>(
         &self,
         limit: Duration,
+        messages: usize,
         call: impl Future<Output = T>,
     ) -> Option<T> {
         let mut call = pin!(call);
         // Most calls wait for nothing, and need no timer.
         self.give_way().await;
         if !self.is_in_turns() {
-            let first = poll_fn(|cx| Poll::Ready(self.poll(call.as_mut(), cx))).await;
+            let first = poll_fn(|cx| Poll::Ready(self.poll(messages, call.as_mut(), cx))).await;
             if let Poll::Ready(answer) = first {
                 return Some(answer);
             }
         }
         let since = self.clock.now();
-        let mut call = pin!(self.run(call));
+        let mut call = pin!(self.run(messages, call));
         let mut wait = limit;
         while !wait.is_zero() {
             if let Ok(answer) = timeout(wait, call.as_mut()).await {
@@ -155,15 +165,15 @@ impl Share {
     }
 
     /// Runs a call, in turns where it must. Dropping it drops a turn with it.
-    async fn run<T>(&self, mut call: Pin<&mut impl Future<Output = T>>) -> T {
+    async fn run<T>(&self, messages: usize, mut call: Pin<&mut impl Future<Output = T>>) -> T {
         loop {
             self.give_way().await;
             let polled = match self.is_in_turns() {
                 true => {
                     let _turn = self.turns.take(self.stage).await;
-                    poll_fn(|cx| Poll::Ready(self.poll_apart(call.as_mut(), cx))).await
+                    poll_fn(|cx| Poll::Ready(self.poll_apart(messages, call.as_mut(), cx))).await
                 }
-                false => poll_fn(|cx| Poll::Ready(self.poll(call.as_mut(), cx))).await,
+                false => poll_fn(|cx| Poll::Ready(self.poll(messages, call.as_mut(), cx))).await,
             };
             if let Poll::Ready(answer) = polled {
                 return answer;
@@ -182,13 +192,19 @@ impl Share {
         coop::consume_budget().await;
     }
 
-    fn poll<T>(&self, call: Pin<&mut impl Future<Output = T>>, cx: &mut Context<'_>) -> Poll<T> {
-        self.poll_as(Used::default(), call, cx)
+    fn poll<T>(
+        &self,
+        messages: usize,
+        call: Pin<&mut impl Future<Output = T>>,
+        cx: &mut Context<'_>,
+    ) -> Poll<T> {
+        self.poll_as(Used::default(), messages, call, cx)
     }
 
     fn poll_as<T>(
         &self,
         used: Used,
+        messages: usize,
         call: Pin<&mut impl Future<Output = T>>,
         cx: &mut Context<'_>,
     ) -> Poll<T> {
@@ -199,7 +215,7 @@ impl Share {
         };
         let polled = call.poll(cx);
         if timed.is_some() || USED.get().since.is_some() {
-            self.account(timed);
+            self.account(timed, messages);
         }
         polled
     }
@@ -214,9 +230,10 @@ impl Share {
 
     /// After a poll that a tick came in, or that was timed.
     #[cold]
-    fn account(&self, timed: Option<Duration>) {
+    fn account(&self, timed: Option<Duration>, messages: usize) {
         let used = USED.get();
-        let is_long = timed.is_some_and(|since| thread_time().saturating_sub(since) >= LONG_POLL);
+        let took = timed.map(|since| thread_time().saturating_sub(since));
+        let is_long = took.is_some_and(|took| took >= long_poll(messages));
         if used.all || is_long {
             self.penalize();
         }
@@ -228,6 +245,7 @@ impl Share {
     /// The runtime gives what else this thread had to do to another one.
     fn poll_apart<T>(
         &self,
+        messages: usize,
         call: Pin<&mut impl Future<Output = T>>,
         cx: &mut Context<'_>,
     ) -> Poll<T> {
@@ -237,10 +255,10 @@ impl Share {
         };
         // A runtime of one thread, as tests have it, has none to give it to.
         match Handle::current().runtime_flavor() {
-            RuntimeFlavor::CurrentThread => self.poll_as(used, call, cx),
+            RuntimeFlavor::CurrentThread => self.poll_as(used, messages, call, cx),
             _ => block_in_place(|| {
                 let _slice = LongSlice::begin();
-                self.poll_as(used, call, cx)
+                self.poll_as(used, messages, call, cx)
             }),
         }
     }
@@ -308,7 +326,7 @@ mod tests {
             }
         });
         let answer = Share::new(clock, Turns::new())
-            .within(LIMIT, tokio::time::sleep(call))
+            .within(LIMIT, 1, tokio::time::sleep(call))
             .await;
         assert_eq!(answer, expected, "{call:?}, a tick in {tick:?}");
         ticker.abort();
