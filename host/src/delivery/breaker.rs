@@ -50,6 +50,8 @@ struct Watch {
     asking: Mutex<()>,
     /// How often the store went away or came back: odd while it is away.
     changes: AtomicU64,
+    /// How often somebody who asked has seen it come back: who is dropped half-way has not.
+    returns: AtomicU64,
     /// The rank of what it was asked for last.
     asked: AtomicU8,
     /// Who says that it does not do what it should, and why.
@@ -137,11 +139,12 @@ impl Breaker {
             // It may be this stage's alone: nobody else is to wait for it.
             return self.until_done(watch, away, losses, probe).await;
         }
-        let before = watch.changes();
+        let (before, returns) = (watch.changes(), watch.returns.load(Ordering::Acquire));
         let asking = watch.asking.lock().await;
-        let now = watch.changes();
+        let had_been_away = is_away(before) || watch.changes() != before;
         let rank = away.action.rank();
-        if now != before && !is_away(now) && rank <= watch.asked.load(Ordering::Acquire) {
+        let came_back = watch.returns.load(Ordering::Acquire) != returns;
+        if came_back && rank <= watch.asked.load(Ordering::Acquire) {
             // Another one has asked, and seen it come back.
             return losses < MAX_LOSSES;
         }
@@ -150,9 +153,12 @@ impl Breaker {
         said.is_for_all = true;
         let was_away = self.ask(&mut said, probe).await;
         watch.set_away(false);
+        if was_away {
+            watch.returns.fetch_add(1, Ordering::AcqRel);
+        }
         said.is_for_all = false;
         drop(asking);
-        if was_away || is_away(before) {
+        if was_away || had_been_away {
             return losses < MAX_LOSSES;
         }
         self.wait_though_it_does(&mut said, losses).await
@@ -397,6 +403,7 @@ mod tests {
             assert!(futures::poll!(&mut other).is_pending());
         }
         assert!(other.await, "another one goes on with it");
+        assert_eq!(asked.load(Ordering::Relaxed), 4, "and asks");
         assert!(!wait().await);
     }
 

@@ -26,7 +26,7 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::task::{JoinSet, yield_now};
+use tokio::task::{Id, JoinError, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -60,6 +60,8 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a connection that the server closes is read on, so that its last answer arrives.
 const LINGER: Duration = Duration::from_secs(1);
+/// How long a connection that is asked to give way is left to see what has come: a tick of tokio's clock.
+const LOOK_AT_SOCKETS: Duration = Duration::from_millis(1);
 /// How long to wait after `accept` failed.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// What `retry-after` says, in seconds.
@@ -153,7 +155,7 @@ pub(crate) async fn serve<H: Handler>(
             biased;
             () = shutdown.cancelled() => break,
             Some(ended) = connections.join_next_with_id() => {
-                open.remove(ended.map_or_else(|error| error.id(), |(id, ())| id));
+                open.remove(id_of(ended));
             }
             _ = look.tick(), if server.requests.wait() || next.is_some() => {
                 open.make_room();
@@ -194,8 +196,9 @@ pub(crate) async fn serve<H: Handler>(
         loop {
             // Both are cancel-safe.
             tokio::select! {
-                ended = connections.join_next() => if ended.is_none() {
-                    return;
+                ended = connections.join_next_with_id() => match ended {
+                    Some(ended) => open.remove(id_of(ended)),
+                    None => return,
                 },
                 _ = look.tick() => open.make_room(),
             }
@@ -208,6 +211,10 @@ pub(crate) async fn serve<H: Handler>(
         );
         connections.shutdown().await;
     }
+}
+
+fn id_of(ended: Result<(Id, ()), JoinError>) -> Id {
+    ended.map_or_else(|error| error.id(), |(id, ())| id)
 }
 
 /// A connection that waits for room.
@@ -234,6 +241,16 @@ impl<H> Server<H> {
             self.requests.turned_away(why);
         }
         why.is_some()
+    }
+
+    /// Cancel-safe: the news that it is asked is kept.
+    async fn until_it_gives_way(&self, place: &Place) {
+        loop {
+            place.asked().await;
+            if self.gave_way(place) {
+                return;
+            }
+        }
     }
 }
 
@@ -269,9 +286,11 @@ async fn connection<H: Handler>(socket: TcpStream, server: Arc<Server<H>>, place
                     return;
                 },
                 () = place.asked() => {
-                    // What has come by now was not seen before the runtime looks at its sockets.
-                    yield_now().await;
+                    // What has come by now is not seen before the runtime looks at its sockets, which it does before its timers.
+                    tokio::time::sleep(LOOK_AT_SOCKETS).await;
                     if let Poll::Ready(result) = poll!(served.as_mut()) {
+                        // What it was asked is over, too.
+                        place.gives_way();
                         break result;
                     }
                     if server.gave_way(&place) {
@@ -289,9 +308,7 @@ async fn connection<H: Handler>(socket: TcpStream, server: Arc<Server<H>>, place
     // Both are cancel-safe: what is read is thrown away.
     tokio::select! {
         () = linger(stream.into_socket()) => {}
-        () = place.asked() => {
-            server.gave_way(&place);
-        }
+        () = server.until_it_gives_way(&place) => {}
     }
 }
 

@@ -148,8 +148,10 @@ impl Context {
         parting: &[Arc<Partition>],
         budget: Duration,
     ) {
+        let end = Instant::now() + budget;
         end_lanes(parting, budget);
-        commit_last(consumer, parting);
+        let left = end.saturating_duration_since(Instant::now());
+        commit_last(consumer, parting, left.min(LAST_COMMIT));
         self.forget(parting);
     }
 
@@ -210,8 +212,12 @@ fn end_lanes(partitions: &[Arc<Partition>], budget: Duration) {
 /// What is not committed here is delivered again. A member that takes part in a rebalance is refused in between: it has joined and
 /// commits as one of the generation before, or its leader has not assigned yet. librdkafka goes on with that meanwhile, and the
 /// partitions are this member's until it gives them up.
-fn commit_last(consumer: &BaseConsumer<Context>, partitions: &[Arc<Partition>]) {
-    let deadline = Instant::now() + LAST_COMMIT;
+fn commit_last(
+    consumer: &BaseConsumer<Context>,
+    partitions: &[Arc<Partition>],
+    patience: Duration,
+) {
+    let deadline = Instant::now() + patience;
     loop {
         commit_again(partitions);
         let Err(error) = commit(consumer, partitions, CommitMode::Sync) else {
