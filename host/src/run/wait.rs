@@ -240,6 +240,7 @@ async fn watch(admin: Admin, says: Says) {
 
 /// Topics to which posts were not acknowledged lately, though the log was there. No lane may wait for them: one that writes what
 /// it read says itself what it waits for.
+#[derive(Default)]
 struct Unacknowledged(Mutex<Notes>);
 
 struct Notes {
@@ -248,12 +249,12 @@ struct Notes {
     topics: BTreeMap<Arc<str>, (Instant, String)>,
 }
 
-impl Default for Unacknowledged {
+impl Default for Notes {
     fn default() -> Self {
-        Self(Mutex::new(Notes {
+        Self {
             since: Instant::now(),
             topics: BTreeMap::new(),
-        }))
+        }
     }
 }
 
@@ -276,10 +277,7 @@ impl Unacknowledged {
     }
 
     fn forget(&self) {
-        *lock(&self.0) = Notes {
-            since: Instant::now(),
-            topics: BTreeMap::new(),
-        };
+        *lock(&self.0) = Notes::default();
     }
 }
 
